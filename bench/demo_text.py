@@ -1,0 +1,179 @@
+"""Collect the two texts the demo pair is trained on.
+
+General text: English prose found in packages the project's test environment installs anyway (their docstrings, long
+string constants, comment blocks and ``.rst``/``.md``/``.txt`` files) and in Python's own standard library. Versions are
+pinned by the project's constraints file, so anyone can rebuild the text.
+
+Domain text: the King James Bible (1611/1769, public domain) as the wheel ``bible-cli`` carries it.
+
+Both come back as a list of documents, a document being a list of paragraphs, in an order that depends on names only.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import sysconfig
+import warnings
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import distribution
+from pathlib import Path
+
+GENERAL_PACKAGES = (
+    "accelerate",
+    "einops",
+    "fonttools",
+    "fsspec",
+    "huggingface_hub",
+    "hypothesis",
+    "matplotlib",
+    "mpmath",
+    "mypy",
+    "networkx",
+    "numpy",
+    "packaging",
+    "peft",
+    "pip",
+    "pydantic",
+    "Pygments",
+    "pytest",
+    "requests",
+    "rich",
+    "safetensors",
+    "scipy",
+    "setuptools",
+    "sympy",
+    "torch",
+    "transformers",
+    "triton",
+    "typer",
+)
+DOMAIN_WHEEL = "bible-cli==1.0.3"
+DOMAIN_MEMBER = "bible_cli/dataset.json"
+SHINGLE_WORDS = 6
+SHORTEST_PARAGRAPH = 120
+
+Document = list[str]
+
+_WORD = re.compile(r"[A-Za-z]+")
+_COMMENT_PYTHON = re.compile(r"(?:^[ \t]*#.*\n?)+", re.MULTILINE)
+_COMMENT_PYTHON_MARK = re.compile(r"^[ \t]*#+[ \t]?", re.MULTILINE)
+_COMMENT_C = re.compile(r"/\*.*?\*/|(?:^[ \t]*//.*\n?)+", re.MULTILINE | re.DOTALL)
+_COMMENT_C_MARK = re.compile(r"^[ \t]*(?:/\*+|\*+/?|//[/!]?)[ \t]?|\*/[ \t]*$", re.MULTILINE)
+_MARGINAL_NOTE = re.compile(r"\s*\{[^{}]*:[^{}]*\}")
+_SUPPLIED_WORD = re.compile(r"[{}]")
+
+
+def sha256(text: str) -> str:
+    """Return the SHA-256 of the UTF-8 bytes of ``text`` as hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def general_documents() -> list[Document]:
+    """Return the prose of ``GENERAL_PACKAGES`` and of the standard library, one document per source file.
+
+    A paragraph most of whose six-word runs were already seen is dropped, so that templates repeated over hundreds of
+    files (model docstrings, licence headers) count once and do not leak into the held-out part.
+    """
+    seen: set[int] = set()
+    documents = []
+    for path in _general_files():
+        paragraphs = [p for p in _paragraphs(path) if _is_prose(p) and _is_new(p, seen)]
+        if paragraphs:
+            documents.append(paragraphs)
+    return documents
+
+
+def general_versions() -> dict[str, str]:
+    """Return the version of everything ``general_documents`` reads."""
+    versions = {name: distribution(name).version for name in GENERAL_PACKAGES}
+    return {"python": sys.version.split()[0], **versions}
+
+
+def domain_documents(work: Path) -> list[Document]:
+    """Return the King James Bible, one document per chapter and one paragraph per verse.
+
+    The wheel is downloaded into ``work`` once. Marginal notes (``{firmament: Heb. expansion}``) are dropped; the braces
+    around words the translators supplied are removed and the words kept.
+    """
+    wheels = work / "wheels"
+    name, version = DOMAIN_WHEEL.split("==")
+    stem = f"{name.replace('-', '_')}-{version}"
+    if not list(wheels.glob(f"{stem}-*.whl")):
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+        subprocess.run([*command, "--dest", str(wheels), DOMAIN_WHEEL], check=True)
+    (wheel,) = wheels.glob(f"{stem}-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        books = json.loads(archive.read(DOMAIN_MEMBER).decode("utf-8-sig"))
+    return [[_verse(verse) for verse in chapter] for book in books for chapter in book["chapters"]]
+
+
+def _verse(raw: str) -> str:
+    text = _SUPPLIED_WORD.sub("", _MARGINAL_NOTE.sub("", raw))
+    return " ".join(text.split())
+
+
+def _general_files() -> Iterator[Path]:
+    for name in GENERAL_PACKAGES:
+        dist = distribution(name)
+        files = sorted(str(f) for f in dist.files or ())
+        for file in files:
+            skipped = any(part in file for part in ("..", ".dist-info/", "/nvidia/"))
+            if not skipped and file.endswith((".py", ".pyi", ".h", ".hpp", ".rst", ".md", ".txt")):
+                path = Path(str(dist.locate_file(file)))
+                if path.is_file():
+                    yield path
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(stdlib.rglob("*.py")):
+        if not {"site-packages", "test", "tests", "encodings"} & set(path.relative_to(stdlib).parts):
+            yield path
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    source = path.read_text(encoding="utf-8", errors="ignore").replace("\r\n", "\n")
+    if path.suffix in (".py", ".pyi"):
+        blocks = _python_blocks(source)
+    elif path.suffix in (".h", ".hpp"):
+        blocks = [_COMMENT_C_MARK.sub("", block) for block in _COMMENT_C.findall(source)]
+    else:
+        blocks = [source]
+    for block in blocks:
+        if len(block) >= SHORTEST_PARAGRAPH:
+            for paragraph in re.split(r"\n[ \t]*\n", block):
+                yield " ".join(paragraph.split())
+
+
+def _python_blocks(source: str) -> list[str]:
+    """Return the long string constants, then the comment blocks, of one Python file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return []
+    strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return strings + [_COMMENT_PYTHON_MARK.sub("", block) for block in _COMMENT_PYTHON.findall(source)]
+
+
+def _is_prose(paragraph: str) -> bool:
+    """Say whether a paragraph reads as English: long enough, mostly letters, words of ordinary length, a full stop."""
+    if not SHORTEST_PARAGRAPH <= len(paragraph) <= 4000 or paragraph[-1] not in ".!?" or ">>>" in paragraph:
+        return False
+    plain = sum(c.isalpha() or c in " ,.'-" for c in paragraph) / len(paragraph)
+    words = paragraph.split()
+    lower = sum(w.strip(",.;:()'\"").isalpha() and w == w.lower() or w[0] in ",.;" for w in words) / len(words)
+    return plain > 0.93 and lower > 0.6 and paragraph.isascii() and not paragraph.startswith(("|", "+", "="))
+
+
+def _is_new(paragraph: str, seen: set[int]) -> bool:
+    words = _WORD.findall(paragraph.lower())
+    runs = [" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))]
+    hashes = [int.from_bytes(hashlib.blake2b(run.encode(), digest_size=8).digest(), "big") for run in runs]
+    repeated = sum(h in seen for h in hashes) / len(hashes)
+    seen.update(hashes)
+    return repeated < 0.3

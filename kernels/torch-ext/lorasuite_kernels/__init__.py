@@ -1,0 +1,26 @@
+"""Kernels for comparing and carrying low-rank adapters between models. Tensors in, tensors out: no model is known here.
+
+Notation: subscript `o` old, `n` new; `d` width, `h` head size, `H` query heads, `G` key/value heads, `L` layers,
+`m` examples, `r` rank.
+"""
+
+from .balance import balance
+from .cka import StreamingCKA, cka
+from .heads import head_similarity
+from .neurons import NeuronCandidates, neuron_candidates
+from .projection import apply_head_blocks, head_blocks, project_heads
+from .shared_gram import SharedGram, shared_gram
+
+__all__ = [
+    "NeuronCandidates",
+    "SharedGram",
+    "StreamingCKA",
+    "apply_head_blocks",
+    "balance",
+    "cka",
+    "head_blocks",
+    "head_similarity",
+    "neuron_candidates",
+    "project_heads",
+    "shared_gram",
+]

@@ -1,0 +1,33 @@
+"""The factors a singular value decomposition of B A would give, without forming B A."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def balance(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rewrites `B A` as `(U √Σ)(√Σ V^T)` through two thin QR decompositions and one r × r SVD: O(d r²).
+
+    Args:
+        b: (..., out, r). a: (..., r, in). Computed in at least float32; leading dimensions are batched.
+
+    Returns:
+        (b, a, sigma) with the same shapes and dtype as given, sigma (..., r) in descending order. Where out or in is
+        smaller than r, the surplus columns of b, rows of a and singular values are zero.
+    """
+    if b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-2]:
+        raise ValueError(f"b (..., out, r) and a (..., r, in) do not fit; got {tuple(b.shape)} and {tuple(a.shape)}")
+    dtype, r = b.dtype, b.shape[-1]
+    wide = torch.promote_types(dtype, torch.float32)
+    q_b, r_b = torch.linalg.qr(b.to(wide))
+    q_a, r_a = torch.linalg.qr(a.to(wide).mT)
+    u, sigma, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    root = sigma.sqrt()[..., None, :]
+    b_out, a_out = (q_b @ u) * root, ((q_a @ v.mT) * root).mT
+    short = r - sigma.shape[-1]
+    if short:
+        b_out = torch.nn.functional.pad(b_out, (0, short))
+        a_out = torch.nn.functional.pad(a_out, (0, 0, 0, short))
+        sigma = torch.nn.functional.pad(sigma, (0, short))
+    return b_out.to(dtype), a_out.to(dtype), sigma.to(dtype)

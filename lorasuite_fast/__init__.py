@@ -1,0 +1,33 @@
+"""Carry a LoRA adapter from the base model it was trained on to that model's successor.
+
+>>> import lorasuite_fast
+>>> lorasuite_fast.migrate("old-model", "new-model", "adapter", "migrated-adapter")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .errors import LoraSuiteError
+
+if TYPE_CHECKING:
+    from .plan import TransferPlan, migrate
+    from .result import LayerResult, Migration
+
+__all__ = ["LayerResult", "LoraSuiteError", "Migration", "TransferPlan", "__version__", "migrate"]
+
+_HOMES = {"TransferPlan": "plan", "migrate": "plan", "Migration": "result", "LayerResult": "result"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first used, so that importing the package costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

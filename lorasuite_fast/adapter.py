@@ -1,0 +1,288 @@
+"""A PEFT LoRA folder: read with every doubt resolved, written so that PEFT loads it without a surprise."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from .checkpoint import Checkpoint, TensorFiles, read_json
+from .errors import LoraSuiteError
+from .families import FAMILIES, Family, Shape
+from .projection import Factors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
+_PLAIN_INITS = (True, False, None, "gaussian", "eva")
+_UNSUPPORTED = {
+    "use_dora": "DoRA adapters",
+    "fan_in_fan_out": "adapters with fan_in_fan_out",
+    "lora_bias": "adapters with lora_bias",
+    "modules_to_save": "adapters that save whole modules (modules_to_save)",
+    "trainable_token_indices": "adapters with trainable tokens",
+    "target_parameters": "adapters on bare parameters (target_parameters)",
+    "layer_replication": "adapters with layer_replication",
+    "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA adapters",
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """One module's update: the raw factors, its alpha, and its scale s (`ΔW = s B A`)."""
+
+    factors: Factors
+    alpha: float
+    rslora: bool
+
+    @property
+    def rank(self) -> int:
+        return self.factors.a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return float(self.alpha / (self.rank**0.5 if self.rslora else self.rank))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Updates by (layer, role), and the configuration they came with."""
+
+    where: str
+    config: dict[str, Any]
+    updates: dict[tuple[int, str], Update]
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        present = {role for _, role in self.updates}
+        return tuple(role for role in ("q", "k", "v", "o", "gate", "up", "down") if role in present)
+
+    @property
+    def base(self) -> str | None:
+        name = self.config.get("base_model_name_or_path")
+        return name if isinstance(name, str) and name else None
+
+
+def _pattern_value(patterns: dict[str, Any], module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the module's path or an ending of it."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _number(value: Any, name: str, where: Path) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value == value:
+        raise LoraSuiteError(f"{where}: {name} must be a number, found {value!r}")
+    return float(value)
+
+
+def _check_config(config: dict[str, Any], where: Path) -> None:
+    kind = config.get("peft_type")
+    if kind != "LORA":
+        raise LoraSuiteError(f"{where}: peft_type is {kind!r}; only LORA adapters can be migrated")
+    for key, what in _UNSUPPORTED.items():
+        if config.get(key):
+            raise LoraSuiteError(f"{where}: {what} are not supported ({key} is set)")
+    if config.get("bias", "none") != "none":
+        raise LoraSuiteError(f"{where}: adapters that train biases are not supported (bias is {config['bias']!r})")
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        raise LoraSuiteError(
+            f"{where}: init_lora_weights {config['init_lora_weights']!r} changes the base weights; save the adapter "
+            "with PEFT's path_initial_model_for_weight_conversion first"
+        )
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise LoraSuiteError(f"{where}: {key} must be an object, found {config[key]!r}")
+    rank = _number(config.get("r"), "r", where)
+    if rank < 1 or rank != int(rank):
+        raise LoraSuiteError(f"{where}: rank r is {config.get('r')!r}; it must be a positive integer")
+
+
+def _role_of(module: str, family: Family, roles: dict[str, str], where: Path) -> tuple[int, str]:
+    match = re.fullmatch(re.escape(f"{family.prefix}{family.layers}.") + r"(\d+)\.(.+)", module)
+    if match is None or match[2] not in roles:
+        known = ", ".join(p.module for p in family.projections.values())
+        raise LoraSuiteError(
+            f"{where}: module {module} is not one a {family.model_type} adapter can be migrated on; known: {known}"
+        )
+    return int(match[1]), roles[match[2]]
+
+
+def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, base: str) -> Adapter:
+    """Reads a PEFT LoRA folder and checks every factor against the model it is said to belong to.
+
+    Args:
+        source: the folder. family, shape, base: of the old model, the name for messages.
+
+    Raises:
+        LoraSuiteError: not a folder, kinds that are not supported, unknown or unpaired tensors, ranks or shapes that do
+            not fit, NaN or infinity.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise LoraSuiteError(f"ADAPTER {source}: no such folder")
+    config = read_json(folder / CONFIG)
+    _check_config(config, folder / CONFIG)
+    if not (folder / WEIGHTS).exists():
+        pickles = [p.name for p in folder.glob("adapter_model.*")]
+        hint = f"; {pickles[0]} is never opened, save it with safe_serialization=True" if pickles else ""
+        raise LoraSuiteError(f"{folder}: {WEIGHTS} is missing{hint}")
+    files = TensorFiles([folder / WEIGHTS])
+    roles = {p.module: role for role, p in family.projections.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in files.entries:
+        key = _KEY.fullmatch(name)
+        if key is None:
+            raise LoraSuiteError(f"{folder / WEIGHTS}: tensor {name} is not a lora_A or lora_B weight; not supported")
+        # A copy, so that nothing points into the file when it is closed or replaced.
+        found.setdefault(key["module"], {})[key["which"]] = files.view(name).clone()
+    files.close()
+    if not found:
+        raise LoraSuiteError(f"{folder / WEIGHTS}: holds no LoRA weights")
+    updates: dict[tuple[int, str], Update] = {}
+    for module, pair in found.items():
+        layer, role = _role_of(module, family, roles, folder / WEIGHTS)
+        if len(pair) != 2:
+            missing = "B" if "A" in pair else "A"
+            raise LoraSuiteError(f"{folder / WEIGHTS}: {module}.lora_{missing}.weight is missing")
+        _check_factors(module, pair["B"], pair["A"], shape, layer, role, folder / WEIGHTS, base)
+        declared = _number(
+            _pattern_value(config.get("rank_pattern") or {}, module, config["r"]), "rank", folder / CONFIG
+        )
+        if declared != pair["A"].shape[0]:
+            raise LoraSuiteError(
+                f"{folder / WEIGHTS}: {module} has rank {pair['A'].shape[0]}, {CONFIG} gives it {declared:g}"
+            )
+        alpha = _pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+        updates[layer, role] = Update(
+            Factors(pair["B"], pair["A"]), _number(alpha, "lora_alpha", folder / CONFIG), bool(config.get("use_rslora"))
+        )
+    return Adapter(str(folder), config, dict(sorted(updates.items())))
+
+
+def _check_factors(
+    module: str, b: Tensor, a: Tensor, shape: Shape, layer: int, role: str, where: Path, base: str
+) -> None:
+    if layer >= shape.L:
+        raise LoraSuiteError(f"{where}: {module} is beyond the {shape.L} layers of {base}; is this adapter's base OLD?")
+    out, into = shape.expected(role)
+    fits = b.ndim == 2 and a.ndim == 2 and b.shape[0] == out and a.shape[1] == into and b.shape[1] == a.shape[0]
+    if not fits:
+        raise LoraSuiteError(
+            f"{where}: {module} has lora_B {list(b.shape)} and lora_A {list(a.shape)}; the weight of {base} is "
+            f"{[out, into]}; is this adapter's base OLD?"
+        )
+    if a.shape[0] == 0:
+        raise LoraSuiteError(f"{where}: {module} has rank 0; there is nothing to migrate")
+    for which, tensor in (("A", a), ("B", b)):
+        if not tensor.dtype.is_floating_point:
+            raise LoraSuiteError(f"{where}: {module}.lora_{which}.weight is {tensor.dtype}, not a floating dtype")
+        if not torch.isfinite(tensor).all():
+            raise LoraSuiteError(f"{where}: {module}.lora_{which}.weight holds NaN or infinity; train or save it again")
+
+
+def adapter_files(
+    updates: dict[tuple[int, str], Update], source: Adapter, new_family: str, new_layers: int, new_name: str
+) -> dict[str, bytes]:
+    """The files of a PEFT LoRA folder for the new model, as bytes.
+
+    alpha, dropout and the rest of the configuration are carried over; what names modules or layers is rewritten.
+
+    Raises:
+        LoraSuiteError: if a factor holds NaN or infinity.
+    """
+    family = FAMILIES[new_family]
+    modules = {key: f"{family.layer(key[0])}.{family.projections[key[1]].module}" for key in updates}
+    tensors: dict[str, Tensor] = {}
+    for key, update in updates.items():
+        for which, tensor in (("A", update.factors.a), ("B", update.factors.b)):
+            name = f"base_model.model.{modules[key]}.lora_{which}.weight"
+            if not torch.isfinite(tensor).all():
+                raise LoraSuiteError(f"the migrated {name} holds NaN or infinity; nothing was written")
+            tensors[name] = tensor.contiguous()
+    config = dict(source.config)
+    config |= {
+        "base_model_name_or_path": new_name,
+        "revision": None,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "exclude_modules": None,
+    }
+    config |= _targets(updates, modules, family, new_layers) | _ranks(updates, modules, source)
+    return {
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        WEIGHTS: save(tensors, metadata={"format": "pt"}),
+    }
+
+
+def _targets(
+    updates: dict[tuple[int, str], Update], modules: dict[tuple[int, str], str], family: Family, layers: int
+) -> dict[str, Any]:
+    """target_modules by short name where all roles cover the same layers, else every module by its full path."""
+    covered: dict[str, set[int]] = {}
+    for layer, role in updates:
+        covered.setdefault(role, set()).add(layer)
+    first = next(iter(covered.values()))
+    if any(layer_set != first for layer_set in covered.values()):
+        return {"target_modules": sorted(modules.values()), "layers_to_transform": None, "layers_pattern": None}
+    names = [family.projections[role].module.rpartition(".")[2] for role in covered]
+    everywhere = first == set(range(layers))
+    return {
+        "target_modules": names,
+        "layers_to_transform": None if everywhere else sorted(first),
+        "layers_pattern": None if everywhere else family.layers.rpartition(".")[2],
+    }
+
+
+def _ranks(
+    updates: dict[tuple[int, str], Update], modules: dict[tuple[int, str], str], source: Adapter
+) -> dict[str, Any]:
+    """r and lora_alpha as they were, and a pattern entry for every module that differs."""
+    r, alpha = source.config["r"], source.config["lora_alpha"]
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {modules[k]: u.rank for k, u in updates.items() if u.rank != r},
+        "alpha_pattern": {modules[k]: u.alpha for k, u in updates.items() if u.alpha != alpha},
+    }
+
+
+def check_base(adapter: Adapter, fingerprint: str, name: str) -> None:
+    """Refuses an adapter whose recorded base is a model at hand that is not the plan's old model.
+
+    A base named by a hub id that is not in the local cache, or by a folder that is gone, cannot be compared; the shapes
+    then have to do.
+    """
+    base = adapter.base
+    if base is None or base == name:
+        return
+    folder = Path(base).expanduser()
+    if not folder.is_dir():
+        cached = _cached(base)
+        if cached is None:
+            return
+        folder = cached
+    found = Checkpoint(folder, "base").fingerprint()
+    if found != fingerprint:
+        raise LoraSuiteError(
+            f"{adapter.where}: trained on {base} (fingerprint {found}), while the plan's old model is {name} "
+            f"(fingerprint {fingerprint}); build a plan for that base"
+        )
+
+
+def _cached(repo: str) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        return None

@@ -1,0 +1,81 @@
+"""The text both models read so that their layers can be compared."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from importlib.resources import files
+from pathlib import Path
+
+from .errors import LoraSuiteError
+
+EXAMPLE_CHARACTERS = 1000
+MIN_EXAMPLES = 4
+
+
+def _cut(text: str) -> list[str]:
+    """Examples of about EXAMPLE_CHARACTERS, cut at line ends; a longer line is an example of its own."""
+    examples: list[str] = []
+    lines: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True):
+        if lines and size + len(line) > EXAMPLE_CHARACTERS:
+            examples.append("".join(lines))
+            lines.clear()
+            size = 0
+        lines.append(line)
+        size += len(line)
+    return [e for e in (*examples, "".join(lines)) if e.strip()]
+
+
+def _json_lines(text: str, where: str) -> list[str]:
+    examples = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise LoraSuiteError(f"{where}: line {number} is not JSON ({error})") from None
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise LoraSuiteError(f'{where}: line {number} has no string field "text"')
+        if value["text"].strip():
+            examples.append(value["text"])
+    return examples
+
+
+def load_examples(source: str | os.PathLike[str] | None, count: int, seed: int) -> list[str]:
+    """At most `count` calibration examples: from a .jsonl or .txt file, or (None) the text shipped with the package.
+
+    A .jsonl file holds one example a line in the field `text`; a .txt file is cut at line ends into examples of about
+    1,000 characters. Where there are more than `count`, a sample seeded by `seed` is taken, in the order of the file.
+
+    Raises:
+        LoraSuiteError: an unreadable or unknown file, or fewer than 4 examples, the least the unbiased CKA needs.
+    """
+    if source is None:
+        where = "the shipped calibration text"
+        examples = _json_lines(files("lorasuite_fast").joinpath("data/calibration.jsonl").read_text("utf-8"), where)
+    else:
+        path = Path(source)
+        where = str(path)
+        if path.suffix not in (".jsonl", ".txt"):
+            raise LoraSuiteError(f"{path}: calibration text must be a .jsonl (field `text`) or a .txt file")
+        try:
+            text = path.read_text("utf-8")
+        except FileNotFoundError:
+            raise LoraSuiteError(f"{path}: no such file") from None
+        except UnicodeDecodeError:
+            raise LoraSuiteError(f"{path}: is not UTF-8 text") from None
+        except OSError as error:
+            raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
+        examples = _json_lines(text, where) if path.suffix == ".jsonl" else _cut(text)
+    if count < MIN_EXAMPLES:
+        raise LoraSuiteError(f"--examples {count}: CKA needs at least {MIN_EXAMPLES}")
+    if len(examples) < MIN_EXAMPLES:
+        raise LoraSuiteError(f"{where}: holds {len(examples)} examples; CKA needs at least {MIN_EXAMPLES}")
+    if len(examples) > count:
+        chosen = sorted(random.Random(seed).sample(range(len(examples)), count))
+        examples = [examples[i] for i in chosen]
+    return examples

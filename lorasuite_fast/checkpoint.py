@@ -1,0 +1,304 @@
+"""A model folder in Hugging Face format, read tensor by tensor from the memory map."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import LoraSuiteError
+from .families import Family, Shape, family_of, shape_of
+
+_SAMPLE_BYTES = 256
+_VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
+_SNAPSHOT_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+
+
+def resolve_folder(source: str | os.PathLike[str], *, what: str) -> Path:
+    """A local folder as it is, or a hub id through huggingface_hub (its cache and offline switch are honoured)."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    text = os.fspath(source)
+    if path.exists():
+        raise LoraSuiteError(f"{what} {text}: expected a folder or a hub id, found a file")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if text.startswith((".", "/", "~")) or text.count("/") > 1:
+        raise LoraSuiteError(f"{what} {text}: no such folder")
+    try:
+        return Path(snapshot_download(text, allow_patterns=_SNAPSHOT_FILES))
+    except HFValidationError:
+        raise LoraSuiteError(f"{what} {text}: no such folder, and not a hub id of the form owner/name") from None
+    except LocalEntryNotFoundError:
+        raise LoraSuiteError(f"{what} {text}: not in the local hub cache, and the hub cannot be reached") from None
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise LoraSuiteError(f"{what} {text}: no such folder, and the hub answers: {reason}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a one-line error."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LoraSuiteError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise LoraSuiteError(f"{path}: cannot be read as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise LoraSuiteError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file, after safetensors itself has checked it against the file."""
+    try:
+        safe_open(path, framework="pt")
+        with path.open("rb") as file:
+            header: dict[str, Any] = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    except SafetensorError as error:
+        raise LoraSuiteError(
+            f"{path}: not a complete safetensors file ({error}); it is truncated or damaged, fetch or save it again"
+        ) from None
+    except OSError as error:
+        raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offsets: tuple[int, int]  # absolute, in the file
+
+
+class TensorFiles:
+    """The tensors of one or several safetensors files, by name. Reads are zero-copy views of the memory map."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.entries: dict[str, _Entry] = {}
+        self._open: dict[Path, Any] = {}
+        for file in files:
+            header = read_header(file)
+            base = file.stat().st_size - max((e["data_offsets"][1] for e in header.values()), default=0)
+            for name, entry in header.items():
+                if name in self.entries:
+                    raise LoraSuiteError(f"{file}: tensor {name} is also in {self.entries[name].file.name}")
+                start, stop = entry["data_offsets"]
+                self.entries[name] = _Entry(file, entry["dtype"], tuple(entry["shape"]), (base + start, base + stop))
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise LoraSuiteError(f"{file}: {error}") from None
+        return self._open[file]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.entries
+
+    def view(self, name: str) -> Tensor:
+        """The tensor as stored. Raises LoraSuiteError if there is none of this name."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise LoraSuiteError(f"{self.where}: tensor {name} is missing")
+        tensor: Tensor = self._handle(entry.file).get_tensor(name)
+        return tensor
+
+    @property
+    def where(self) -> str:
+        return str(next(iter(self.entries.values())).file.parent) if self.entries else "checkpoint"
+
+    def close(self) -> None:
+        self._open.clear()
+
+
+class Checkpoint:
+    """A model folder: config, sizes, family row, tensors and tokenizer.
+
+    Nothing is read beyond the headers until a tensor is asked for, and no code from the folder ever runs.
+
+    Args:
+        source: a folder (config.json, safetensors in one file or sharded with an index, tokenizer) or a hub id.
+        role: "old" or "new", for messages.
+
+    Raises:
+        LoraSuiteError: for a folder that lacks something, an unknown family, tensors that do not fit the config.
+    """
+
+    def __init__(self, source: str | os.PathLike[str], role: str = "model") -> None:
+        self.folder = resolve_folder(source, what=f"{role.upper()} model")
+        self.name = str(self.folder.resolve()) if Path(source).expanduser().is_dir() else os.fspath(source)
+        self.role = role
+        self.config = read_json(self.folder / "config.json")
+        self.family: Family = family_of(self.config, str(self.folder))
+        self.shape: Shape = shape_of(self.config, self.family, str(self.folder))
+        self.tensors = TensorFiles(self._files())
+        self._check_tensors()
+
+    def _files(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        if single.exists():
+            return [single]
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise LoraSuiteError(f"{index}: has no weight_map")
+            shards = sorted(set(map(str, weight_map.values())))
+            for shard in shards:
+                if shard != Path(shard).name or shard in ("", ".", ".."):
+                    raise LoraSuiteError(f"{index}: names the shard {shard!r}, which is outside the model folder")
+                if not (self.folder / shard).exists():
+                    raise LoraSuiteError(f"{index}: names the shard {shard}, which is missing from {self.folder}")
+            self._indexed: dict[str, str] = {str(k): str(v) for k, v in weight_map.items()}
+            return [self.folder / shard for shard in shards]
+        pickles = sorted([*self.folder.glob("*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth")])
+        if pickles:
+            raise LoraSuiteError(
+                f"{self.folder}: holds only pickled weights ({pickles[0].name}), which are never opened; convert them "
+                "with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER) in an environment you trust"
+            )
+        raise LoraSuiteError(f"{self.folder}: holds neither model.safetensors nor model.safetensors.index.json")
+
+    def _has_bias(self, bias: str | bool) -> bool:
+        return bias if isinstance(bias, bool) else bool(self.config.get(bias, False))
+
+    def _expected(self) -> dict[str, tuple[int, ...] | None]:
+        """Every tensor the family row and the config ask for; None where the shape is not ours to know."""
+        family, shape = self.family, self.shape
+        expected: dict[str, tuple[int, ...] | None] = {
+            self.embedding_name: (shape.V, shape.d),
+            f"{family.prefix}{family.final_norm}.weight": (shape.d,),
+        }
+        for i in range(shape.L):
+            layer = family.layer(i)
+            for norm in family.norms():
+                expected[f"{layer}.{norm}.weight"] = (shape.d,)
+            for extra in family.extra:
+                expected[f"{layer}.{extra}"] = None
+            for role, projection in family.projections.items():
+                out, into = shape.expected(role)
+                expected[f"{layer}.{projection.module}.weight"] = (out, into) if projection.part is None else None
+                if self._has_bias(projection.bias):
+                    expected[f"{layer}.{projection.module}.bias"] = (out,) if projection.part is None else None
+        return expected
+
+    def _check_tensors(self) -> None:
+        expected, entries = self._expected(), self.tensors.entries
+        for name, shard in getattr(self, "_indexed", {}).items():
+            if name not in entries or entries[name].file.name != shard:
+                raise LoraSuiteError(
+                    f"{self.folder / shard}: tensor {name} is missing, though the index names it there"
+                )
+        for name, shape in expected.items():
+            if name not in entries:
+                raise LoraSuiteError(
+                    f"{self.folder}: tensor {name} is missing; a {self.family.model_type} checkpoint of "
+                    f"{self.shape.L} layers must hold it"
+                )
+            found = entries[name]
+            if shape is not None and found.shape != shape:
+                raise LoraSuiteError(
+                    f"{found.file}: tensor {name} is {list(found.shape)}, config.json makes it {list(shape)}"
+                )
+            if found.dtype not in _FLOATS:
+                raise LoraSuiteError(
+                    f"{found.file}: tensor {name} is stored as {found.dtype}; quantised weights must be converted to "
+                    "bfloat16, float16 or float32 first"
+                )
+        optional = {f"{self.family.head}.weight", f"{self.family.head}.bias"}
+        for name in entries:
+            if name not in expected and name not in optional and not name.endswith(self.family.ignored):
+                raise LoraSuiteError(
+                    f"{entries[name].file}: tensor {name} is not part of a {self.family.model_type} model of "
+                    f"{self.shape.L} layers; check that config.json belongs to these weights"
+                )
+
+    @property
+    def embedding_name(self) -> str:
+        return f"{self.family.prefix}{self.family.embedding}.weight"
+
+    def module(self, layer: int, role: str) -> str:
+        """Full module path of a projection, as PEFT and transformers name it."""
+        return f"{self.family.layer(layer)}.{self.family.projections[role].module}"
+
+    def read(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """One tensor in the compute dtype. Raises LoraSuiteError if it holds NaN or infinity."""
+        tensor = self.tensors.view(name).to(device=device, dtype=dtype)
+        self.check_finite(tensor, name)
+        return tensor
+
+    def check_finite(self, tensor: Tensor, name: str) -> None:
+        if tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
+            raise LoraSuiteError(
+                f"{self.tensors.entries[name].file}: tensor {name} holds NaN or infinity; fetch or save it again"
+            )
+
+    def weight(self, layer: int, role: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """(out, in) weight of one projection."""
+        return self.read(f"{self.module(layer, role)}.weight", dtype, device)
+
+    def gain(self, layer: int, role: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """(d,) gain of the norm a projection reads through."""
+        norm = self.family.projections[role].norm
+        if norm is None:
+            raise ValueError(f"{role} does not read the residual stream")
+        return self.read(f"{self.family.layer(layer)}.{norm}.weight", dtype, device) + self.family.gain_offset
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the config, every tensor's name, dtype and shape, and 256 bytes from the middle of each tensor.
+
+        The sample tells apart models that share a config and headers (a base model and its chat version).
+        """
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self.config.items() if k not in _VOLATILE_CONFIG}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        handles: dict[Path, Any] = {}
+        try:
+            for name, entry in sorted(self.tensors.entries.items()):
+                digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+                if entry.file not in handles:
+                    handles[entry.file] = entry.file.open("rb")
+                start, stop = entry.offsets
+                middle = start + max(0, (stop - start - _SAMPLE_BYTES) // 2)
+                handles[entry.file].seek(middle)
+                digest.update(handles[entry.file].read(min(_SAMPLE_BYTES, stop - start)))
+        finally:
+            for handle in handles.values():
+                handle.close()
+        return digest.hexdigest()[:32]
+
+    def tokenizer(self, *, trust_remote_code: bool = False) -> Any:
+        """The folder's tokenizer through transformers. Raises LoraSuiteError if there is none."""
+        from transformers import AutoTokenizer
+
+        if not any((self.folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise LoraSuiteError(f"{self.folder}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise LoraSuiteError(f"{self.folder}: its tokenizer cannot be loaded ({first})") from None
+
+    def __repr__(self) -> str:
+        s = self.shape
+        return (
+            f"Checkpoint({self.name!r}, {self.family.model_type}, V={s.V}, d={s.d}, f={s.f}, L={s.L}, H={s.H}, "
+            f"G={s.G}, h={s.h})"
+        )

@@ -1,0 +1,475 @@
+"""Everything about an upgrade that depends only on the two models, computed once and saved as one file."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lorasuite_kernels import StreamingCKA
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ._version import __version__
+from .adapter import Adapter, Update, adapter_files, check_base, read_adapter
+from .calibration import MIN_EXAMPLES, load_examples
+from .checkpoint import Checkpoint
+from .errors import LoraSuiteError
+from .families import ATTENTION, FAMILIES, ROLES, Shape
+from .hidden_states import MAX_TOKENS, pooled_hidden_states
+from .mapping import map_layers
+from .output import check_output, write_file, write_folder
+from .phases import Phase, PhaseClock, Progress
+from .projection import METHODS, Pair, PlannedLayer, balanced
+from .result import LayerResult, Migration
+from .transfer import build_transfer
+
+FORMAT = "lorasuite-fast plan"
+FORMAT_VERSION = 1
+_MINIBATCH = 512
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """What a plan remembers of a model."""
+
+    name: str
+    fingerprint: str
+    family: str
+    shape: Shape
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> ModelRecord:
+        return cls(checkpoint.name, checkpoint.fingerprint(), checkpoint.family.model_type, checkpoint.shape)
+
+
+@dataclass(frozen=True)
+class TransferPlan:
+    """How to carry any adapter of one old model to one new model.
+
+    Attributes:
+        old, new: the two models' names, fingerprints, families and sizes.
+        options: the options it was built with.
+        layers: new layer -> old layer, for the new layers that have a partner.
+        tensors: W_h (d_o, d_n), S (d_n, d_o), cka (L_o, L_n) and what the method stored per layer, by name; float32
+            but for the matches. A loaded plan's tensors stay in its file until asked for.
+        facts: shared tokens, rank and fit of the transfer matrices.
+        phases: time and memory of the build.
+    """
+
+    old: ModelRecord
+    new: ModelRecord
+    options: dict[str, Any]
+    layers: dict[int, int]
+    tensors: dict[str, Tensor] | _LazyTensors
+    facts: dict[str, Any]
+    phases: list[Phase] = field(default_factory=list)
+
+    @classmethod
+    def build(
+        cls,
+        old: str | os.PathLike[str],
+        new: str | os.PathLike[str],
+        *,
+        calibration: str | os.PathLike[str] | None = None,
+        examples: int = 64,
+        layers: str = "cka",
+        heads: str = "hungarian",
+        transfer: str = "embedding",
+        method: str = "lstsq",
+        roles: tuple[str, ...] = ROLES,
+        device: str = "auto",
+        dtype: str = "auto",
+        seed: int = 0,
+        ridge: float = 0.0,
+        trust_remote_code: bool = False,
+        progress: Progress | None = None,
+    ) -> TransferPlan:
+        """Compares two models and works out how updates travel between them. The models are never both in memory.
+
+        Args:
+            old, new: folders in Hugging Face format, or hub ids.
+            calibration: .jsonl or .txt of unlabelled text for CKA; None takes the text shipped with the package.
+            examples: how many calibration examples to read, each cut to 128 tokens.
+            layers: cka, first, medium or last. heads: hungarian or identity. transfer: embedding or identity.
+            method: lstsq (exact wherever the new model computes the old function) or paper (Eq. 3 of LoRASuite).
+            roles: projections to plan for, of q, k, v, o, gate, up, down; the MLP costs several times the rest.
+            device: auto, cpu or cuda. dtype: of the forward passes and the per-layer products; auto is float32.
+            ridge: regularises the transfer matrix, as a share of the normal equations' mean diagonal.
+
+        Raises:
+            LoraSuiteError: for input that cannot be used; the message names it and says what to do.
+        """
+        run_device, run_dtype = pick_device(device), pick_dtype(dtype)
+        if method not in METHODS:
+            raise LoraSuiteError(f"method {method!r} is not one of {', '.join(METHODS)}")
+        if unknown := [role for role in roles if role not in ROLES]:
+            raise LoraSuiteError(f"role {unknown[0]!r} is not one of {', '.join(ROLES)}")
+        if layers not in ("cka", "first", "medium", "last"):
+            raise LoraSuiteError(f"layer mapping {layers!r} is not one of cka, first, medium, last")
+        if heads not in ("hungarian", "identity"):
+            raise LoraSuiteError(f"head mapping {heads!r} is not one of hungarian, identity")
+        if transfer not in ("embedding", "identity"):
+            raise LoraSuiteError(f"transfer {transfer!r} is not one of embedding, identity")
+        clock = PhaseClock(progress, run_device)
+        with clock.phase("open", 2) as step:
+            old_model, new_model = Checkpoint(old, "old"), Checkpoint(new, "new")
+            records = ModelRecord.of(old_model), ModelRecord.of(new_model)
+            step(2)
+        texts = load_examples(calibration, examples, seed)
+        with clock.phase("transfer matrix", 1) as step:
+            carried = build_transfer(old_model, new_model, transfer, ridge=ridge, trust_remote_code=trust_remote_code)
+            step(1)
+        pooled = []
+        for model in (old_model, new_model):
+            with clock.phase(f"{model.role} hidden states", model.shape.L) as step:
+                pooled.append(
+                    pooled_hidden_states(
+                        model,
+                        texts,
+                        device=run_device,
+                        dtype=run_dtype,
+                        trust_remote_code=trust_remote_code,
+                        progress=lambda done, _, step=step: step(done),  # type: ignore[misc]
+                    )
+                )
+        with clock.phase("similarity", 1) as step:
+            cka = _streamed_cka(*pooled)
+            mapping = map_layers(cka, layers)
+            step(1)
+        pair = Pair(
+            old_model,
+            new_model,
+            carried.W_h.to(run_device, run_dtype),
+            carried.S.to(run_device, run_dtype),
+            heads,
+            texts,
+        )
+        tensors: dict[str, Tensor] = {"W_h": carried.W_h, "S": carried.S, "cka": cka}
+        with clock.phase("heads and projections", len(mapping)) as step:
+            for done, (j, i) in enumerate(mapping.items(), 1):
+                for name, tensor in METHODS[method].build(pair, i, j, roles).items():
+                    tensors[f"layers.{j}.{name}"] = tensor.cpu() if name.endswith("match") else tensor.float().cpu()
+                for role in roles:
+                    weight = new_model.weight(j, role, torch.float32)
+                    tensors[f"layers.{j}.{role}.norm"] = torch.linalg.vector_norm(weight).view(1)
+                step(done)
+        options = {
+            "calibration": "shipped" if calibration is None else os.fspath(calibration),
+            "examples": len(texts),
+            "max_tokens": MAX_TOKENS,
+            "layers": layers,
+            "heads": heads,
+            "transfer": transfer,
+            "method": method,
+            "roles": list(roles),
+            "device": run_device.type,
+            "dtype": str(run_dtype).removeprefix("torch."),
+            "seed": seed,
+            "ridge": ridge,
+        }
+        facts = {
+            "shared_tokens": carried.shared,
+            "untrained_tokens": carried.dropped,
+            "rank": carried.rank,
+            "r2": carried.r2,
+            "r2_back": carried.r2_back,
+        }
+        return cls(*records, options, mapping, tensors, facts, clock.phases)
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the plan as one safetensors file. Raises LoraSuiteError if the file exists and overwrite is off."""
+        target = check_output(path, overwrite=overwrite)
+        for name, tensor in self.tensors.items():
+            if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
+                raise LoraSuiteError(f"the plan's tensor {name} holds NaN or infinity; nothing was written")
+        header = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "made_by": __version__,
+            "old": asdict(self.old),
+            "new": asdict(self.new),
+            "options": self.options,
+            "layers": {str(j): i for j, i in self.layers.items()},
+            "facts": self.facts,
+            "phases": [phase.as_dict() for phase in self.phases],
+        }
+        contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
+        write_file(target, save(contiguous, metadata={"plan": json.dumps(header)}), overwrite=overwrite)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> TransferPlan:
+        """Opens a saved plan; its tensors are read when needed.
+
+        Raises:
+            LoraSuiteError: not a plan file, or one of a version this release does not read.
+        """
+        file = Path(path).expanduser()
+        if not file.is_file():
+            raise LoraSuiteError(f"PLAN {path}: no such file")
+        try:
+            lazy = _LazyTensors(file)
+            header = json.loads((lazy.file.metadata() or {})["plan"])
+            if header["format"] != FORMAT:
+                raise KeyError
+            if header["version"] != FORMAT_VERSION:
+                raise LoraSuiteError(
+                    f"PLAN {path}: has format version {header['version']}, this release reads {FORMAT_VERSION}; "
+                    "build the plan again"
+                )
+            old, new = (
+                ModelRecord(m["name"], m["fingerprint"], m["family"], Shape(**m["shape"]))
+                for m in (header["old"], header["new"])
+            )
+            plan = cls(
+                old,
+                new,
+                dict(header["options"]),
+                {int(j): int(i) for j, i in header["layers"].items()},
+                lazy,
+                dict(header["facts"]),
+                [Phase(**phase) for phase in header["phases"]],
+            )
+        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError):
+            raise LoraSuiteError(f"PLAN {path}: is not a plan file, or is damaged; build it again") from None
+        plan._check(str(path))
+        return plan
+
+    def _check(self, path: str) -> None:
+        """The invariants every other method relies on."""
+        d_o, d_n, L_o, L_n = self.old.shape.d, self.new.shape.d, self.old.shape.L, self.new.shape.L
+        expected = {"W_h": (d_o, d_n), "S": (d_n, d_o), "cka": (L_o, L_n)}
+        for name, shape in expected.items():
+            if name not in self.tensors or tuple(self.tensors[name].shape) != shape:
+                raise LoraSuiteError(f"PLAN {path}: tensor {name} is missing or not {list(shape)}; build it again")
+        if self.old.family not in FAMILIES or self.new.family not in FAMILIES:
+            raise LoraSuiteError(f"PLAN {path}: names a family ({self.old.family}, {self.new.family}) not known here")
+        if self.options.get("method") not in METHODS:
+            raise LoraSuiteError(f"PLAN {path}: was built by an unknown method {self.options.get('method')!r}")
+        if any(not (0 <= i < L_o and 0 <= j < L_n) for j, i in self.layers.items()):
+            raise LoraSuiteError(f"PLAN {path}: maps layers the models do not have; build it again")
+
+    def check_models(
+        self, old: str | os.PathLike[str] | None = None, new: str | os.PathLike[str] | None = None
+    ) -> tuple[Checkpoint, Checkpoint]:
+        """Opens the plan's two models (or the given ones) and checks their fingerprints.
+
+        Raises:
+            LoraSuiteError: a model that cannot be found, or whose fingerprint is not the plan's; both are named.
+        """
+        opened = []
+        for record, source, role in ((self.old, old, "old"), (self.new, new, "new")):
+            checkpoint = Checkpoint(source if source is not None else record.name, role)
+            found = checkpoint.fingerprint()
+            if found != record.fingerprint:
+                raise LoraSuiteError(
+                    f"{checkpoint.folder}: has fingerprint {found}, the plan was built with the {role} model "
+                    f"{record.name} of fingerprint {record.fingerprint}; build a plan for this model"
+                )
+            opened.append(checkpoint)
+        return opened[0], opened[1]
+
+    def apply(
+        self,
+        adapter: str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        *,
+        old: str | os.PathLike[str] | None = None,
+        new: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Migration:
+        """Carries one PEFT LoRA folder to the new model and writes the result as another.
+
+        Args:
+            old, new: where the models are now; only then, or where Eq. (3) needs MLP weights, are they opened.
+
+        Raises:
+            LoraSuiteError: an adapter of another base, or one the plan does not cover; OUT is then untouched.
+        """
+        target = check_output(out, overwrite=overwrite)
+        clock = PhaseClock(progress)
+        models = cache(lambda: self.check_models(old, new))
+        if old is not None or new is not None:
+            models()
+        source = read_adapter(adapter, FAMILIES[self.old.family], self.old.shape, self.old.name)
+        check_base(source, self.old.fingerprint, self.old.name)
+        missing = [role for role in source.roles if role not in self.options["roles"]]
+        if missing:
+            raise LoraSuiteError(
+                f"{source.where}: the adapter targets {', '.join(missing)}, the plan covers only "
+                f"{', '.join(self.options['roles'])}; build the plan with --roles all"
+            )
+        with clock.phase("apply", len(self.layers)) as step:
+            updates, results = self._project(source, models, step)
+            if not updates:
+                raise LoraSuiteError(f"{source.where}: none of its layers has a partner in the new model")
+            files = adapter_files(updates, source, self.new.family, self.new.shape.L, self.new.name)
+            write_folder(target, files, overwrite=overwrite)
+        return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))
+
+    def _project(
+        self, source: Adapter, models: Any, step: Any
+    ) -> tuple[dict[tuple[int, str], Update], list[LayerResult]]:
+        method = METHODS[self.options["method"]]
+        W_h, S = self.tensors["W_h"], self.tensors["S"]
+        updates: dict[tuple[int, str], Update] = {}
+        results = []
+        for done, (j, i) in enumerate(sorted(self.layers.items()), 1):
+            prefix = f"layers.{j}."
+            layer = PlannedLayer(i, j, _Prefixed(self.tensors, prefix), W_h, S, self.old.shape, self.new.shape, models)
+            sizes: dict[str, float] = {}
+            for role in source.roles:
+                update = source.updates.get((i, role))
+                if update is None:
+                    continue
+                factors = type(update.factors)(*(factor.float() for factor in update.factors))
+                carried, sigma = balanced(method.project(layer, role, factors))
+                dtype = update.factors.a.dtype
+                updates[j, role] = Update(
+                    type(carried)(carried.b.to(dtype), carried.a.to(dtype)), update.alpha, update.rslora
+                )
+                size = abs(update.scale) * float(torch.linalg.vector_norm(sigma))
+                norm = float(layer.tensors[f"{role}.norm"])
+                sizes[role] = size / norm if norm else 0.0
+            results.append(self._layer_result(layer, sizes))
+            step(done)
+        return updates, results
+
+    def _layer_result(self, layer: PlannedLayer, sizes: dict[str, float]) -> LayerResult:
+        def mean(similarity: str, match: str) -> float | None:
+            if similarity not in layer.tensors:
+                return None
+            has = (pairs := layer.tensors[match]) >= 0
+            values = layer.tensors[similarity]
+            if values.ndim == 2:
+                values = values[pairs.clamp_min(0), torch.arange(len(pairs))]
+            return float(values[has].mean()) if has.any() else 0.0
+
+        return LayerResult(
+            new_layer=layer.new_layer,
+            old_layer=layer.old_layer,
+            cka=float(self.tensors["cka"][layer.old_layer, layer.new_layer]),
+            head_similarity=mean("heads.similarity", "heads.match") if set(ATTENTION) & set(sizes) else None,
+            neuron_similarity=mean("neurons.similarity", "neurons.match")
+            if {"gate", "up", "down"} & set(sizes)
+            else None,
+            update=sizes,
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """The plan without its tensors, as plain data."""
+        cka = self.tensors["cka"]
+        return {
+            "old": asdict(self.old),
+            "new": asdict(self.new),
+            "options": self.options,
+            "facts": self.facts,
+            "layers": [{"new": j, "old": i, "cka": round(float(cka[i, j]), 6)} for j, i in sorted(self.layers.items())],
+            "phases": [phase.as_dict() for phase in self.phases],
+        }
+
+
+class _LazyTensors:
+    """The tensors of a plan file, read one by one when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = safe_open(path, framework="pt")
+        self._names = set(self.file.keys())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self.file.get_tensor(name)
+        return tensor
+
+    def items(self) -> Any:
+        return ((name, self[name]) for name in sorted(self._names))
+
+
+class _Prefixed(dict[str, Tensor]):
+    """One layer's view of a plan's tensors."""
+
+    def __init__(self, tensors: dict[str, Tensor] | _LazyTensors, prefix: str) -> None:
+        super().__init__()
+        self._tensors, self._prefix = tensors, prefix
+
+    def __contains__(self, name: object) -> bool:
+        return f"{self._prefix}{name}" in self._tensors
+
+    def __missing__(self, name: str) -> Tensor:
+        if name not in self:
+            raise LoraSuiteError(f"the plan lacks tensor {self._prefix}{name}; build it again")
+        return self._tensors[f"{self._prefix}{name}"]
+
+
+def _streamed_cka(x: Tensor, y: Tensor) -> Tensor:
+    """CKA over minibatches of at most 512 examples, as equal in size as they can be: (L_o, L_n)."""
+    m = x.shape[1]
+    parts = max(1, min(-(-m // _MINIBATCH), m // MIN_EXAMPLES))
+    stream = StreamingCKA(x.shape[0], y.shape[0])
+    for a, b in zip(x.tensor_split(parts, dim=1), y.tensor_split(parts, dim=1), strict=True):
+        stream.update(a, b)
+    return stream.compute()
+
+
+def _unused(source: Adapter, plan: TransferPlan) -> list[int]:
+    """Old layers the adapter updates that no new layer continues."""
+    return sorted({layer for layer, _ in source.updates} - set(plan.layers.values()))
+
+
+def pick_device(name: str) -> torch.device:
+    """auto takes the GPU where there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise LoraSuiteError(f"device {name!r} is not one of auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise LoraSuiteError("--device cuda: PyTorch sees no GPU; use --device cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """auto is float32: float16 and, on many CPUs, bfloat16 products are slow there, and inexact everywhere."""
+    if name == "auto":
+        return torch.float32
+    if name not in _DTYPES:
+        raise LoraSuiteError(f"dtype {name!r} is not one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def migrate(
+    old: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Migration:
+    """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
+
+    Args:
+        old, new: model folders or hub ids. adapter: a PEFT LoRA folder trained on old. out: the folder to write.
+        options: those of `TransferPlan.build`.
+
+    Raises:
+        LoraSuiteError: for input that cannot be used; OUT is then untouched.
+    """
+    start = time.perf_counter()
+    check_output(out, overwrite=overwrite)
+    model = Checkpoint(old, "old")
+    source = read_adapter(adapter, model.family, model.shape, model.name)
+    check_base(source, model.fingerprint(), model.name)
+    plan = TransferPlan.build(old, new, roles=source.roles, progress=progress, **options)
+    result = plan.apply(adapter, out, overwrite=overwrite, progress=progress)
+    return result.with_seconds(time.perf_counter() - start)

@@ -1,0 +1,272 @@
+"""The two projections of an update from an old layer onto its new partner.
+
+Both are exact in rank: an update of rank r stays one, nothing is truncated. `Paper` is Eq. (3) of LoRASuite (arXiv
+2505.13515) and its appendix A.3. `LeastSquares` asks instead that the adapter read the same features and write the same
+effect in the new model, and is exact wherever a linear map between the two models exists.
+
+Notation: x_n ≈ x_o W_h, x_o ≈ x_n S (row vectors); weights are (out, in); `B` (out, r), `A` (r, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import torch
+from lorasuite_kernels import apply_head_blocks, balance, head_blocks, head_similarity, shared_gram
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .families import ATTENTION, MLP, Shape
+from .mapping import match_heads, match_neurons
+from .transfer import RCOND, solve_normal
+
+
+class Factors(NamedTuple):
+    """One low-rank update: B (out, r), A (r, in)."""
+
+    b: Tensor
+    a: Tensor
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What building one layer pair needs: both checkpoints, the transfer matrices in the compute dtype, the options."""
+
+    old: Checkpoint
+    new: Checkpoint
+    W_h: Tensor
+    S: Tensor
+    heads: str = "hungarian"
+    texts: list[str] = field(default_factory=list)
+    """Calibration examples, for methods that read text."""
+
+    def weights(self, side: Checkpoint, layer: int, roles: tuple[str, ...]) -> list[Tensor]:
+        return [side.weight(layer, role, self.W_h.dtype, self.W_h.device) for role in roles]
+
+    def gained(self, side: Checkpoint, layer: int, roles: tuple[str, ...]) -> list[Tensor]:
+        """Weights that read the residual stream, with the gain of the norm before them folded in."""
+        return [
+            weight * side.gain(layer, role, weight.dtype, weight.device)
+            for role, weight in zip(roles, self.weights(side, layer, roles), strict=True)
+        ]
+
+    def read_in(self, weight: Tensor) -> Tensor:
+        """An old map of the normalised residual stream as a map of the new one: W S^T sqrt(d_o / d_n).
+
+        RMSNorm fixes the root mean square over the width, not the length, hence the factor.
+        """
+        return weight @ (self.S.T * (self.S.shape[1] / self.S.shape[0]) ** 0.5)
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One layer pair of a plan: the tensors its method stored, and what applying them needs."""
+
+    old_layer: int
+    new_layer: int
+    tensors: Mapping[str, Tensor]
+    W_h: Tensor
+    S: Tensor
+    old_shape: Shape
+    new_shape: Shape
+    checkpoints: Callable[[], tuple[Checkpoint, Checkpoint]]
+    """Opens both models, for the one projection that needs their weights (Eq. (3) on the MLP)."""
+
+
+class Method(Protocol):
+    """A way to carry updates. A plan stores what `build` returns for each layer pair; `project` reads it back."""
+
+    name: str
+    needs_text: bool
+
+    def build(self, pair: Pair, old_layer: int, new_layer: int, roles: tuple[str, ...]) -> dict[str, Tensor]: ...
+
+    def project(self, layer: PlannedLayer, role: str, update: Factors) -> Factors: ...
+
+
+def _attention_tensors(similarity: Tensor, match: Tensor, blocks: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"heads.similarity": similarity, "heads.match": match} | {f"{r}.blocks": c for r, c in blocks.items()}
+
+
+def _project_rows(layer: PlannedLayer, role: str, x: Tensor, *, mean_of_matched: bool) -> Tensor:
+    """Carries the head-space factor of one projection: B of q, k, v, or A^T of o.
+
+    Grouped attention averages the new group's query heads: over all of them, unmatched ones counting as zero (the
+    published rule, with the group size of the new model), or over the matched ones alone.
+    """
+    old, new, match = layer.old_shape, layer.new_shape, layer.tensors["heads.match"]
+    grouped = role in ("k", "v")
+    weight = (match >= 0).float()
+    if grouped:
+        groups = weight.view(new.G, -1)
+        size = groups.sum(1, keepdim=True).clamp_min(1) if mean_of_matched else groups.shape[1]
+        weight = (groups / size).flatten()
+    return apply_head_blocks(
+        layer.tensors[f"{role}.blocks"],
+        x,
+        match,
+        weight,
+        blocks=(old.G, new.G) if grouped else (old.H, new.H),
+        old_share=old.H // old.G if grouped else 1,
+    )
+
+
+class Paper:
+    """Eq. (3): `C = W_o[a] W_h W_n[b]^T`, ΔW_n[b] = C^T ΔW_o[a] W_h; for o, ΔW_n[:, b] = W_h^T ΔW_o[:, a] C."""
+
+    name = "paper"
+    needs_text = False
+
+    def build(self, pair: Pair, old_layer: int, new_layer: int, roles: tuple[str, ...]) -> dict[str, Tensor]:
+        if not set(roles) & set(ATTENTION):
+            return {}
+        old, new = pair.old.shape, pair.new.shape
+        q, k, v, o = pair.weights(pair.old, old_layer, ATTENTION)
+        q, k, v, o_t = q @ pair.W_h, k @ pair.W_h, v @ pair.W_h, o.T @ pair.W_h
+        q_n, k_n, v_n, o_n = pair.weights(pair.new, new_layer, ATTENTION)
+        similarity = head_similarity(q, k, v, o_t.T, q_n, k_n, v_n, o_n, heads=(old.H, new.H), kv_heads=(old.G, new.G))
+        match = match_heads(similarity, pair.heads)
+        heads, groups, share = (old.H, new.H), (old.G, new.G), old.H // old.G
+        blocks = {
+            "q": head_blocks(q, q_n, match, blocks=heads),
+            "k": head_blocks(k, k_n, match, blocks=groups, old_share=share),
+            "v": head_blocks(v, v_n, match, blocks=groups, old_share=share),
+            "o": head_blocks(o_t, o_n.T.contiguous(), match, blocks=heads),
+        }
+        return _attention_tensors(similarity, match, {r: c for r, c in blocks.items() if r in roles})
+
+    def project(self, layer: PlannedLayer, role: str, update: Factors) -> Factors:
+        b, a = update
+        if role == "o":
+            return Factors(layer.W_h.T @ b, _project_rows(layer, role, a.T, mean_of_matched=False).T)
+        if role in ATTENTION:
+            return Factors(_project_rows(layer, role, b, mean_of_matched=False), a @ layer.W_h)
+        old, new = layer.checkpoints()
+        weight_o = old.weight(layer.old_layer, role, b.dtype, b.device)
+        weight_n = new.weight(layer.new_layer, role, b.dtype, b.device)
+        if role == "down":
+            return Factors(pinv_times(layer.W_h, b), pinv_times(weight_o.T, a.T).T @ layer.W_h @ weight_n)
+        return Factors(weight_n @ pinv_times(layer.W_h, pinv_times(weight_o, b)), a @ layer.W_h)
+
+
+class LeastSquares:
+    """Data-free least squares: A reads the same features, B writes through the map between matched heads or neurons.
+
+    Read-in maps have the norm gains folded in and the factor sqrt(d_o / d_n) (`Pair.read_in`). With M = W_o[a] carried
+    to the new width: R = W_n[b] M^T (M M^T)^{-1} carries B of q, k, v; R' = M_V N^T (N N^T)^{-1} with N = W_nV[b]
+    carries A of o. MLP neurons are matched one to one, since the nonlinearity lets only permutations through.
+    """
+
+    name = "lstsq"
+    needs_text = False
+
+    def build(self, pair: Pair, old_layer: int, new_layer: int, roles: tuple[str, ...]) -> dict[str, Tensor]:
+        tensors: dict[str, Tensor] = {}
+        if set(roles) & set(ATTENTION):
+            tensors |= self._attention(pair, old_layer, new_layer, roles)
+        if set(roles) & set(MLP):
+            tensors |= self._neurons(pair, old_layer, new_layer)
+        for role in roles:
+            norm = pair.old.family.projections[role].norm
+            if norm is not None:
+                tensors[f"{role}.gain_old"] = pair.old.gain(old_layer, role, torch.float32)
+                tensors[f"{role}.gain_new"] = pair.new.gain(new_layer, role, torch.float32)
+        return tensors
+
+    def _attention(self, pair: Pair, old_layer: int, new_layer: int, roles: tuple[str, ...]) -> dict[str, Tensor]:
+        old, new = pair.old.shape, pair.new.shape
+        q, k, v = (pair.read_in(w) for w in pair.gained(pair.old, old_layer, ("q", "k", "v")))
+        o_t = pair.weights(pair.old, old_layer, ("o",))[0].T @ pair.W_h
+        q_n, k_n, v_n = pair.gained(pair.new, new_layer, ("q", "k", "v"))
+        (o_n,) = pair.weights(pair.new, new_layer, ("o",))
+        similarity = head_similarity(q, k, v, o_t.T, q_n, k_n, v_n, o_n, heads=(old.H, new.H), kv_heads=(old.G, new.G))
+        match = match_heads(similarity, pair.heads)
+        heads, groups, share = (old.H, new.H), (old.G, new.G), old.H // old.G
+        blocks: dict[str, Tensor] = {}
+        if "q" in roles:
+            blocks["q"] = head_blocks(whiten(q, old.H), q_n, match, blocks=heads)
+        if "k" in roles:
+            blocks["k"] = head_blocks(whiten(k, old.G), k_n, match, blocks=groups, old_share=share)
+        if "v" in roles:
+            blocks["v"] = head_blocks(whiten(v, old.G), v_n, match, blocks=groups, old_share=share)
+        if "o" in roles:
+            blocks["o"] = head_blocks(v, whiten(v_n, new.G), match, blocks=groups, old_share=share)
+        return _attention_tensors(similarity, match, blocks)
+
+    def _neurons(self, pair: Pair, old_layer: int, new_layer: int) -> dict[str, Tensor]:
+        gate, up = (pair.read_in(w) for w in pair.gained(pair.old, old_layer, ("gate", "up")))
+        down = pair.weights(pair.old, old_layer, ("down",))[0].T @ pair.W_h
+        gate_n, up_n = pair.gained(pair.new, new_layer, ("gate", "up"))
+        down_n = pair.weights(pair.new, new_layer, ("down",))[0].T.contiguous()
+        match = match_neurons((gate, up, down), (gate_n, up_n, down_n))
+        scales, similarity = _neuron_fit((gate, up, down), (gate_n, up_n, down_n), match)
+        return {"neurons.match": match, "neurons.similarity": similarity, "neurons.scales": scales}
+
+    def project(self, layer: PlannedLayer, role: str, update: Factors) -> Factors:
+        b, a = update
+        if role == "o":
+            return Factors(layer.W_h.T @ b, _project_rows(layer, role, a.T, mean_of_matched=True).T)
+        if role == "down":
+            return Factors(layer.W_h.T @ b, self._by_neuron(layer, role, a.T).T)
+        gain_o, gain_n = layer.tensors[f"{role}.gain_old"].to(a), layer.tensors[f"{role}.gain_new"].to(a)
+        ratio = (layer.old_shape.d / layer.new_shape.d) ** 0.5
+        a_n = (a * gain_o) @ layer.S.T * ratio * torch.where(gain_n != 0, 1 / gain_n, 0)
+        if role in ATTENTION:
+            return Factors(_project_rows(layer, role, b, mean_of_matched=True), a_n)
+        return Factors(self._by_neuron(layer, role, b), a_n)
+
+    @staticmethod
+    def _by_neuron(layer: PlannedLayer, role: str, x: Tensor) -> Tensor:
+        match = layer.tensors["neurons.match"]
+        scale = layer.tensors["neurons.scales"][MLP.index(role)].to(x)
+        return x[match.clamp_min(0)] * (scale * (match >= 0))[:, None]
+
+
+METHODS: dict[str, Method] = {method.name: method for method in (LeastSquares(), Paper())}
+
+
+def whiten(m: Tensor, heads: int) -> Tensor:
+    """(M M^T)^{-1} M for every head's block of rows M, in float64 inside; directions below RCOND are left out."""
+    rows = m.view(heads, -1, m.shape[1]).double()
+    return (torch.linalg.pinv(rows @ rows.mT, rtol=RCOND**2, hermitian=True) @ rows).flatten(0, 1).to(m.dtype)
+
+
+def pinv_times(w: Tensor, x: Tensor) -> Tensor:
+    """pinv(W) X for W (p, q) and X (p, r), through the smaller Gram matrix in float64; no pseudo-inverse is formed."""
+    p, q = w.shape
+    every = torch.arange(max(p, q), device=w.device)
+    if q <= p:
+        gram = shared_gram(w, x, every, every)
+        return solve_normal(gram.oo, gram.on)[0].to(x.dtype)
+    gram = shared_gram(w.T, w.T[:, :0], every, every)
+    return (w.T.double() @ solve_normal(gram.oo, x.double())[0]).to(x.dtype)
+
+
+def _neuron_fit(
+    old: tuple[Tensor, Tensor, Tensor], new: tuple[Tensor, Tensor, Tensor], match: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Least-squares scale of each matched (gate, up, down) pair, (3, f_n), and the pair's cosine, (f_n,).
+
+    The sign comes with the scale: up and down of a gated neuron may both be negated.
+    """
+    has = (match >= 0).to(match.device)
+    partner = match.clamp_min(0).to(old[0].device)
+    scales, inner, squares = [], [], []
+    for w_o, w_n in zip(old, new, strict=True):
+        w_o = w_o[partner]
+        product, square = torch.linalg.vecdot(w_o, w_n), torch.linalg.vecdot(w_o, w_o)
+        scales.append(torch.where(square > 0, product / square, 0) * has.to(product))
+        inner.append(product)
+        squares.append((square, torch.linalg.vecdot(w_n, w_n)))
+    total = inner[0] + (inner[1] + inner[2]).abs()
+    norms = (sum(s for s, _ in squares) * sum(s for _, s in squares)).sqrt()
+    similarity = torch.where(norms > 0, total / norms, 0) * has.to(total)
+    return torch.stack(scales), similarity
+
+
+def balanced(update: Factors) -> tuple[Factors, Tensor]:
+    """The factors an SVD would give, and the singular values."""
+    b, a, sigma = balance(update.b, update.a)
+    return Factors(b, a), sigma

@@ -1,0 +1,150 @@
+"""The transfer matrices W_h and S between two residual streams, from the embedding rows both models share.
+
+`W_h = pinv(E_o) E_n` carries old hidden states to the new width, x_n ≈ x_o W_h; `S = pinv(E_n) E_o` carries new ones
+back. (LoRASuite, arXiv 2505.13515, section 3.2, for W_h.) The normal equations are streamed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from lorasuite_kernels import SharedGram, shared_gram
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .errors import LoraSuiteError
+from .vocabulary import SharedTokens, drop_untrained, shared_tokens
+
+RCOND = 1e-5
+"""Singular values of an embedding table below this share of the largest count as zero."""
+MIN_RANK = 0.75
+"""W_h is refused where the shared rows span less than this share of the old width."""
+_HELD_OUT = 20
+_POWER_STEPS = 30
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """W_h (d_o, d_n) and S (d_n, d_o), float32, and how they came about.
+
+    R² is measured on every 20th shared token, with maps fitted on the others: 1 - |error|² / |deviation from mean|².
+    It is None for the identity, which fits nothing.
+    """
+
+    W_h: Tensor
+    S: Tensor
+    kind: str
+    shared: int
+    dropped: int
+    rank: int
+    r2: float | None
+    r2_back: float | None
+
+
+def _smallest_ratio(gram: Tensor, factor: Tensor) -> float:
+    """λ_min / λ_max of a positive definite matrix, by power and inverse iteration on its Cholesky factor."""
+    generator = torch.Generator(device=gram.device).manual_seed(0)
+    high = torch.randn(gram.shape[0], 1, dtype=gram.dtype, device=gram.device, generator=generator)
+    low = high.clone()
+    for _ in range(_POWER_STEPS):
+        high = gram @ (high / high.norm())
+        low = torch.cholesky_solve(low / low.norm(), factor)
+    return float(1 / (low.norm() * high.norm()))
+
+
+def solve_normal(gram: Tensor, cross: Tensor, ridge: float = 0.0) -> tuple[Tensor, int]:
+    """Least-squares solution of `gram X = cross` and the numerical rank of `gram`, in float64.
+
+    Cholesky where the matrix is well conditioned, otherwise the eigen-decomposition truncated at RCOND (on singular
+    values of the table, so RCOND² here), which gives the solution of least norm.
+
+    Args:
+        gram: (d, d), symmetric positive semi-definite. cross: (d, k). ridge: added to the diagonal, as a share of its
+            mean.
+    """
+    d = gram.shape[0]
+    if ridge:
+        gram = gram + ridge * gram.diagonal().mean() * torch.eye(d, dtype=gram.dtype, device=gram.device)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if not int(info) and _smallest_ratio(gram, factor) > RCOND**2:
+        return torch.cholesky_solve(cross, factor), d
+    values, vectors = torch.linalg.eigh(gram)
+    keep = values > RCOND**2 * values[-1].clamp_min(0)
+    values, vectors = values[keep], vectors[:, keep]
+    return vectors @ ((vectors.T @ cross) / values[:, None]), int(keep.sum())
+
+
+def _r2(x: Tensor, y: Tensor, w: Tensor) -> float | None:
+    x, y = x.double(), y.double()
+    spread = (y - y.mean(0)).square().sum()
+    return float(1 - (y - x @ w).square().sum() / spread) if spread > 0 else None
+
+
+def _plus(a: SharedGram, b: SharedGram) -> SharedGram:
+    assert a.nn is not None
+    assert b.nn is not None
+    return SharedGram(a.oo + b.oo, a.on + b.on, a.nn + b.nn)
+
+
+def fit_transfer(e_o: Tensor, e_n: Tensor, shared: SharedTokens, *, ridge: float = 0.0) -> Transfer:
+    """Fits W_h and S on the shared rows of two embedding tables.
+
+    Args:
+        e_o: (V_o, d_o), e_n: (V_n, d_n), any floating dtype, may be memory-mapped.
+        ridge: added to the normal equations, as a share of their mean diagonal; asks for an answer where the shared
+            tokens alone do not determine one.
+
+    Raises:
+        LoraSuiteError: fewer trained shared tokens than d_o, or rows spanning less than MIN_RANK of d_o, without ridge.
+    """
+    shared = drop_untrained(shared, e_o, e_n)
+    d_o = e_o.shape[1]
+    if len(shared) < d_o and not ridge:
+        raise LoraSuiteError(
+            f"the two vocabularies share {len(shared)} trained tokens, fewer than the old width {d_o}, which does not "
+            "determine the transfer matrix; pass a ridge (--ridge 1e-3) to accept an approximation"
+        )
+    if len(shared) < 2:
+        raise LoraSuiteError("the two vocabularies share no trained tokens; nothing can be carried between them")
+    held = torch.zeros(len(shared), dtype=torch.bool)
+    held[_HELD_OUT - 1 :: _HELD_OUT] = True
+    train = shared_gram(e_o, e_n, shared.old[~held], shared.new[~held], both=True)
+    x, y = e_o[shared.old[held]], e_n[shared.new[held]]
+    assert train.nn is not None
+    r2 = _r2(x, y, solve_normal(train.oo, train.on, ridge)[0])
+    r2_back = _r2(y, x, solve_normal(train.nn, train.on.T, ridge)[0])
+    total = _plus(train, shared_gram(e_o, e_n, shared.old[held], shared.new[held], both=True))
+    assert total.nn is not None
+    W_h, rank = solve_normal(total.oo, total.on, ridge)
+    if rank < MIN_RANK * d_o:
+        raise LoraSuiteError(
+            f"the embeddings of the {len(shared)} shared tokens span {rank} of {d_o} old dimensions, less than "
+            f"{MIN_RANK:.0%}; pass a ridge (--ridge 1e-3) to accept an approximation"
+        )
+    S, _ = solve_normal(total.nn, total.on.T, ridge)
+    return Transfer(W_h.float(), S.float(), "embedding", len(shared), shared.dropped, rank, r2, r2_back)
+
+
+def build_transfer(
+    old: Checkpoint, new: Checkpoint, kind: str, *, ridge: float = 0.0, trust_remote_code: bool = False
+) -> Transfer:
+    """W_h and S for a pair of checkpoints: `embedding` fits them, `identity` takes both as I where d_o = d_n."""
+    tokens = shared_tokens(
+        old.tokenizer(trust_remote_code=trust_remote_code), new.tokenizer(trust_remote_code=trust_remote_code)
+    )
+    d_o, d_n = old.shape.d, new.shape.d
+    if kind == "identity":
+        if d_o != d_n:
+            raise LoraSuiteError(f"--transfer identity needs equal widths; old has {d_o}, new has {d_n}")
+        eye = torch.eye(d_o)
+        return Transfer(eye, eye, "identity", len(tokens), 0, d_o, None, None)
+    tables = []
+    for model in (old, new):
+        table = model.tensors.view(model.embedding_name)
+        model.check_finite(table, model.embedding_name)
+        tables.append(table)
+    return fit_transfer(tables[0], tables[1], tokens, ridge=ridge)

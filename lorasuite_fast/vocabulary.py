@@ -1,0 +1,132 @@
+"""Which tokens two vocabularies share, compared by the bytes they stand for rather than by their spelling.
+
+Byte-level BPE writes " the" as `Ġthe`, SentencePiece as `▁the`; comparing strings loses most of what is shared.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import LoraSuiteError
+
+_SPACE = "\u2581"
+_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """How byte-level BPE writes bytes: printable Latin-1 as itself, the rest from U+0100 on in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + n): b for n, b in enumerate(rest)}
+
+
+def _component_types(decoder: Any) -> set[str]:
+    """The decoder types in a tokenizer.json, with `Replace` counted as Metaspace where it writes spaces for ▁."""
+    if not isinstance(decoder, dict):
+        return set()
+    if decoder.get("type") == "Sequence":
+        return set().union(*(_component_types(part) for part in decoder.get("decoders", [])))
+    if decoder.get("type") == "Replace" and decoder.get("pattern") == {"String": _SPACE}:
+        return {"Metaspace"}
+    return {str(decoder.get("type"))}
+
+
+def token_bytes(tokenizer: Any) -> dict[bytes | tuple[str, str], int]:
+    """What each token stands for -> its id.
+
+    Ordinary tokens map from bytes. Special tokens map from ("role", "bos_token") where they have a role, from
+    ("special", content) elsewhere. Where several ids stand for the same bytes, a regular token wins over a byte
+    fallback, then the lower id.
+
+    Raises:
+        LoraSuiteError: for a tokenizer without a `tokenizers` backend.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise LoraSuiteError(f"{tokenizer.name_or_path}: only tokenizers with a tokenizer.json form can be compared")
+    types = _component_types(json.loads(backend.to_str()).get("decoder"))
+    byte_level, metaspace = "ByteLevel" in types, "Metaspace" in types
+    alphabet = _byte_level_alphabet() if byte_level else {}
+    added = tokenizer.added_tokens_decoder
+    roles: dict[str, str] = {}
+    for role in _ROLES:
+        token = getattr(tokenizer, role, None)
+        if token is not None:
+            roles.setdefault(token, role)
+    result: dict[bytes | tuple[str, str], int] = {}
+    fallbacks: dict[bytes, int] = {}
+    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        literal = added.get(index)
+        fallback = _FALLBACK.fullmatch(token) if "ByteFallback" in types else None
+        if token in roles:
+            result.setdefault(("role", roles[token]), index)
+        elif literal is not None and literal.special:
+            result.setdefault(("special", token), index)
+        elif fallback:
+            fallbacks.setdefault(bytes([int(fallback[1], 16)]), index)
+        elif byte_level and literal is None and all(c in alphabet for c in token):
+            result.setdefault(bytes(alphabet[c] for c in token), index)
+        else:
+            text = token.replace(_SPACE, " ") if metaspace else token
+            result.setdefault(text.encode("utf-8", "surrogatepass"), index)
+    for byte, index in fallbacks.items():
+        result.setdefault(byte, index)
+    return result
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """Paired embedding rows: `old` and `new` are (s,) int64, row for row the same bytes."""
+
+    old: Tensor
+    new: Tensor
+    identical: bool
+    """True where both vocabularies give every token the same id."""
+    dropped: int = 0
+    """Shared tokens left out because their rows are untrained: all zero, or a copy of another row."""
+
+    def __len__(self) -> int:
+        return self.old.shape[0]
+
+
+def shared_tokens(old: Any, new: Any) -> SharedTokens:
+    """Pairs the tokens of two tokenizers that stand for the same bytes, in the order of the old ids."""
+    bytes_old, bytes_new = token_bytes(old), token_bytes(new)
+    pairs = sorted((i, bytes_new[key]) for key, i in bytes_old.items() if key in bytes_new)
+    ids = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
+    return SharedTokens(ids[:, 0].contiguous(), ids[:, 1].contiguous(), identical=bytes_old == bytes_new)
+
+
+def trained_rows(table: Tensor, rows: Tensor, chunk: int = 8192) -> Tensor:
+    """(s,) bool: which of the given rows hold something of their own, being neither zero nor equal to an earlier one.
+
+    Rows are first told apart by two fixed random projections in float64, and those that agree are compared in full.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(table.shape[1], 2, dtype=torch.float64, generator=generator)
+    keys = torch.cat([table[part].double() @ probe for part in rows.split(chunk)]) if len(rows) else probe[:0]
+    keep = (keys != 0).any(1)
+    first: dict[tuple[float, ...], list[int]] = {}
+    for position, key in enumerate(map(tuple, keys.tolist())):
+        if not keep[position]:
+            continue
+        seen = first.setdefault(key, [])
+        if any(torch.equal(table[rows[position]], table[rows[other]]) for other in seen):
+            keep[position] = False
+        seen.append(position)
+    return keep
+
+
+def drop_untrained(shared: SharedTokens, e_o: Tensor, e_n: Tensor) -> SharedTokens:
+    """Leaves out pairs beyond either table's end, and pairs of which either row is untrained."""
+    inside = (shared.old < e_o.shape[0]) & (shared.new < e_n.shape[0])
+    old, new = shared.old[inside], shared.new[inside]
+    keep = trained_rows(e_o, old) & trained_rows(e_n, new)
+    return SharedTokens(old[keep], new[keep], shared.identical, dropped=len(shared) - int(keep.sum()))
