@@ -1,0 +1,346 @@
+"""The command line: `lorasuite-fast migrate`, `plan`, `apply` and `demo`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ._version import __version__
+from .errors import LoraSuiteError
+
+if TYPE_CHECKING:
+    from .phases import Phase, Progress as Report
+    from .plan import TransferPlan
+    from .result import Migration
+
+app = typer.Typer(
+    name="lorasuite-fast",
+    help="Carry a LoRA adapter from the base model it was trained on to that model's successor.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+
+OldArgument = Annotated[str, typer.Argument(metavar="OLD", help="Model the adapter was trained on: folder or hub id.")]
+NewArgument = Annotated[str, typer.Argument(metavar="NEW", help="Model to carry it to: folder or hub id.")]
+AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT LoRA folder.")]
+OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="PEFT LoRA folder to write.")]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="Unlabelled text for CKA: .jsonl with a field `text`, or .txt. Default: the shipped text."),
+]
+Examples = Annotated[int, typer.Option(help="Calibration examples to read, 128 tokens of each.", min=4)]
+Layers = Annotated[Literal["cka", "first", "medium", "last"], typer.Option(help="How layers are mapped.")]
+Heads = Annotated[Literal["hungarian", "identity"], typer.Option(help="How heads are matched.")]
+TransferKind = Annotated[
+    Literal["embedding", "identity"], typer.Option(help="Transfer matrix: fitted on shared tokens, or the identity.")
+]
+MethodName = Annotated[
+    Literal["lstsq", "paper"], typer.Option(help="Least squares, or Eq. (3) of LoRASuite for comparison.")
+]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float64"], typer.Option(help="Of the products; auto is float32.")
+]
+Seed = Annotated[int, typer.Option(help="Which calibration examples are taken where there are more.")]
+Ridge = Annotated[float, typer.Option(help="Regularise the transfer matrix (share of the mean diagonal).", min=0.0)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists, once the new one is complete.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let transformers run code from the folders.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+@contextmanager
+def _run(as_json: bool) -> Iterator[Report | None]:
+    """Progress on stderr, and every foreseen failure as one line and exit code 2."""
+    # What transformers remarks about its own internals is no business of the user's.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="transformers")
+    console = Console(stderr=True)
+    bars: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+    )
+    try:
+        with Progress(*columns, console=console, disable=as_json or not console.is_terminal) as progress:
+
+            def report(phase: str, done: int, total: int) -> None:
+                if phase not in bars:
+                    bars[phase] = progress.add_task(phase, total=total, rate="")
+                elapsed = progress.tasks[bars[phase]].elapsed or 0.0
+                rate = f"{done / elapsed:.1f}/s" if done and elapsed > 0 else ""
+                progress.update(bars[phase], completed=done, rate=rate)
+
+            yield report
+    except LoraSuiteError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted; nothing was written", err=True)
+        raise typer.Exit(130) from None
+
+
+def _memory(phase: Phase) -> str:
+    text = f"{phase.peak_memory / 2**20:,.0f} MiB"
+    if phase.peak_device_memory is not None:
+        text += f" + {phase.peak_device_memory / 2**20:,.0f} MiB on the device"
+    return text
+
+
+def _phase_table(phases: list[Phase]) -> Table:
+    table = Table(title="Phases", title_justify="left")
+    table.add_column("phase")
+    table.add_column("seconds", justify="right")
+    table.add_column("peak anonymous memory", justify="right")
+    for phase in phases:
+        table.add_row(phase.name, f"{phase.seconds:.2f}", _memory(phase))
+    return table
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _print_transfer(console: Console, plan: TransferPlan) -> None:
+    facts, old, new = plan.facts, plan.old.shape, plan.new.shape
+    console.print(
+        f"old: {old.L} layers, d {old.d}, {old.attention}   new: {new.L} layers, d {new.d}, {new.attention}   "
+        f"method: {plan.options['method']}",
+        highlight=False,
+    )
+    if plan.options["transfer"] == "identity":
+        console.print("transfer matrix: the identity, as asked for")
+        return
+    r2, back = facts["r2"], facts["r2_back"]
+    console.print(
+        f"transfer matrix: {facts['shared_tokens']:,} shared tokens"
+        + (f" ({facts['untrained_tokens']:,} untrained ones left out)" if facts["untrained_tokens"] else "")
+        + f", R² on held-out tokens {_share(r2)} old to new, {_share(back)} new to old",
+        highlight=False,
+    )
+    if r2 is not None and min(r2, back) < EXACT_R2:
+        console.print(
+            "[yellow]No linear map carries one embedding onto the other (R² below 0.999): between such models the\n"
+            "projection alone usually changes little or nothing for the better. Measure before you rely on it.[/yellow]"
+        )
+
+
+EXACT_R2 = 0.999
+"""From here on, on held-out tokens, the models' residual streams count as linear images of one another."""
+
+
+def _print_layers(console: Console, result: Migration) -> None:
+    table = Table(title="Layers", title_justify="left")
+    for name in ("new", "old", "CKA", "head cosine", "neuron cosine", "relative size of the update"):
+        table.add_column(name, justify="left" if name.startswith("relative") else "right")
+    partners = {layer.new_layer: layer for layer in result.layers}
+    for j in range(result.plan.new.shape.L):
+        layer = partners.get(j)
+        if layer is None:
+            table.add_row(str(j), "–", "", "", "", "[dim]no partner, no update[/dim]")
+            continue
+        sizes = "  ".join(f"{role}\u00a0{size:.3f}" for role, size in layer.update.items()) or "–"
+        table.add_row(
+            str(j),
+            str(layer.old_layer),
+            f"{layer.cka:.3f}",
+            _share(layer.head_similarity),
+            _share(layer.neuron_similarity),
+            sizes,
+        )
+    console.print(table)
+
+
+def _print_result(result: Migration, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+        return
+    console = Console()
+    _print_transfer(console, result.plan)
+    _print_layers(console, result)
+    console.print(_phase_table(result.phases))
+    if result.unused_old_layers:
+        console.print(f"old layers without a partner, left out: {', '.join(map(str, result.unused_old_layers))}")
+    console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def migrate(
+    old: OldArgument,
+    new: NewArgument,
+    adapter: AdapterArgument,
+    out: OutArgument,
+    calibration: Calibration = None,
+    examples: Examples = 64,
+    layers: Layers = "cka",
+    heads: Heads = "hungarian",
+    transfer: TransferKind = "embedding",
+    method: MethodName = "lstsq",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    ridge: Ridge = 0.0,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Carry an adapter from OLD to NEW: plan and apply in one step.
+
+    Example: lorasuite-fast migrate Qwen/Qwen1.5-1.8B Qwen/Qwen2.5-3B my-adapter my-adapter-qwen2.5
+    """
+    with _run(as_json) as report:
+        from .plan import migrate as run
+
+        result = run(
+            old,
+            new,
+            adapter,
+            out,
+            calibration=calibration,
+            examples=examples,
+            layers=layers,
+            heads=heads,
+            transfer=transfer,
+            method=method,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            ridge=ridge,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=report,
+        )
+    _print_result(result, as_json)
+
+
+@app.command()
+def plan(
+    old: OldArgument,
+    new: NewArgument,
+    out: Annotated[Path, typer.Argument(metavar="PLAN", help="File to write, e.g. old-to-new.plan.safetensors.")],
+    roles: Annotated[
+        str, typer.Option(help="Projections to plan for: all, attention, mlp, or names like q,v.")
+    ] = "all",
+    calibration: Calibration = None,
+    examples: Examples = 64,
+    layers: Layers = "cka",
+    heads: Heads = "hungarian",
+    transfer: TransferKind = "embedding",
+    method: MethodName = "lstsq",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    ridge: Ridge = 0.0,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Work out how adapters travel from OLD to NEW and save it as one file, for any number of adapters.
+
+    Example: lorasuite-fast plan old-model new-model old-to-new.plan.safetensors
+    """
+    with _run(as_json) as report:
+        from .families import ATTENTION, MLP, ROLES
+        from .output import check_output
+        from .plan import TransferPlan
+
+        check_output(out, overwrite=overwrite)
+        named = {"all": ROLES, "attention": ATTENTION, "mlp": MLP}
+        built = TransferPlan.build(
+            old,
+            new,
+            roles=named.get(roles) or tuple(role.strip() for role in roles.split(",")),
+            calibration=calibration,
+            examples=examples,
+            layers=layers,
+            heads=heads,
+            transfer=transfer,
+            method=method,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            ridge=ridge,
+            trust_remote_code=trust_remote_code,
+            progress=report,
+        )
+        built.save(out, overwrite=overwrite)
+    if as_json:
+        typer.echo(json.dumps(built.summary() | {"plan": str(out)}))
+        return
+    console = Console()
+    _print_transfer(console, built)
+    table = Table(title="Layers", title_justify="left")
+    for name in ("new", "old", "CKA"):
+        table.add_column(name, justify="right")
+    for layer in built.summary()["layers"]:
+        table.add_row(str(layer["new"]), str(layer["old"]), f"{layer['cka']:.3f}")
+    console.print(table)
+    console.print(_phase_table(built.phases))
+    console.print(f"written: {out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def apply(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by `lorasuite-fast plan`.")],
+    adapter: AdapterArgument,
+    out: OutArgument,
+    old: Annotated[str | None, typer.Option(help="Where the old model is now; its fingerprint is checked.")] = None,
+    new: Annotated[str | None, typer.Option(help="Where the new model is now; its fingerprint is checked.")] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Carry one more adapter with a saved plan; takes seconds.
+
+    Example: lorasuite-fast apply old-to-new.plan.safetensors my-adapter my-adapter-new
+    """
+    with _run(as_json) as report:
+        from .plan import TransferPlan
+
+        result = TransferPlan.load(plan_file).apply(
+            adapter, out, old=old, new=new, overwrite=overwrite, progress=report
+        )
+    _print_result(result, as_json)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option(help="Where to put what the demo makes.")] = Path("demo-out"),
+) -> None:
+    """Migrate a real adapter between the two small models that ship with the package, and measure what it does."""
+    with _run(as_json=False):
+        from .demo import run_demo
+
+        run_demo(folder, Console())
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"lorasuite-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point of the console script."""
+    return app(args=sys.argv[1:] if arguments is None else arguments)

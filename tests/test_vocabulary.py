@@ -1,0 +1,110 @@
+"""Tokens are matched by the bytes they stand for, and rows that were never trained take no part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lorasuite_fast.transfer import fit_transfer
+from lorasuite_fast.vocabulary import SharedTokens, drop_untrained, shared_tokens, token_bytes
+from planted import tiny_tokenizer
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+
+def wrap(vocab: list[str], decoder: Any, **special: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocab)}, merges=[]))
+    tokenizer.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def byte_level(vocab: list[str], **special: str) -> PreTrainedTokenizerFast:
+    return wrap(vocab, decoders.ByteLevel(), **special)
+
+
+def metaspace(vocab: list[str], **special: str) -> PreTrainedTokenizerFast:
+    return wrap(
+        vocab,
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]),
+        **special,
+    )
+
+
+def test_spellings_of_the_same_bytes_are_paired() -> None:
+    old = byte_level(["<s>", "Ġthe", "ĊĊ", "Ã©", "Ġ", "zz"], bos_token="<s>")
+    new = metaspace(["é", "<bos>", "▁the", "<0x0A>", "\n\n", "▁", "qq"], bos_token="<bos>")
+    shared = shared_tokens(old, new)
+    pairs = list(zip(shared.old.tolist(), shared.new.tolist(), strict=True))
+    assert pairs == [(0, 1), (1, 2), (2, 4), (3, 0), (4, 5)]
+    assert not shared.identical
+
+
+def test_a_regular_token_wins_over_a_byte_fallback() -> None:
+    tokens = token_bytes(metaspace(["<0x41>", "A", "<0x42>"]))
+    assert tokens[b"A"] == 1
+    assert tokens[b"B"] == 2
+
+
+def test_angle_brackets_are_text_where_there_is_no_byte_fallback() -> None:
+    assert token_bytes(byte_level(["<0x41>"]))[b"<0x41>"] == 0
+
+
+def test_special_tokens_pair_by_role_and_never_with_text() -> None:
+    old = byte_level(["<s>", "</s>", "hello"], bos_token="<s>", eos_token="</s>")
+    new = byte_level(["<|begin|>", "<s>", "hello"], bos_token="<|begin|>")
+    shared = shared_tokens(old, new)
+    assert list(zip(shared.old.tolist(), shared.new.tolist(), strict=True)) == [(0, 0), (2, 2)]
+
+
+def test_added_text_tokens_are_taken_literally() -> None:
+    tokenizer = byte_level(["a", "b"])
+    tokenizer.add_tokens([AddedToken("ÿé x", normalized=False)])
+    assert token_bytes(tokenizer)["ÿé x".encode()] == 2
+
+
+@pytest.mark.parametrize("kind", ["bytelevel", "sentencepiece"])
+def test_token_bytes_agree_with_the_tokenizer_s_own_decoding(kind: str) -> None:
+    tokenizer = tiny_tokenizer(600, kind, 0)
+    tokens = token_bytes(tokenizer)
+    # Behind another token: decoders may strip what a text begins with.
+    first = tokens[b"A"]
+    for key, index in tokens.items():
+        if isinstance(key, bytes):
+            text = tokenizer.decode([first, index], clean_up_tokenization_spaces=False)
+            assert text == "A" + key.decode("utf-8", "replace")
+
+
+def test_untrained_rows_are_left_out() -> None:
+    table = torch.randn(8, 5)
+    table[1] = 0
+    table[6] = table[2]
+    other = torch.randn(9, 5)
+    other[3] = 0
+    shared = SharedTokens(torch.arange(8), torch.tensor([0, 1, 2, 3, 4, 5, 6, 20]), identical=False)
+    kept = drop_untrained(shared, table, other)
+    assert kept.old.tolist() == [0, 2, 4, 5]
+    assert kept.dropped == 4
+
+
+def test_untrained_rows_do_not_bend_the_transfer_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    e_o, w = torch.randn(200, 6, generator=generator), torch.randn(6, 9, generator=generator)
+    e_n = e_o @ w
+    e_n[20:60] = 0
+    e_n[70:90] = e_n[70]
+    ids = torch.arange(200)
+    found = fit_transfer(e_o, e_n, SharedTokens(ids, ids, identical=True))
+    assert found.dropped == 40 + 19
+    assert (found.W_h - w).abs().max() < 1e-5
+    assert found.r2 == pytest.approx(1, abs=1e-9)
+
+
+def test_the_way_back_ignores_directions_the_new_width_does_not_use() -> None:
+    generator = torch.Generator().manual_seed(1)
+    e_o = torch.randn(300, 6, generator=generator)
+    q, _ = torch.linalg.qr(torch.randn(10, 6, generator=generator))
+    ids = torch.arange(300)
+    found = fit_transfer(e_o, e_o @ q.T, SharedTokens(ids, ids, identical=True))
+    assert (found.S - q).abs().max() < 1e-5
+    assert found.rank == 6
