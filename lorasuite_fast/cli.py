@@ -1,4 +1,4 @@
-"""The command line: `lorasuite-fast migrate`, `plan`, `apply` and `demo`."""
+"""The command line: `lorasuite-fast migrate`, `plan` and `apply`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from ._version import __version__
 from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
-    from .phases import Phase, Progress as Report
+    from .phases import Phase
+    from .phases import Progress as Report
     from .plan import TransferPlan
     from .result import Migration
 
@@ -313,17 +314,6 @@ def apply(
             adapter, out, old=old, new=new, overwrite=overwrite, progress=report
         )
     _print_result(result, as_json)
-
-
-@app.command()
-def demo(
-    folder: Annotated[Path, typer.Option(help="Where to put what the demo makes.")] = Path("demo-out"),
-) -> None:
-    """Migrate a real adapter between the two small models that ship with the package, and measure what it does."""
-    with _run(as_json=False):
-        from .demo import run_demo
-
-        run_demo(folder, Console())
 
 
 def _version(value: bool) -> None:

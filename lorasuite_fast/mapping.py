@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from lorasuite_kernels import neuron_candidates
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import min_weight_full_bipartite_matching
 from torch import Tensor
+
+from lorasuite_kernels import neuron_candidates
 
 from .errors import LoraSuiteError
 

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lorasuite_kernels import StreamingCKA
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from lorasuite_kernels import StreamingCKA
 
 from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, check_base, read_adapter

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
-from lorasuite_kernels import apply_head_blocks, balance, head_blocks, head_similarity, shared_gram
 from torch import Tensor
+
+from lorasuite_kernels import apply_head_blocks, balance, head_blocks, head_similarity, shared_gram
 
 from .checkpoint import Checkpoint
 from .families import ATTENTION, MLP, Shape

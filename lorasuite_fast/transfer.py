@@ -10,8 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from lorasuite_kernels import SharedGram, shared_gram
 from torch import Tensor
+
+from lorasuite_kernels import SharedGram, shared_gram
 
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
-from lorasuite_fast.cli import app
-from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
+
+from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast.cli import app
+
+from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +249,7 @@ def test_the_untouched_input_migrates(root: Path) -> None:
 def test_an_existing_out_is_refused_and_left_as_it_is(root: Path) -> None:
     (root / "out").mkdir()
     (root / "out/mine.txt").write_text("keep")
-    with pytest.raises(LoraSuiteError, match="exists already.*--overwrite"):
+    with pytest.raises(LoraSuiteError, match=r"exists already.*--overwrite"):
         run(root)
     assert (root / "out/mine.txt").read_text() == "keep"
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
-import dense_oracle as oracle
 import pytest
 import torch
-from lorasuite_kernels import StreamingCKA, cka
 from torch import Tensor
+
+from lorasuite_kernels import StreamingCKA, cka
+
+import dense_oracle as oracle
 
 
 def layers(seed: int, count: int, m: int, d: int, offset: float = 0.0) -> Tensor:

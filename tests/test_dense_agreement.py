@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import dense_oracle as oracle
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from lorasuite_fast import TransferPlan
 from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.mapping import map_layers
 from lorasuite_fast.vocabulary import shared_tokens
+
+import dense_oracle as oracle
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
-from safetensors.torch import load_file
 
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 MODULES = {r: f"self_attn.{r}_proj" for r in ATTENTION} | {r: f"mlp.{r}_proj" for r in MLP}

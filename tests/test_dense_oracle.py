@@ -7,6 +7,8 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from dense_oracle import (
     Attention,
     Lora,
@@ -26,7 +28,6 @@ from dense_oracle import (
     transfer_matrix,
 )
 from planted import plant, tiny_model, tiny_tokenizer
-from torch import Tensor, nn
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from lorasuite_fast import TransferPlan, migrate
 from peft import PeftModel
-from planted import Planted, effect, plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from lorasuite_fast import TransferPlan, migrate
+
+from planted import Planted, effect, plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import planted
 import pytest
 import torch
-from planted import Planted, plant, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import planted
+from planted import Planted, plant, tiny_model, tiny_tokenizer
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ATTENTION = {"mha": 4, "gqa": 2, "mqa": 1}

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from lorasuite_fast.transfer import fit_transfer
-from lorasuite_fast.vocabulary import SharedTokens, drop_untrained, shared_tokens, token_bytes
-from planted import tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
+
+from lorasuite_fast.transfer import fit_transfer
+from lorasuite_fast.vocabulary import SharedTokens, drop_untrained, shared_tokens, token_bytes
+
+from planted import tiny_tokenizer
 
 
 def wrap(vocab: list[str], decoder: Any, **special: str) -> PreTrainedTokenizerFast:

@@ -1,0 +1,38 @@
+# Every target sets itself up in .venv; PYTHON picks the interpreter it is made from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench demo-pair clean
+
+demo: $(READY)
+	$(BIN)/python bench/demo.py
+
+test: $(READY) lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python bench/attention.py
+	$(BIN)/python bench/transfer.py
+	$(BIN)/python bench/pair.py
+
+# Trains the two demo models, the adapter and the baselines again, about an hour on two cores.
+demo-pair: $(READY)
+	$(BIN)/python bench/demo_pair.py
+
+$(READY): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; set PYTHON=...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=77"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,triton,plot]"
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .cache build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
