@@ -159,7 +159,8 @@ class TransferPlan:
         with clock.phase("heads and projections", len(mapping)) as step:
             for done, (j, i) in enumerate(mapping.items(), 1):
                 for name, tensor in METHODS[method].build(pair, i, j, roles).items():
-                    tensors[f"layers.{j}.{name}"] = tensor.cpu() if name.endswith("match") else tensor.float().cpu()
+                    stored = tensor.cpu() if name.endswith("match") else tensor.float().cpu()
+                    tensors[f"layers.{j}.{name}"] = stored.contiguous()
                 for role in roles:
                     weight = new_model.weight(j, role, torch.float32)
                     tensors[f"layers.{j}.{role}.norm"] = torch.linalg.vector_norm(weight).view(1)
@@ -204,8 +205,8 @@ class TransferPlan:
             "facts": self.facts,
             "phases": [phase.as_dict() for phase in self.phases],
         }
-        contiguous = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        write_file(target, save(contiguous, metadata={"plan": json.dumps(header)}), overwrite=overwrite)
+        data = save(dict(self.tensors.items()), metadata={"plan": json.dumps(header)})
+        write_file(target, data, overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TransferPlan:
@@ -391,7 +392,8 @@ class _LazyTensors:
         return name in self._names
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self.file.get_tensor(name)
+        # A copy is aligned as a fresh tensor is, so that products of a loaded plan give the same bits.
+        tensor: Tensor = self.file.get_tensor(name).clone()
         return tensor
 
     def items(self) -> Any:

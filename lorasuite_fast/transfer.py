@@ -127,7 +127,9 @@ def fit_transfer(e_o: Tensor, e_n: Tensor, shared: SharedTokens, *, ridge: float
             f"{MIN_RANK:.0%}; pass a ridge (--ridge 1e-3) to accept an approximation"
         )
     S, _ = solve_normal(total.nn, total.on.T, ridge)
-    return Transfer(W_h.float(), S.float(), "embedding", len(shared), shared.dropped, rank, r2, r2_back)
+    return Transfer(
+        W_h.float().contiguous(), S.float().contiguous(), "embedding", len(shared), shared.dropped, rank, r2, r2_back
+    )
 
 
 def build_transfer(
