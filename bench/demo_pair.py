@@ -16,6 +16,7 @@ threads only through the order of float32 sums.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import platform
@@ -77,9 +78,14 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 PRETRAIN = {
-    "old": Recipe(rate=4e-3, steps=800, batch=4, seed=1, warm_up=60, weight_decay=0.1),
-    "new": Recipe(rate=1.8e-3, steps=800, batch=4, seed=2, warm_up=50, weight_decay=0.1),
+    "old": (Recipe(rate=4e-3, steps=800, batch=4, seed=1, warm_up=60, weight_decay=0.1),),
+    "new": (
+        Recipe(rate=1.8e-3, steps=800, batch=4, seed=2, warm_up=50, weight_decay=0.1),
+        Recipe(rate=2e-3, steps=450, batch=8, seed=12, warm_up=30, weight_decay=0.1),
+    ),
 }
+"""Cycles of pre-training: the first starts from random weights, each later one from the weights saved before it."""
+
 ADAPT = {"old": Recipe(rate=5e-3, steps=400, batch=8, seed=3, warm_up=20)}
 FULL = Recipe(rate=0.0, steps=300, batch=8, seed=4, warm_up=20)
 
@@ -209,7 +215,7 @@ def stage_tokenizers(work: Work) -> None:
     for name, make in (("old", demo_text.sentencepiece_tokenizer), ("new", demo_text.byte_level_tokenizer)):
         if not (work.root / name / "tokenizer.json").exists():
             documents = work.texts()["general"]["train"]
-            random.Random(PRETRAIN[name].seed).shuffle(documents)
+            random.Random(PRETRAIN[name][0].seed).shuffle(documents)
             held, paragraphs = 0, []
             for document in documents:
                 held += sum(map(len, document))
@@ -239,7 +245,7 @@ def packed(documents: Sequence[demo_text.Document], tokenizer: Any, recipe: Reci
 
 
 def train(model: Any, rows: torch.Tensor, recipe: Recipe) -> dict[str, Any]:
-    """Train the parameters that require a gradient on ``rows``, in order, once; return the recipe and last losses."""
+    """Train the parameters that require a gradient on ``rows``, in order, once; return the recipe and the last loss."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in parameters if p.ndim > 1]
     groups = [
@@ -278,10 +284,15 @@ def train(model: Any, rows: torch.Tensor, recipe: Recipe) -> dict[str, Any]:
 
 
 def pretrain(work: Work, name: str) -> None:
-    """Pre-train one model from random weights on the general text, and save it in bfloat16."""
+    """Pre-train one model from random weights on the general text, saving it in bfloat16 after each cycle."""
+    for cycle, recipe in enumerate(PRETRAIN[name]):
+        work.result(f"pretrain-{name}-{cycle}", functools.partial(_pretrain_cycle, work, name, cycle, recipe))
+    work.result(f"score-{name}", lambda: scores(work, *work.load(name)))
 
-    def make() -> dict[str, Any]:
-        recipe, tokenizer = PRETRAIN[name], AutoTokenizer.from_pretrained(work.root / name)
+
+def _pretrain_cycle(work: Work, name: str, cycle: int, recipe: Recipe) -> dict[str, Any]:
+    if cycle == 0:
+        tokenizer = AutoTokenizer.from_pretrained(work.root / name)
         torch.manual_seed(recipe.seed)
         config = LlamaConfig(
             **SHAPES[name],
@@ -292,14 +303,12 @@ def pretrain(work: Work, name: str) -> None:
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
-        model = LlamaForCausalLM(config)
-        figures = train(model, packed(work.texts()["general"]["train"], tokenizer, recipe), recipe)
-        model.to(torch.bfloat16).save_pretrained(work.root / name)
-        parameters = sum(p.numel() for p in model.parameters())
-        return {"parameters": parameters, **figures}
-
-    work.result(f"pretrain-{name}", make)
-    work.result(f"score-{name}", lambda: scores(work, *work.load(name)))
+        model: Any = LlamaForCausalLM(config)
+    else:
+        model, tokenizer = work.load(name)
+    figures = train(model, packed(work.texts()["general"]["train"], tokenizer, recipe), recipe)
+    model.to(torch.bfloat16).save_pretrained(work.root / name)
+    return {"parameters": sum(p.numel() for p in model.parameters()), **figures}
 
 
 def with_lora(model: Any, base: str) -> Any:
@@ -402,7 +411,10 @@ def stage_record(work: Work) -> None:
         "selection": "sweeps are selected on domain_valid (not shipped, never trained on), one seed per setting",
         "best": best,
         "sweeps": sweeps,
-        "pretraining": {name: work.result(f"pretrain-{name}", dict) for name in SHAPES},
+        "pretraining": {
+            name: [work.result(f"pretrain-{name}-{cycle}", dict) for cycle in range(len(cycles))]
+            for name, cycles in PRETRAIN.items()
+        },
         "adapter": {"rank": RANK, "alpha": ALPHA, "target_modules": TARGETS, **adapter},
         "shapes": SHAPES,
         "text": {

@@ -22,6 +22,11 @@ RCOND = 1e-5
 """Singular values of an embedding table below this share of the largest count as zero."""
 MIN_RANK = 0.75
 """W_h is refused where the shared rows span less than this share of the old width."""
+HALF_CONDITION = 1e3
+"""Largest condition number of the Gram matrices for which half-precision tables are multiplied in float32.
+
+Products of their entries are exact there, and rounding the chunk sums keeps W_h within 1e-5 of the float64 result.
+"""
 _HELD_OUT = 20
 _POWER_STEPS = 30
 
@@ -70,13 +75,30 @@ def solve_normal(gram: Tensor, cross: Tensor, ridge: float = 0.0) -> tuple[Tenso
     d = gram.shape[0]
     if ridge:
         gram = gram + ridge * gram.diagonal().mean() * torch.eye(d, dtype=gram.dtype, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if not int(info) and _smallest_ratio(gram, factor) > RCOND**2:
+    factor = _well_conditioned(gram, RCOND**2)
+    if factor is not None:
         return torch.cholesky_solve(cross, factor), d
     values, vectors = torch.linalg.eigh(gram)
     keep = values > RCOND**2 * values[-1].clamp_min(0)
     values, vectors = values[keep], vectors[:, keep]
     return vectors @ ((vectors.T @ cross) / values[:, None]), int(keep.sum())
+
+
+def normal_equations(e_o: Tensor, e_n: Tensor, idx_o: Tensor, idx_n: Tensor, *, both: bool = True) -> SharedGram:
+    """`shared_gram`, its products in float32 where that costs no accuracy (see HALF_CONDITION), else in float64."""
+    halves = (torch.bfloat16, torch.float16)
+    if e_o.dtype in halves and e_n.dtype in halves:
+        gram = shared_gram(e_o, e_n, idx_o, idx_n, both=both, products=torch.float32)
+        solved = [g for g in (gram.oo, gram.nn) if g is not None]
+        if all(_well_conditioned(g, 1 / HALF_CONDITION) is not None for g in solved):
+            return gram
+    return shared_gram(e_o, e_n, idx_o, idx_n, both=both)
+
+
+def _well_conditioned(gram: Tensor, least: float) -> Tensor | None:
+    """The Cholesky factor, if λ_min / λ_max is above `least`."""
+    factor, info = torch.linalg.cholesky_ex(gram)
+    return factor if not int(info) and _smallest_ratio(gram, factor) > least else None
 
 
 def _r2(x: Tensor, y: Tensor, w: Tensor) -> float | None:
@@ -113,12 +135,12 @@ def fit_transfer(e_o: Tensor, e_n: Tensor, shared: SharedTokens, *, ridge: float
         raise LoraSuiteError("the two vocabularies share no trained tokens; nothing can be carried between them")
     held = torch.zeros(len(shared), dtype=torch.bool)
     held[_HELD_OUT - 1 :: _HELD_OUT] = True
-    train = shared_gram(e_o, e_n, shared.old[~held], shared.new[~held], both=True)
+    train = normal_equations(e_o, e_n, shared.old[~held], shared.new[~held])
     x, y = e_o[shared.old[held]], e_n[shared.new[held]]
     assert train.nn is not None
     r2 = _r2(x, y, solve_normal(train.oo, train.on, ridge)[0])
     r2_back = _r2(y, x, solve_normal(train.nn, train.on.T, ridge)[0])
-    total = _plus(train, shared_gram(e_o, e_n, shared.old[held], shared.new[held], both=True))
+    total = _plus(train, normal_equations(e_o, e_n, shared.old[held], shared.new[held]))
     assert total.nn is not None
     W_h, rank = solve_normal(total.oo, total.on, ridge)
     if rank < MIN_RANK * d_o:
