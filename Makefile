@@ -18,6 +18,7 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
+	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/transfer.py
 	$(BIN)/python bench/pair.py

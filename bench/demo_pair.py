@@ -81,7 +81,7 @@ PRETRAIN = {
     "old": (Recipe(rate=4e-3, steps=800, batch=4, seed=1, warm_up=60, weight_decay=0.1),),
     "new": (
         Recipe(rate=1.8e-3, steps=800, batch=4, seed=2, warm_up=50, weight_decay=0.1),
-        Recipe(rate=2e-3, steps=450, batch=8, seed=12, warm_up=30, weight_decay=0.1),
+        Recipe(rate=1.5e-3, steps=640, batch=4, seed=12, warm_up=30, weight_decay=0.1),
     ),
 }
 """Cycles of pre-training: the first starts from random weights, each later one from the weights saved before it."""

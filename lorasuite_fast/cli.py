@@ -123,7 +123,8 @@ def _print_transfer(console: Console, plan: TransferPlan) -> None:
         highlight=False,
     )
     if plan.options["transfer"] == "identity":
-        console.print("transfer matrix: the identity, as asked for")
+        vocabulary = "the same vocabulary" if facts["same_vocabulary"] else "[yellow]different vocabularies[/yellow]"
+        console.print(f"transfer matrix: the identity, as asked for; the two models have {vocabulary}")
         return
     r2, back = facts["r2"], facts["r2_back"]
     console.print(

@@ -180,6 +180,7 @@ class TransferPlan:
             "ridge": ridge,
         }
         facts = {
+            "same_vocabulary": carried.same_vocabulary,
             "shared_tokens": carried.shared,
             "untrained_tokens": carried.dropped,
             "rank": carried.rank,

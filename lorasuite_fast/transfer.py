@@ -44,6 +44,7 @@ class Transfer:
     W_h: Tensor
     S: Tensor
     kind: str
+    same_vocabulary: bool
     shared: int
     dropped: int
     rank: int
@@ -150,7 +151,15 @@ def fit_transfer(e_o: Tensor, e_n: Tensor, shared: SharedTokens, *, ridge: float
         )
     S, _ = solve_normal(total.nn, total.on.T, ridge)
     return Transfer(
-        W_h.float().contiguous(), S.float().contiguous(), "embedding", len(shared), shared.dropped, rank, r2, r2_back
+        W_h.float().contiguous(),
+        S.float().contiguous(),
+        "embedding",
+        shared.identical,
+        len(shared),
+        shared.dropped,
+        rank,
+        r2,
+        r2_back,
     )
 
 
@@ -166,7 +175,7 @@ def build_transfer(
         if d_o != d_n:
             raise LoraSuiteError(f"--transfer identity needs equal widths; old has {d_o}, new has {d_n}")
         eye = torch.eye(d_o)
-        return Transfer(eye, eye, "identity", len(tokens), 0, d_o, None, None)
+        return Transfer(eye, eye, "identity", tokens.identical, len(tokens), 0, d_o, None, None)
     tables = []
     for model in (old, new):
         table = model.tensors.view(model.embedding_name)

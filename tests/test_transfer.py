@@ -15,7 +15,7 @@ from lorasuite_kernels import shared_gram
 def tables(
     seed: int, tokens: int, d_o: int, d_n: int, condition: float, noise: float = 0.1
 ) -> tuple[Tensor, Tensor, SharedTokens]:
-    """Embedding tables whose old side has singular values spanning `condition`, and a shuffled pairing of their rows."""
+    """Tables whose old side has singular values spanning `condition`, and a shuffled pairing of their rows."""
     generator = torch.Generator().manual_seed(seed)
     spectrum = torch.logspace(0, -float(torch.log10(torch.tensor(condition))), d_o)
     e_o = torch.randn(tokens, d_o, generator=generator) * spectrum

@@ -1,0 +1,59 @@
+"""The layer-by-layer forward pass gives the hidden states transformers gives with the whole model in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorasuite_fast.checkpoint import Checkpoint
+from lorasuite_fast.hidden_states import pooled_hidden_states
+
+from planted import save_folder, tiny_model, tiny_tokenizer
+
+TEXTS = ["one short line", "a line that is quite a bit longer than the first one, to be cut", "x", "1 + 1 = 2 " * 9]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_pooled_hidden_states_equal_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
+    layers, max_tokens = 3, 40
+    folder = save_folder(tiny_model(family, 0, layers=layers), tiny_tokenizer(320), tmp_path / "model")
+    found = pooled_hidden_states(
+        Checkpoint(folder), TEXTS, device=torch.device("cpu"), dtype=torch.float32, max_tokens=max_tokens
+    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = Checkpoint(folder).tokenizer()
+    outputs: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(
+            lambda module, inputs, output: outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+        )
+    for example, text in enumerate(TEXTS):
+        # One example at a time, so that no padding is involved at all.
+        outputs.clear()
+        ids = torch.tensor([tokenizer(text)["input_ids"][:max_tokens]])
+        with torch.inference_mode():
+            states = model(ids, output_hidden_states=True).hidden_states
+        for layer in range(layers):
+            expected = outputs[layer][0].mean(0)
+            assert torch.allclose(found[layer, example], expected, atol=1e-5)
+            if layer < layers - 1:
+                assert torch.equal(states[layer + 1], outputs[layer])
+
+
+def test_every_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_folder(tiny_model("llama", 0, layers=3), tiny_tokenizer(320), tmp_path / "model")
+    read: list[str] = []
+    original = Checkpoint.read
+
+    def counted(self: Checkpoint, name: str, *arguments: object) -> torch.Tensor:
+        read.append(name)
+        return original(self, name, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    checkpoint = Checkpoint(folder)
+    pooled_hidden_states(checkpoint, TEXTS, device=torch.device("cpu"), dtype=torch.float32)
+    assert len(read) == len(set(read))
+    assert set(read) == set(checkpoint.tensors.entries) - {"model.embed_tokens.weight", "lm_head.weight"}
