@@ -1,7 +1,8 @@
 """One pooled vector per example and layer from a model that is never in memory as a whole.
 
-transformers builds the model from its config without weights; each layer's weights are read from the memory map as the
-forward pass reaches it and freed behind it. All examples go through in one batch, so every weight is read once.
+transformers builds the model from its config without weights. A first pass over every micro-batch, in which the layers
+do nothing, records what transformers hands each of them (masks, position embeddings); then the layers run one by one
+over all micro-batches, each with its weights read from the memory map once and freed behind it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
 
 MAX_TOKENS = 128
+_MICRO_BATCH = 16
 
 LayerProgress = Callable[[int, int], None]
 
@@ -54,6 +56,37 @@ def _tokenize(checkpoint: Checkpoint, texts: list[str], max_tokens: int, trust_r
     return batch
 
 
+class _Recorded(Exception):
+    """Ends the recording pass behind the last layer."""
+
+
+def _record_calls(
+    model: Any, layers: list[nn.Module], embedded: Tensor, mask: Tensor
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The hidden states entering layer 0 and the keyword arguments transformers calls each layer with."""
+    calls: list[dict[str, Any]] = []
+    entering: list[Tensor] = []
+
+    def stand_in(hidden: Tensor, **arguments: Any) -> Tensor:
+        if not calls:
+            entering.append(hidden)
+        calls.append(arguments)
+        if len(calls) == len(layers):
+            raise _Recorded
+        return hidden
+
+    for layer in layers:
+        layer.forward = stand_in
+    try:
+        model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+    except _Recorded:
+        pass
+    finally:
+        for layer in layers:
+            del layer.forward
+    return entering[0], calls
+
+
 def pooled_hidden_states(
     checkpoint: Checkpoint,
     texts: list[str],
@@ -61,6 +94,7 @@ def pooled_hidden_states(
     device: torch.device,
     dtype: torch.dtype,
     max_tokens: int = MAX_TOKENS,
+    micro_batch: int = _MICRO_BATCH,
     trust_remote_code: bool = False,
     progress: LayerProgress | None = None,
 ) -> Tensor:
@@ -69,54 +103,40 @@ def pooled_hidden_states(
     Args:
         texts: calibration examples, cut to `max_tokens` tokens each.
         dtype: of weights and activations in the forward pass.
+        micro_batch: examples that pass through a layer together.
         progress: called with (layers done, L).
     """
     batch = _tokenize(checkpoint, texts, max_tokens, trust_remote_code)
     model = _empty_model(checkpoint, trust_remote_code=trust_remote_code)
     family, L = checkpoint.family, checkpoint.shape.L
-    layers = model.get_submodule(family.layers)
+    layers = list(model.get_submodule(family.layers))
     if len(layers) != L:
         raise LoraSuiteError(f"{checkpoint.folder}: transformers builds {len(layers)} layers, the checkpoint holds {L}")
-    mask = batch["attention_mask"].to(device)
-    weights = (mask / mask.sum(1, keepdim=True)).to(torch.float32)
-    pooled = torch.empty(L, len(texts), checkpoint.shape.d)
-
-    def load(module: nn.Module, prefix: str) -> None:
-        for name, parameter in module.named_parameters():
-            value = checkpoint.read(f"{prefix}{name}", dtype, device)
-            owner = module.get_submodule(name.rpartition(".")[0])
-            setattr(owner, name.rpartition(".")[2], nn.Parameter(value, requires_grad=parameter.requires_grad))
-
-    def enter(i: int) -> Callable[..., None]:
-        return lambda module, *_: load(module, f"{family.layer(i)}.")
-
-    def leave(i: int) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            hidden = output if isinstance(output, Tensor) else output[0]
-            pooled[i] = torch.einsum("nt,ntd->nd", weights, hidden.float()).cpu()
-            module.to("meta")
-            if progress:
-                progress(i + 1, L)
-
-        return hook
-
-    for i, layer in enumerate(layers):
-        layer.register_forward_pre_hook(enter(i))
-        layer.register_forward_hook(leave(i))
     embedding = model.get_submodule(family.embedding)
     table = checkpoint.tensors.view(checkpoint.embedding_name)
     embedding.weight = nn.Parameter(table, requires_grad=False)
-    embedding.register_forward_hook(lambda module, inputs, output: output.to(device=device, dtype=dtype))
-    for name, child in model.named_children():
-        if name not in (family.embedding, family.layers):
-            load(child, f"{family.prefix}{name}.")
-            child.to(device)
+    pooled = torch.empty(L, len(texts), checkpoint.shape.d)
     with torch.inference_mode():
-        model(
-            inputs_embeds=embedding(batch["input_ids"]),
-            attention_mask=mask,
-            use_cache=False,
-        )
+        hidden, calls, weights = [], [], []
+        for start in range(0, len(texts), micro_batch):
+            mask = batch["attention_mask"][start : start + micro_batch].to(device)
+            embedded = embedding(batch["input_ids"][start : start + micro_batch]).to(device=device, dtype=dtype)
+            entering, recorded = _record_calls(model, layers, embedded, mask)
+            hidden.append(entering)
+            calls.append(recorded)
+            weights.append((mask / mask.sum(1, keepdim=True)).float())
+        for i, layer in enumerate(layers):
+            _load(checkpoint, layer, f"{family.layer(i)}.", dtype, device)
+            start = 0
+            for n, weight in enumerate(weights):
+                output = layer(hidden[n], **calls[n][i])
+                hidden[n] = output if isinstance(output, Tensor) else output[0]
+                means = torch.einsum("nt,ntd->nd", weight, hidden[n].float())
+                pooled[i, start : start + len(means)] = means.cpu()
+                start += len(means)
+            layer.to("meta")
+            if progress:
+                progress(i + 1, L)
     if not torch.isfinite(pooled).all():
         layer_index = int((~torch.isfinite(pooled)).any(2).any(1).nonzero()[0])
         raise LoraSuiteError(
@@ -124,3 +144,11 @@ def pooled_hidden_states(
             "try --dtype float32"
         )
     return pooled
+
+
+def _load(checkpoint: Checkpoint, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a module on the meta device its weights."""
+    for name, _ in list(module.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        value = checkpoint.read(f"{prefix}{name}", dtype, device)
+        setattr(module.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
