@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
 
-MAX_TOKENS = 128
 _MICRO_BATCH = 16
 
 LayerProgress = Callable[[int, int], None]
@@ -38,22 +37,20 @@ def _empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     return model.eval()
 
 
-def _tokenize(checkpoint: Checkpoint, texts: list[str], max_tokens: int, trust_remote_code: bool) -> Any:
-    tokenizer = checkpoint.tokenizer(trust_remote_code=trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.bos_token or tokenizer.unk_token
-    if tokenizer.pad_token is None:  # the id does not matter: padding is masked
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    tokenizer.padding_side = "right"
-    batch = tokenizer(texts, padding=True, truncation=True, max_length=max_tokens, return_tensors="pt")
-    if int(batch["attention_mask"].sum(1).min()) == 0:
-        raise LoraSuiteError(f"{checkpoint.folder}: its tokenizer gives no token for a calibration example")
-    if int(batch["input_ids"].max()) >= checkpoint.shape.V:
+def _padded(checkpoint: Checkpoint, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, (examples, longest), padded on the right."""
+    highest = max(map(max, rows))
+    if highest >= checkpoint.shape.V:
         raise LoraSuiteError(
-            f"{checkpoint.folder}: its tokenizer gives token {int(batch['input_ids'].max())}, beyond the embedding's "
-            f"{checkpoint.shape.V} rows; the tokenizer belongs to another model"
+            f"{checkpoint.folder}: its tokenizer gives token {highest}, beyond the embedding's {checkpoint.shape.V} "
+            "rows; the tokenizer belongs to another model"
         )
-    return batch
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        ids[n, : len(row)] = torch.tensor(row)
+        mask[n, : len(row)] = 1
+    return ids, mask
 
 
 class _Recorded(Exception):
@@ -89,11 +86,10 @@ def _record_calls(
 
 def pooled_hidden_states(
     checkpoint: Checkpoint,
-    texts: list[str],
+    rows: list[list[int]],
     *,
     device: torch.device,
     dtype: torch.dtype,
-    max_tokens: int = MAX_TOKENS,
     micro_batch: int = _MICRO_BATCH,
     trust_remote_code: bool = False,
     progress: LayerProgress | None = None,
@@ -101,12 +97,12 @@ def pooled_hidden_states(
     """Mean over the non-padding tokens of every layer's output, (L, examples, d) float32 on the CPU.
 
     Args:
-        texts: calibration examples, cut to `max_tokens` tokens each.
+        rows: the token ids of each example, none empty.
         dtype: of weights and activations in the forward pass.
         micro_batch: examples that pass through a layer together.
         progress: called with (layers done, L).
     """
-    batch = _tokenize(checkpoint, texts, max_tokens, trust_remote_code)
+    ids, masks = _padded(checkpoint, rows)
     model = _empty_model(checkpoint, trust_remote_code=trust_remote_code)
     family, L = checkpoint.family, checkpoint.shape.L
     layers = list(model.get_submodule(family.layers))
@@ -115,12 +111,12 @@ def pooled_hidden_states(
     embedding = model.get_submodule(family.embedding)
     table = checkpoint.tensors.view(checkpoint.embedding_name)
     embedding.weight = nn.Parameter(table, requires_grad=False)
-    pooled = torch.empty(L, len(texts), checkpoint.shape.d)
+    pooled = torch.empty(L, len(rows), checkpoint.shape.d)
     with torch.inference_mode():
         hidden, calls, weights = [], [], []
-        for start in range(0, len(texts), micro_batch):
-            mask = batch["attention_mask"][start : start + micro_batch].to(device)
-            embedded = embedding(batch["input_ids"][start : start + micro_batch]).to(device=device, dtype=dtype)
+        for start in range(0, len(rows), micro_batch):
+            mask = masks[start : start + micro_batch].to(device)
+            embedded = embedding(ids[start : start + micro_batch]).to(device=device, dtype=dtype)
             entering, recorded = _record_calls(model, layers, embedded, mask)
             hidden.append(entering)
             calls.append(recorded)

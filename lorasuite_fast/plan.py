@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,16 +24,19 @@ from .calibration import MIN_EXAMPLES, load_examples
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
-from .hidden_states import MAX_TOKENS, pooled_hidden_states
+from .hidden_states import pooled_hidden_states
 from .mapping import map_layers
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .projection import METHODS, Pair, PlannedLayer, balanced
 from .result import LayerResult, Migration
 from .transfer import build_transfer
+from .vocabulary import common_ids, shared_tokens
 
 FORMAT = "lorasuite-fast plan"
 FORMAT_VERSION = 1
+MAX_TOKENS = 128
+"""Of each calibration example."""
 _MINIBATCH = 512
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -100,7 +104,7 @@ class TransferPlan:
         Args:
             old, new: folders in Hugging Face format, or hub ids.
             calibration: .jsonl or .txt of unlabelled text for CKA; None takes the text shipped with the package.
-            examples: how many calibration examples to read, each cut to 128 tokens.
+            examples: how many calibration examples both models read, split into the same pieces, 128 of each.
             layers: cka, first, medium or last. heads: hungarian or identity. transfer: embedding or identity.
             method: lstsq (exact wherever the new model computes the old function) or paper (Eq. 3 of LoRASuite).
             roles: projections to plan for, of q, k, v, o, gate, up, down; the MLP costs several times the rest.
@@ -111,32 +115,34 @@ class TransferPlan:
             LoraSuiteError: for input that cannot be used; the message names it and says what to do.
         """
         run_device, run_dtype = pick_device(device), pick_dtype(dtype)
-        if method not in METHODS:
-            raise LoraSuiteError(f"method {method!r} is not one of {', '.join(METHODS)}")
-        if unknown := [role for role in roles if role not in ROLES]:
-            raise LoraSuiteError(f"role {unknown[0]!r} is not one of {', '.join(ROLES)}")
-        if layers not in ("cka", "first", "medium", "last"):
-            raise LoraSuiteError(f"layer mapping {layers!r} is not one of cka, first, medium, last")
-        if heads not in ("hungarian", "identity"):
-            raise LoraSuiteError(f"head mapping {heads!r} is not one of hungarian, identity")
-        if transfer not in ("embedding", "identity"):
-            raise LoraSuiteError(f"transfer {transfer!r} is not one of embedding, identity")
+        _check_choice("method", method, METHODS)
+        _check_choice("layer mapping", layers, ("cka", "first", "medium", "last"))
+        _check_choice("head mapping", heads, ("hungarian", "identity"))
+        _check_choice("transfer", transfer, ("embedding", "identity"))
+        for role in roles:
+            _check_choice("role", role, ROLES)
         clock = PhaseClock(progress, run_device)
         with clock.phase("open", 2) as step:
             old_model, new_model = Checkpoint(old, "old"), Checkpoint(new, "new")
             records = ModelRecord.of(old_model), ModelRecord.of(new_model)
+            tokenizers = [m.tokenizer(trust_remote_code=trust_remote_code) for m in (old_model, new_model)]
             step(2)
         texts = load_examples(calibration, examples, seed)
         with clock.phase("transfer matrix", 1) as step:
-            carried = build_transfer(old_model, new_model, transfer, ridge=ridge, trust_remote_code=trust_remote_code)
+            carried = build_transfer(old_model, new_model, shared_tokens(*tokenizers), transfer, ridge=ridge)
             step(1)
+        rows = common_ids(tokenizers[0], tokenizers[1], texts, MAX_TOKENS)
+        if len(rows[0]) < MIN_EXAMPLES:
+            raise LoraSuiteError(
+                f"only {len(rows[0])} calibration examples hold tokens both vocabularies know; CKA needs {MIN_EXAMPLES}"
+            )
         pooled = []
-        for model in (old_model, new_model):
+        for model, ids in zip((old_model, new_model), rows, strict=True):
             with clock.phase(f"{model.role} hidden states", model.shape.L) as step:
                 pooled.append(
                     pooled_hidden_states(
                         model,
-                        texts,
+                        ids,
                         device=run_device,
                         dtype=run_dtype,
                         trust_remote_code=trust_remote_code,
@@ -167,7 +173,7 @@ class TransferPlan:
                 step(done)
         options = {
             "calibration": "shipped" if calibration is None else os.fspath(calibration),
-            "examples": len(texts),
+            "examples": len(rows[0]),
             "max_tokens": MAX_TOKENS,
             "layers": layers,
             "heads": heads,
@@ -432,10 +438,14 @@ def _unused(source: Adapter, plan: TransferPlan) -> list[int]:
     return sorted({layer for layer, _ in source.updates} - set(plan.layers.values()))
 
 
+def _check_choice(what: str, value: str, known: Iterable[str]) -> None:
+    if value not in known:
+        raise LoraSuiteError(f"{what} {value!r} is not one of {', '.join(known)}")
+
+
 def pick_device(name: str) -> torch.device:
     """auto takes the GPU where there is one."""
-    if name not in ("auto", "cpu", "cuda"):
-        raise LoraSuiteError(f"device {name!r} is not one of auto, cpu, cuda")
+    _check_choice("device", name, ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
         raise LoraSuiteError("--device cuda: PyTorch sees no GPU; use --device cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
@@ -445,8 +455,7 @@ def pick_dtype(name: str) -> torch.dtype:
     """auto is float32: float16 and, on many CPUs, bfloat16 products are slow there, and inexact everywhere."""
     if name == "auto":
         return torch.float32
-    if name not in _DTYPES:
-        raise LoraSuiteError(f"dtype {name!r} is not one of auto, {', '.join(_DTYPES)}")
+    _check_choice("dtype", name, ("auto", *_DTYPES))
     return _DTYPES[name]
 
 

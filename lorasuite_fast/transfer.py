@@ -16,7 +16,7 @@ from lorasuite_kernels import SharedGram, shared_gram
 
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
-from .vocabulary import SharedTokens, drop_untrained, shared_tokens
+from .vocabulary import SharedTokens, drop_untrained
 
 RCOND = 1e-5
 """Singular values of an embedding table below this share of the largest count as zero."""
@@ -164,12 +164,9 @@ def fit_transfer(e_o: Tensor, e_n: Tensor, shared: SharedTokens, *, ridge: float
 
 
 def build_transfer(
-    old: Checkpoint, new: Checkpoint, kind: str, *, ridge: float = 0.0, trust_remote_code: bool = False
+    old: Checkpoint, new: Checkpoint, tokens: SharedTokens, kind: str, *, ridge: float = 0.0
 ) -> Transfer:
     """W_h and S for a pair of checkpoints: `embedding` fits them, `identity` takes both as I where d_o = d_n."""
-    tokens = shared_tokens(
-        old.tokenizer(trust_remote_code=trust_remote_code), new.tokenizer(trust_remote_code=trust_remote_code)
-    )
     d_o, d_n = old.shape.d, new.shape.d
     if kind == "identity":
         if d_o != d_n:

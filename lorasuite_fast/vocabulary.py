@@ -38,12 +38,14 @@ def _component_types(decoder: Any) -> set[str]:
     return {str(decoder.get("type"))}
 
 
-def token_bytes(tokenizer: Any) -> dict[bytes | tuple[str, str], int]:
-    """What each token stands for -> its id.
+Key = bytes | tuple[str, str]
 
-    Ordinary tokens map from bytes. Special tokens map from ("role", "bos_token") where they have a role, from
-    ("special", content) elsewhere. Where several ids stand for the same bytes, a regular token wins over a byte
-    fallback, then the lower id.
+
+def token_keys(tokenizer: Any) -> dict[int, tuple[Key, bool]]:
+    """id -> (what the token stands for, whether it is a byte fallback).
+
+    Ordinary tokens stand for bytes; special tokens for ("role", "bos_token") where they have a role, for
+    ("special", content) elsewhere.
 
     Raises:
         LoraSuiteError: for a tokenizer without a `tokenizers` backend.
@@ -60,24 +62,29 @@ def token_bytes(tokenizer: Any) -> dict[bytes | tuple[str, str], int]:
         token = getattr(tokenizer, role, None)
         if token is not None:
             roles.setdefault(token, role)
-    result: dict[bytes | tuple[str, str], int] = {}
-    fallbacks: dict[bytes, int] = {}
-    for token, index in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+    keys: dict[int, tuple[Key, bool]] = {}
+    for token, index in tokenizer.get_vocab().items():
         literal = added.get(index)
         fallback = _FALLBACK.fullmatch(token) if "ByteFallback" in types else None
         if token in roles:
-            result.setdefault(("role", roles[token]), index)
+            keys[index] = ("role", roles[token]), False
         elif literal is not None and literal.special:
-            result.setdefault(("special", token), index)
+            keys[index] = ("special", token), False
         elif fallback:
-            fallbacks.setdefault(bytes([int(fallback[1], 16)]), index)
+            keys[index] = bytes([int(fallback[1], 16)]), True
         elif byte_level and literal is None and all(c in alphabet for c in token):
-            result.setdefault(bytes(alphabet[c] for c in token), index)
+            keys[index] = bytes(alphabet[c] for c in token), False
         else:
             text = token.replace(_SPACE, " ") if metaspace else token
-            result.setdefault(text.encode("utf-8", "surrogatepass"), index)
-    for byte, index in fallbacks.items():
-        result.setdefault(byte, index)
+            keys[index] = text.encode("utf-8", "surrogatepass"), False
+    return keys
+
+
+def token_bytes(tokenizer: Any) -> dict[Key, int]:
+    """What each token stands for -> its id. Of several a regular token wins over a byte fallback, then the lower."""
+    result: dict[Key, int] = {}
+    for index, (key, _) in sorted(token_keys(tokenizer).items(), key=lambda item: (item[1][1], item[0])):
+        result.setdefault(key, index)
     return result
 
 
@@ -102,6 +109,52 @@ def shared_tokens(old: Any, new: Any) -> SharedTokens:
     pairs = sorted((i, bytes_new[key]) for key, i in bytes_old.items() if key in bytes_new)
     ids = torch.tensor(pairs, dtype=torch.int64).view(-1, 2)
     return SharedTokens(ids[:, 0].contiguous(), ids[:, 1].contiguous(), identical=bytes_old == bytes_new)
+
+
+def common_ids(old: Any, new: Any, texts: list[str], max_tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The same texts for both models, cut into the same pieces: token ids for the old and for the new one.
+
+    A text is split as the old tokenizer does, and a token the new vocabulary lacks into the longest pieces both have.
+    Both models then read the same sequence, and what differs between their hidden states is the models' doing, not
+    their tokenizers'. Each gets the special tokens its own tokenizer puts in front. Texts of which nothing is left are
+    left out.
+
+    Args:
+        max_tokens: pieces of each text, special tokens not counted.
+    """
+    keys_old, bytes_old, bytes_new = token_keys(old), token_bytes(old), token_bytes(new)
+    shared = {key: (i, bytes_new[key]) for key, i in bytes_old.items() if key in bytes_new}
+    longest = max((len(key) for key in shared if isinstance(key, bytes)), default=0)
+
+    def pieces(key: Key) -> list[tuple[int, int]]:
+        if key in shared:
+            return [shared[key]]
+        found, start = [], 0
+        while isinstance(key, bytes) and start < len(key):
+            ends = range(min(len(key), start + longest), start, -1)
+            end = next((end for end in ends if key[start:end] in shared), None)
+            if end is not None:
+                found.append(shared[key[start:end]])
+            start = end or start + 1
+        return found
+
+    rows_old, rows_new = [], []
+    prefix_old, prefix_new = _prefix(old), _prefix(new)
+    for text in texts:
+        ids = old(text, add_special_tokens=False, verbose=False)["input_ids"]
+        pairs = [pair for i in ids for pair in pieces(keys_old[i][0])][:max_tokens]
+        if pairs:
+            rows_old.append(prefix_old + [i for i, _ in pairs])
+            rows_new.append(prefix_new + [i for _, i in pairs])
+    return rows_old, rows_new
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """The special tokens a tokenizer puts in front of a text."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer("a")["input_ids"]
+    starts = [n for n in range(len(full)) if full[n : n + len(plain)] == plain]
+    return full[: starts[0]] if starts else []
 
 
 def trained_rows(table: Tensor, rows: Tensor, chunk: int = 8192) -> Tensor:

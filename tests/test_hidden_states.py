@@ -16,26 +16,30 @@ from planted import save_folder, tiny_model, tiny_tokenizer
 TEXTS = ["one short line", "a line that is quite a bit longer than the first one, to be cut", "x", "1 + 1 = 2 " * 9]
 
 
+def token_rows(folder: Path) -> list[list[int]]:
+    tokenizer = Checkpoint(folder).tokenizer()
+    return [tokenizer(text)["input_ids"][:40] for text in TEXTS]
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_pooled_hidden_states_equal_those_of_the_whole_model(family: str, tmp_path: Path) -> None:
-    layers, max_tokens = 3, 40
+    layers = 3
     folder = save_folder(tiny_model(family, 0, layers=layers), tiny_tokenizer(320), tmp_path / "model")
+    rows = token_rows(folder)
     found = pooled_hidden_states(
-        Checkpoint(folder), TEXTS, device=torch.device("cpu"), dtype=torch.float32, max_tokens=max_tokens, micro_batch=3
+        Checkpoint(folder), rows, device=torch.device("cpu"), dtype=torch.float32, micro_batch=3
     )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = Checkpoint(folder).tokenizer()
     outputs: list[torch.Tensor] = []
     for layer in model.model.layers:
         layer.register_forward_hook(
             lambda module, inputs, output: outputs.append(output if isinstance(output, torch.Tensor) else output[0])
         )
-    for example, text in enumerate(TEXTS):
+    for example, row in enumerate(rows):
         # One example at a time, so that no padding is involved at all.
         outputs.clear()
-        ids = torch.tensor([tokenizer(text)["input_ids"][:max_tokens]])
         with torch.inference_mode():
-            states = model(ids, output_hidden_states=True).hidden_states
+            states = model(torch.tensor([row]), output_hidden_states=True).hidden_states
         for layer in range(layers):
             expected = outputs[layer][0].mean(0)
             assert torch.allclose(found[layer, example], expected, atol=1e-5)
@@ -54,6 +58,6 @@ def test_every_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Checkpoint, "read", counted)
     checkpoint = Checkpoint(folder)
-    pooled_hidden_states(checkpoint, TEXTS, device=torch.device("cpu"), dtype=torch.float32)
+    pooled_hidden_states(checkpoint, token_rows(folder), device=torch.device("cpu"), dtype=torch.float32)
     assert len(read) == len(set(read))
     assert set(read) == {name for name in checkpoint.tensors.entries if name.startswith("model.layers.")}

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from lorasuite_fast.transfer import fit_transfer
-from lorasuite_fast.vocabulary import SharedTokens, drop_untrained, shared_tokens, token_bytes
+from lorasuite_fast.vocabulary import SharedTokens, common_ids, drop_untrained, shared_tokens, token_bytes
 
 from planted import tiny_tokenizer
 
@@ -110,3 +110,26 @@ def test_the_way_back_ignores_directions_the_new_width_does_not_use() -> None:
     found = fit_transfer(e_o, e_o @ q.T, SharedTokens(ids, ids, identical=True))
     assert (found.S - q).abs().max() < 1e-5
     assert found.rank == 6
+
+
+@pytest.mark.parametrize(("kind_old", "kind_new"), [("bytelevel", "sentencepiece"), ("sentencepiece", "bytelevel")])
+def test_both_models_read_the_same_pieces(kind_old: str, kind_new: str) -> None:
+    old, new = tiny_tokenizer(500, kind_old, 1), tiny_tokenizer(700, kind_new, 2)
+    texts = ["a plain line, with Ünïcode and \U0001f600", "", "x" * 50]
+    rows_old, rows_new = common_ids(old, new, texts, 1000)
+    assert len(rows_old) == len(rows_new) == 2
+    bytes_old, bytes_new = ({i: key for key, i in token_bytes(t).items()} for t in (old, new))
+    for text, ids_old, ids_new in zip((texts[0], texts[2]), rows_old, rows_new, strict=True):
+        pieces_old = [bytes_old[i] for i in ids_old if isinstance(bytes_old[i], bytes)]
+        pieces_new = [bytes_new[i] for i in ids_new if isinstance(bytes_new[i], bytes)]
+        assert pieces_old == pieces_new
+        assert b"".join(pieces_old).lstrip() == text.encode()
+
+
+def test_pieces_are_cut_to_length_and_keep_each_model_s_own_prefix() -> None:
+    old, new = tiny_tokenizer(400, "bytelevel", 1), tiny_tokenizer(400, "bytelevel", 2)
+    rows_old, rows_new = common_ids(old, new, ["some text that is long enough"], 4)
+    for tokenizer, rows in ((old, rows_old), (new, rows_new)):
+        prefix = [i for i in tokenizer("a")["input_ids"] if i in tokenizer.all_special_ids]
+        assert len(rows[0]) == 4 + len(prefix)
+        assert rows[0][: len(prefix)] == prefix
