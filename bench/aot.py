@@ -40,7 +40,7 @@ WIDE_LOAD = {"cuda": r"\bLDG\.E(?:\.\w+)*\.128|\bLDGSTS\.E(?:\.\w+)*\.128", "hip
 
 @dataclass(frozen=True)
 class Kernel:
-    """How a kernel is launched: its pointers' dtypes ("io" stands for the tested one), constants, unaligned integers."""
+    """How a kernel is launched: dtypes of its pointers ("io": the tested one), constants, integers of any value."""
 
     module: str
     function: str
@@ -52,7 +52,7 @@ class Kernel:
     """False where the kernel only ever sees float32."""
 
 
-_PAIR = {name: "*io" for name in ("heads_o", "heads_n", "groups_o", "groups_n")} | {"out": "*fp32"}
+_PAIR = dict.fromkeys(("heads_o", "heads_n", "groups_o", "groups_n"), "*io") | {"out": "*fp32"}
 _PAIR_ONES = {f"{name}_column_stride": 1 for name in ("heads_o", "heads_n", "groups_o", "groups_n")}
 _PAIR_PLAIN = ("count_groups_n", "share_o", "share_n")
 _SUMS = {"left": "*io", "right": "*io", "left_index": "*i64", "right_index": "*i64", "total": "*fp64"}
@@ -328,12 +328,13 @@ def main() -> None:
 def _preamble(results: list[Result], version: str) -> str:
     return f"""# Ahead-of-time compilation of the kernels
 
-Written by `python bench/aot.py` with Triton {version}, on a machine without a GPU. Every kernel, for every target it is
-offered on, in every configuration of `lorasuite_kernels/configs.py`: {len(results)} compilations. Registers per thread
-(VGPRs of both files on gfx942), spilled bytes per thread, shared memory per program (limits: {_limits()}), the number of
-matrix instructions in the disassembly (HMMA on sm_80, HGMMA = wgmma on sm_90, UTC…MMA = tcgen05 or HMMA on sm_100, v_mfma
-on gfx942) and of 16-byte global loads (LDG or LDGSTS .128; global or buffer_load_dwordx4). Pointers and extents are assumed
-to be multiples of 16, as PyTorch allocates them and models size them; others take the same code with narrower loads.
+Written by `python bench/aot.py` with Triton {version}, on a machine without a GPU. Every kernel, for every target it
+is offered on, in every configuration of `lorasuite_kernels/configs.py`: {len(results)} compilations. The columns are
+registers per thread (VGPRs of both files on gfx942), spilled bytes per thread, shared memory per program (limits:
+{_limits()}), the number of matrix instructions in the disassembly (HMMA on sm_80, HGMMA = wgmma on sm_90, UTC…MMA =
+tcgen05 or HMMA on sm_100, v_mfma on gfx942) and of 16-byte global loads (LDG or LDGSTS .128; global_load_dwordx4 or
+buffer_load_dwordx4). Pointers and extents are assumed to be multiples of 16, as PyTorch allocates them and models size
+them; others take the same code with narrower loads.
 
 float32 runs twice: `ieee` is what PyTorch's default precision allows, `tf32` is taken where
 `torch.set_float32_matmul_precision` permits it. float16 takes the code of bfloat16.

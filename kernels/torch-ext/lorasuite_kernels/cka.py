@@ -259,7 +259,7 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
         x: (L_x, m, d_x), y: (L_y, m, d_y); m >= 4 examples, row e of both belonging to the same example.
 
     Returns:
-        (L_x, L_y) float32. Unbiased, hence not confined to [0, 1]; 0 where a layer gives every example the same vector.
+        (L_x, L_y) float32. Unbiased, hence not confined to [0, 1]; 0 where a layer has no spread (HSIC_ii <= 0).
 
     Raises:
         ValueError: on shapes that do not fit, or fewer than 4 examples.

@@ -51,7 +51,7 @@ _GRAM: Table = {
     },
     "sm_100": {
         "half": (_tiles(8, 3, BLOCK_K=64),),
-        "float32": (_tiles(8, 2, BLOCK_K=32),),
+        "float32": (_tiles(8, 2, BLOCK_K=16),),
     },
     "gfx942": {
         "half": (_tiles(8, 1, BLOCK_K=64),),
@@ -61,7 +61,7 @@ _GRAM: Table = {
 _HSIC: Table = {
     "sm_80": {
         "half": (_tiles(4, 3, BLOCK_X=64, BLOCK_Y=64, BLOCK_K=64),),
-        "float32": (_tiles(4, 2, BLOCK_X=64, BLOCK_Y=64, BLOCK_K=32),),
+        "float32": (_tiles(8, 2, BLOCK_X=64, BLOCK_Y=64, BLOCK_K=32),),
     },
     "sm_90": {
         "half": (_tiles(4, 4, BLOCK_X=64, BLOCK_Y=64, BLOCK_K=64),),
@@ -69,7 +69,7 @@ _HSIC: Table = {
     },
     "sm_100": {
         "half": (_tiles(4, 4, BLOCK_X=64, BLOCK_Y=64, BLOCK_K=64),),
-        "float32": (_tiles(4, 3, BLOCK_X=64, BLOCK_Y=64, BLOCK_K=32),),
+        "float32": (_tiles(8, 3, BLOCK_X=64, BLOCK_Y=64, BLOCK_K=32),),
     },
     "gfx942": {
         "half": (_tiles(4, 1, BLOCK_X=64, BLOCK_Y=64, BLOCK_K=64),),
@@ -100,7 +100,7 @@ _HEADS: Table = {
             _tiles(4, 4, 64, BLOCK_O=64, BLOCK_N=64, BLOCK_K=64),
             _tiles(8, 4, BLOCK_O=128, BLOCK_N=128, BLOCK_K=64),
         ),
-        "float32": (_tiles(4, 3, BLOCK_O=64, BLOCK_N=64, BLOCK_K=32),),
+        "float32": (_tiles(4, 2, BLOCK_O=64, BLOCK_N=64, BLOCK_K=32),),
     },
     "gfx942": {
         "half": (
@@ -113,7 +113,7 @@ _HEADS: Table = {
 _PROJECT: Table = {
     "sm_80": {
         "half": (
-            _tiles(4, 3, 16, BLOCK_O=64, BLOCK_N=64, BLOCK_R=16, BLOCK_K=64),
+            _tiles(8, 3, 16, BLOCK_O=64, BLOCK_N=64, BLOCK_R=16, BLOCK_K=64),
             _tiles(4, 3, 64, BLOCK_O=64, BLOCK_N=64, BLOCK_R=64, BLOCK_K=64),
             _tiles(8, 3, BLOCK_O=64, BLOCK_N=64, BLOCK_R=128, BLOCK_K=64),
         ),
@@ -158,16 +158,16 @@ _PROJECT: Table = {
 }
 _SHARED_GRAM: Table = {
     "sm_80": {
-        "half": (_tiles(8, 3, TILE=128, BLOCK_K=32),),
-        "float32": (_tiles(8, 2, TILE=128, BLOCK_K=16),),
+        "half": (_tiles(4, 3, TILE=64, BLOCK_K=64),),
+        "float32": (_tiles(4, 2, TILE=64, BLOCK_K=32),),
     },
     "sm_90": {
         "half": (_tiles(8, 3, TILE=128, BLOCK_K=64),),
-        "float32": (_tiles(8, 2, TILE=128, BLOCK_K=16),),
+        "float32": (_tiles(4, 2, TILE=64, BLOCK_K=32),),
     },
     "sm_100": {
-        "half": (_tiles(8, 3, TILE=128, BLOCK_K=64),),
-        "float32": (_tiles(8, 2, TILE=128, BLOCK_K=16),),
+        "half": (_tiles(4, 3, TILE=64, BLOCK_K=64),),
+        "float32": (_tiles(4, 2, TILE=64, BLOCK_K=32),),
     },
     "gfx942": {
         "half": (_tiles(8, 1, TILE=128, BLOCK_K=64),),
