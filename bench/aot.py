@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "kernels" / "torch-ext"))
 
-from lorasuite_kernels.configs import PACKED_TILE, TABLES, TARGETS  # noqa: E402
+from lorasuite_kernels.configs import PACKED_TILE, TABLES, TARGETS, Config  # noqa: E402
 
 REPORT = ROOT / "bench" / "reports" / "aot.md"
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -162,15 +162,24 @@ def jobs(kernels: list[str], targets: list[str]) -> list[Job]:
     return every
 
 
+def config_of(job: Job) -> Config:
+    """The configuration a job compiles."""
+    return TABLES[KERNELS[job.kernel].table][job.target]["half" if job.dtype == "bfloat16" else "float32"][job.index]
+
+
+def describe(config: Config) -> str:
+    """A configuration in words."""
+    blocks = ", ".join(f"{name} {value}" for name, value in config.blocks.items())
+    return f"{blocks}; {config.num_warps} warps, {config.num_stages} stages"
+
+
 def compile_job(job: Job) -> Result:
     """Compiles one job in this process."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = KERNELS[job.kernel]
-    entries = TABLES[kernel.table][job.target]["half" if job.dtype == "bfloat16" else "float32"]
-    config = entries[job.index]
+    kernel, config = KERNELS[job.kernel], config_of(job)
     function = getattr(importlib.import_module(f"lorasuite_kernels.{kernel.module}"), kernel.function)
     constants = kernel.constants | config.blocks | {"PRECISION": job.precision}
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
@@ -190,13 +199,12 @@ def compile_job(job: Job) -> Result:
         target=target,
         options={"num_warps": config.num_warps, "num_stages": config.num_stages},
     )
-    shape = ", ".join(f"{name} {value}" for name, value in config.blocks.items())
     result = Result(
         job.kernel,
         job.target,
         job.dtype,
         job.precision,
-        f"{shape}; {config.num_warps} warps, {config.num_stages} stages",
+        describe(config),
         shared_bytes=compiled.metadata.shared,
     )
     if target.backend == "hip":

@@ -107,7 +107,8 @@ def shared_gram(e_o: Tensor, e_n: Tensor, idx_o: Tensor, idx_n: Tensor) -> tuple
 def neuron_similarity(rows: Sequence[Tensor | None], columns: Sequence[Tensor | None]) -> Tensor:
     """(f_rows, f_columns): cosine of (gate, up, down), up and down free to change sign together if there is a gate."""
     (gate_r, up_r, down_r), (gate_c, up_c, down_c) = rows, columns
-    assert up_r is not None and up_c is not None and down_r is not None and down_c is not None
+    assert up_r is not None
+    assert up_c is not None
     out = torch.zeros(up_r.shape[0], up_c.shape[0], dtype=torch.float64)
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):

@@ -90,13 +90,16 @@ def test_project_heads_carries_the_factor_through_the_matched_blocks(
     path: str, dtype: torch.dtype, r: int, old: tuple, new: tuple, d: int, seed: int
 ) -> None:
     inputs, shape = drawn_projection(old, new, d, r, seed, dtype)
+    left, right, x, match, weight = inputs
     with running(path):
         result = project_heads(*on(path, *inputs), **shape)
+        halves = apply_head_blocks(head_blocks(left, right, match, **shape), x, match, weight, **shape)
     exact = oracle.project_heads(*inputs, **shape)
-    left, right, x, match, weight = inputs
     scale = oracle.project_heads(left.abs(), right.abs(), x.abs(), match, weight, **shape)
-    assert result.dtype == dtype
-    assert_no_worse(result, exact, plain_projection(inputs, **shape), float(scale.max()), dtype)
+    plain = plain_projection(inputs, **shape)
+    assert result.dtype == halves.dtype == dtype
+    assert_no_worse(result, exact, plain, float(scale.max()), dtype)
+    assert_no_worse(halves, exact, plain, float(scale.max()), dtype)
 
 
 @pytest.mark.parametrize("path", PATHS)

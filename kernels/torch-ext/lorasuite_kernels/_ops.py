@@ -2,10 +2,9 @@
 
 import torch
 
-NAMESPACE = "lorasuite_kernels"
-ops = getattr(torch.ops, NAMESPACE)
+ops = torch.ops.lorasuite_kernels
 
 
 def add_op_namespace_prefix(op_name: str) -> str:
     """The qualified name of an operator."""
-    return f"{NAMESPACE}::{op_name}"
+    return f"lorasuite_kernels::{op_name}"

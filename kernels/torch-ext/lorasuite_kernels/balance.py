@@ -39,11 +39,11 @@ def _twin(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b_out = torch.nn.functional.pad(b_out, (0, short))
         a_out = torch.nn.functional.pad(a_out, (0, 0, 0, short))
         sigma = torch.nn.functional.pad(sigma, (0, short))
-    return b_out.to(dtype), a_out.to(dtype), sigma.to(dtype)
+    return b_out.to(dtype).contiguous(), a_out.to(dtype).contiguous(), sigma.to(dtype)
 
 
 _balance_op = define(
     "balance(Tensor b, Tensor a) -> (Tensor, Tensor, Tensor)",
     twin=_twin,
-    fake=lambda b, a: (torch.empty_like(b), b.new_empty(a.shape), b.new_empty(b.shape[:-2] + b.shape[-1:])),
+    fake=lambda b, a: (b.new_empty(b.shape), b.new_empty(a.shape), b.new_empty(b.shape[:-2] + b.shape[-1:])),
 )

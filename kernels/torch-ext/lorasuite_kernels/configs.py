@@ -15,6 +15,9 @@ import torch
 PACKED_TILE = 128
 """Side of the square tiles in which `gram` stores an upper triangle."""
 
+SUMMED_ROWS = 8192
+"""Rows `shared_gram` sums in float32, in one launch; across launches it sums in float64."""
+
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import NAMESPACE, add_op_namespace_prefix, ops
+from ._ops import add_op_namespace_prefix, ops
 
 # `torch.library.custom_op` imports torch._dynamo (and with it Triton) at an operator's first call, seconds for someone
 # who compiles nothing. Defining the operators on a Library does not.
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_LIBRARY = torch.library.Library(add_op_namespace_prefix("").removesuffix("::"), "FRAGMENT")
 _KEYS = ("CPU", "CUDA", "MPS", "XPU")
 _FORCED: ContextVar[str | None] = ContextVar("lorasuite_kernels_backend", default=None)
 
@@ -97,8 +97,12 @@ def define(
     name = signature.partition("(")[0]
 
     def run(*arguments: Any) -> Any:
-        if kernel is not None and _use_kernel([a for a in arguments if isinstance(a, Tensor)]):
-            return getattr(importlib.import_module(f".{kernel[0]}", __package__), kernel[1])(*arguments)
+        tensors = [a for a in arguments if isinstance(a, Tensor)]
+        if kernel is not None and _use_kernel(tensors):
+            launcher = getattr(importlib.import_module(f".{kernel[0]}", __package__), kernel[1])
+            # Triton launches on the current device, wherever the tensors are.
+            with torch.cuda.device_of(tensors[0]):
+                return launcher(*arguments)
         return twin(*arguments)
 
     _LIBRARY.define(signature, tags=(torch.Tag.pt2_compliant_tag,))

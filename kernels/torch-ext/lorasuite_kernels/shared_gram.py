@@ -33,7 +33,7 @@ def shared_gram(
 
     Returns:
         SharedGram, float64 and on the tables' device. The twin takes products and sums in float64; its peak memory is
-        the sums and one chunk of both tables in float64. The kernel takes products in the tables' dtype and sums 4,096
+        the sums and one chunk of both tables in float64. The kernel takes products in the tables' dtype and sums 8,192
         rows at a time in float32, then in float64; it copies no row. Pass float64 tables to a GPU where the sums are to
         be solved to better than float32's relative error.
 

@@ -7,11 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import choose, precision
+from .configs import SUMMED_ROWS, choose, precision
 from .shared_gram import mirror_upper
 from .tiles import load_tile, multiply_add, packed_tile
-
-_CHUNK_ROWS = 4096  # summed in float32 inside one launch; across launches in float64
 
 
 @triton.jit
@@ -67,7 +65,7 @@ def _add_products(total: Tensor, left: Tensor, right: Tensor, left_index: Tensor
     tiles = rows * (rows + 1) // 2 if symmetric else rows * columns
     if tiles == 0:
         return
-    for first in range(0, left_index.shape[0], _CHUNK_ROWS):
+    for first in range(0, left_index.shape[0], SUMMED_ROWS):
         shared_gram_kernel[(tiles,)](
             left,
             right,
@@ -77,7 +75,7 @@ def _add_products(total: Tensor, left: Tensor, right: Tensor, left_index: Tensor
             *left.stride(),
             *right.stride(),
             first,
-            min(first + _CHUNK_ROWS, left_index.shape[0]),
+            min(first + SUMMED_ROWS, left_index.shape[0]),
             *total.shape,
             SYMMETRIC=symmetric,
             **precision(dtype),
