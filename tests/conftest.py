@@ -1,7 +1,14 @@
-"""Settings every test shares: nothing is fetched unless a test says so, and small products run on one thread."""
+"""Settings every test shares.
+
+Nothing is fetched unless a test says so, and small products run on one thread. The Triton kernels are loaded for the
+interpreter, before anything else imports Triton without it: Triton decides at its own import whether kernels are
+interpreted. The variable is taken back at once; a test that wants CPU tensors to go through the kernels says so
+(`kernel_paths.running`).
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -11,6 +18,17 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    from lorasuite_kernels import (  # noqa: F401
+        cka_kernels,
+        heads_kernels,
+        projection_kernels,
+        shared_gram_kernels,
+    )
+
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(autouse=True)

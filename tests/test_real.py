@@ -124,9 +124,8 @@ def test_a_trained_adapter_arrives_whole(
     old = logits(trained.model, ids_o, root / adapter)
     change_o = (old - base_o)[..., planted.shared_old].flatten().double()
     base_n = logits(planted.model, ids_n, None)
-    lines = [
-        f"{adapter}: cross entropy old {cross_entropy(base_o, ids_o, planted.shared_old):.3f} -> {cross_entropy(old, ids_o, planted.shared_old):.3f}"
-    ]
+    entropy_o = [cross_entropy(values, ids_o, planted.shared_old) for values in (base_o, old)]
+    lines = [f"{adapter}: cross entropy old {entropy_o[0]:.3f} -> {entropy_o[1]:.3f}"]
     # The published projection is reported beside least squares, on the smaller adapter.
     for method in ("lstsq", "paper") if adapter == "attention" else ("lstsq",):
         out = root / f"{adapter}-{method}"
@@ -135,9 +134,10 @@ def test_a_trained_adapter_arrives_whole(
         change_n = (new - base_n)[..., planted.shared_new].flatten().double()
         cosine = float(torch.nn.functional.cosine_similarity(change_o, change_n, dim=0))
         ratio = float(change_n.norm() / change_o.norm())
+        entropy_n = [cross_entropy(values, ids_n, planted.shared_new) for values in (base_n, new)]
         lines.append(
-            f"  {method}: cosine {cosine:.6f}, size ratio {ratio:.4f}, cross entropy new "
-            f"{cross_entropy(base_n, ids_n, planted.shared_new):.3f} -> {cross_entropy(new, ids_n, planted.shared_new):.3f}"
+            f"  {method}: cosine {cosine:.6f}, size ratio {ratio:.4f}, "
+            f"cross entropy new {entropy_n[0]:.3f} -> {entropy_n[1]:.3f}"
         )
         record_property(f"{method} cosine", cosine)
         if method == "lstsq":

@@ -5,21 +5,26 @@ Notation: subscript `o` old, `n` new; `d` width, `h` head size, `H` query heads,
 """
 
 from .balance import balance
-from .cka import StreamingCKA, cka
+from .cka import Gram, StreamingCKA, cka, gram, hsic
+from .dispatch import backend
 from .heads import head_similarity
 from .neurons import NeuronCandidates, neuron_candidates
 from .projection import apply_head_blocks, head_blocks, project_heads
 from .shared_gram import SharedGram, shared_gram
 
 __all__ = [
+    "Gram",
     "NeuronCandidates",
     "SharedGram",
     "StreamingCKA",
     "apply_head_blocks",
+    "backend",
     "balance",
     "cka",
+    "gram",
     "head_blocks",
     "head_similarity",
+    "hsic",
     "neuron_candidates",
     "project_heads",
     "shared_gram",

@@ -17,7 +17,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .configs import PACKED_TILE
+from .dispatch import check_one_device, define, wide
+
 _TILE_ROWS = 128
+_CHUNK_TILES = 16
+
+
+class Gram(NamedTuple):
+    """Centred Gram matrices of L layers over m examples, as `gram` makes them.
+
+    packed (L, T, 128, 128): the tiles of each strict upper triangle, tile (row r, column c) of the triangle at index
+    c (c + 1) / 2 + r, zero on and below the diagonal and past the last example. rows (L, m): row sums of the full
+    symmetric matrix with zero diagonal. totals (L,): their sums.
+    """
+
+    packed: Tensor
+    rows: Tensor
+    totals: Tensor
 
 
 class HSICTerms(NamedTuple):
@@ -28,15 +45,19 @@ class HSICTerms(NamedTuple):
     yy: Tensor  # (L_y,)
 
 
+def _check_stack(name: str, x: Tensor) -> None:
+    if x.ndim != 3 or not x.is_floating_point():
+        raise ValueError(f"{name} must be floating, (layers, examples, width); got {x.dtype} {tuple(x.shape)}")
+
+
 def _check(x: Tensor, y: Tensor) -> None:
-    if x.ndim != 3 or y.ndim != 3:
-        raise ValueError(f"x and y must be (layers, examples, width); got {tuple(x.shape)} and {tuple(y.shape)}")
+    _check_stack("x", x)
+    _check_stack("y", y)
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"x and y must hold the same examples; got m = {x.shape[1]} and {y.shape[1]}")
     if x.shape[1] < 4:
         raise ValueError(f"the unbiased HSIC needs at least 4 examples; got m = {x.shape[1]}")
-    if x.device != y.device:
-        raise ValueError(f"x and y must be on one device; got {x.device} and {y.device}")
+    check_one_device(x=x, y=y)
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -51,16 +72,43 @@ def hsic_terms(x: Tensor, y: Tensor) -> HSICTerms:
     Only the upper triangle of each Gram matrix is computed, one row of tiles at a time: no Gram matrix is stored.
 
     Args:
-        x: (L_x, m, d_x), m >= 4. y: (L_y, m, d_y). Any floating dtype; products are taken in float32 (float64 for
-            float64 input) and summed over entries in float64.
+        x: (L_x, m, d_x), m >= 4. y: (L_y, m, d_y). Any floating dtype and strides. The twin takes products in float32
+            (float64 for float64 input) and sums over entries in float64; the kernel takes them in the input's dtype
+            after centring in float32, and sums in float32.
+
+    Raises:
+        ValueError: on shapes that do not fit, fewer than 4 examples, or two devices.
     """
     _check(x, y)
+    return HSICTerms(*_cka_terms_op(x, y))
+
+
+def _estimate(trace: Tensor, totals: Tensor, rows: Tensor, m: int) -> Tensor:
+    """HSIC1 from half the trace, the product of the totals and the product of the row sums."""
+    return (2 * trace + totals / ((m - 1) * (m - 2)) - 2 / (m - 2) * rows) / (m * (m - 3))
+
+
+def _terms(
+    xy: Tensor, xx: Tensor, yy: Tensor, rows_x: Tensor, rows_y: Tensor, totals_x: Tensor, totals_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    m = rows_x.shape[1]
+    return (
+        _estimate(xy, torch.outer(totals_x, totals_y), rows_x @ rows_y.T, m),
+        _estimate(xx, totals_x * totals_x, torch.linalg.vecdot(rows_x, rows_x), m),
+        _estimate(yy, totals_y * totals_y, torch.linalg.vecdot(rows_y, rows_y), m),
+    )
+
+
+def _zero_terms(like: Tensor, L_x: int, L_y: int) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(like.new_zeros(shape, dtype=torch.float64) for shape in ((L_x, L_y), (L_x,), (L_y,)))  # type: ignore[return-value]
+
+
+def cka_terms_twin(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch twin of the terms behind `cka`, all float64."""
     x, y = _centred(x), _centred(y)
-    m = x.shape[1]
-    L_x, L_y = x.shape[0], y.shape[0]
-    wide = x.new_empty(0, dtype=torch.float64)
-    xy, xx, yy = wide.new_zeros(L_x, L_y), wide.new_zeros(L_x), wide.new_zeros(L_y)
-    rows_x, rows_y = wide.new_zeros(L_x, m), wide.new_zeros(L_y, m)
+    (L_x, m, _), L_y = x.shape, y.shape[0]
+    xy, xx, yy = _zero_terms(x, L_x, L_y)
+    rows_x, rows_y = xx.new_zeros(L_x, m), yy.new_zeros(L_y, m)
     for start in range(0, m, _TILE_ROWS):
         stop = min(start + _TILE_ROWS, m)
         kx = _upper_rows(x, start, stop, rows_x)
@@ -68,16 +116,7 @@ def hsic_terms(x: Tensor, y: Tensor) -> HSICTerms:
         xy += kx @ ky.T
         xx += torch.linalg.vecdot(kx, kx)
         yy += torch.linalg.vecdot(ky, ky)
-    tx, ty = rows_x.sum(1), rows_y.sum(1)
-
-    def estimate(trace: Tensor, totals: Tensor, rows: Tensor) -> Tensor:
-        return (2 * trace + totals / ((m - 1) * (m - 2)) - 2 / (m - 2) * rows) / (m * (m - 3))
-
-    return HSICTerms(
-        estimate(xy, torch.outer(tx, ty), rows_x @ rows_y.T),
-        estimate(xx, tx * tx, torch.linalg.vecdot(rows_x, rows_x)),
-        estimate(yy, ty * ty, torch.linalg.vecdot(rows_y, rows_y)),
-    )
+    return _terms(xy, xx, yy, rows_x, rows_y, rows_x.sum(1), rows_y.sum(1))
 
 
 def _upper_rows(x: Tensor, start: int, stop: int, rows: Tensor) -> Tensor:
@@ -86,6 +125,125 @@ def _upper_rows(x: Tensor, start: int, stop: int, rows: Tensor) -> Tensor:
     rows[:, start:stop] += k.sum(2)
     rows[:, start:] += k.sum(1)
     return k.flatten(1)
+
+
+_cka_terms_op = define(
+    "cka_terms(Tensor x, Tensor y) -> (Tensor, Tensor, Tensor)",
+    twin=cka_terms_twin,
+    fake=lambda x, y: _empty_terms(x, x.shape[0], y.shape[0]),
+    kernel=("cka_kernels", "cka_terms"),
+)
+
+
+def _empty_terms(like: Tensor, L_x: int, L_y: int) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(shape, dtype=torch.float64) for shape in ((L_x, L_y), (L_x,), (L_y,)))
+
+
+def packed_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Storage of packed triangles: bfloat16 for bfloat16 layers, where it costs CKA less than 1e-3; else float32.
+
+    float16 would overflow: entries of a Gram matrix are sums of squares.
+    """
+    if torch.float64 in dtypes:
+        return torch.float64
+    return torch.bfloat16 if set(dtypes) == {torch.bfloat16} else torch.float32
+
+
+def _tiles(m: int) -> int:
+    blocks = -(-m // PACKED_TILE)
+    return blocks * (blocks + 1) // 2
+
+
+def gram(x: Tensor) -> Gram:
+    """Centred Gram matrices with zero diagonal, their upper triangles, row sums and totals, in one pass over x.
+
+    Args:
+        x: (L, m, d), m >= 1, any floating dtype and strides. Centred while reading, with means in float32 (float64 for
+            float64): no centred copy exists on the kernel's path.
+
+    Returns:
+        Gram: packed (L, T, 128, 128) with T = n (n + 1) / 2, n = ceil(m / 128), in bfloat16 for bfloat16 input, else
+        float32 (float64 for float64); rows (L, m) and totals (L,) in float32 (float64).
+
+    Raises:
+        ValueError: if x is not floating and 3-dimensional, or holds no example.
+    """
+    _check_stack("x", x)
+    if x.shape[1] < 1:
+        raise ValueError(f"x must hold at least one example; got {tuple(x.shape)}")
+    return Gram(*_gram_op(x))
+
+
+def _gram_twin(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    L, m, _ = x.shape
+    centred = torch.nn.functional.pad(_centred(x), (0, 0, 0, -m % PACKED_TILE))
+    packed = x.new_empty(L, _tiles(m), PACKED_TILE, PACKED_TILE, dtype=packed_dtype(x.dtype))
+    rows = x.new_zeros(L, centred.shape[1], dtype=torch.float64)
+    for start in range(0, m, PACKED_TILE):
+        stop, column = start + PACKED_TILE, start // PACKED_TILE
+        k = torch.bmm(centred[:, :stop], centred[:, start:stop].transpose(1, 2)).triu_(1 - start)
+        rows[:, :stop] += k.sum(2, dtype=torch.float64)
+        rows[:, start:stop] += k.sum(1, dtype=torch.float64)
+        first = column * (column + 1) // 2
+        packed[:, first : first + column + 1] = k.view(L, column + 1, PACKED_TILE, PACKED_TILE)
+    rows = rows[:, :m].to(wide(x)).contiguous()
+    return packed, rows, rows.sum(1)
+
+
+def _gram_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    L, m, _ = x.shape
+    packed = x.new_empty(L, _tiles(m), PACKED_TILE, PACKED_TILE, dtype=packed_dtype(x.dtype))
+    return packed, x.new_empty(L, m, dtype=wide(x)), x.new_empty(L, dtype=wide(x))
+
+
+_gram_op = define(
+    "gram(Tensor x) -> (Tensor, Tensor, Tensor)", twin=_gram_twin, fake=_gram_fake, kernel=("cka_kernels", "gram")
+)
+
+
+def hsic(gx: Gram, gy: Gram) -> Tensor:
+    """HSIC1 of all pairs of layers, from their packed triangles.
+
+    Args:
+        gx, gy: from `gram`, over the same m >= 4 examples.
+
+    Returns:
+        (L_x, L_y) float32 (float64 if either side is).
+
+    Raises:
+        ValueError: on triangles of different numbers of examples or devices, or fewer than 4 examples.
+    """
+    m = gx.rows.shape[1]
+    if gy.rows.shape[1] != m or gx.packed.shape[1:] != gy.packed.shape[1:]:
+        raise ValueError(f"both sides must hold the same examples; got m = {m} and {gy.rows.shape[1]}")
+    if m < 4:
+        raise ValueError(f"the unbiased HSIC needs at least 4 examples; got m = {m}")
+    check_one_device(gx=gx.packed, gy=gy.packed)
+    result: Tensor = _hsic_terms_op(*gx, *gy)[0]
+    return result.to(wide(gx.rows, gy.rows))
+
+
+def hsic_terms_twin(
+    packed_x: Tensor, rows_x: Tensor, totals_x: Tensor, packed_y: Tensor, rows_y: Tensor, totals_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """PyTorch twin of the terms behind `hsic`, all float64."""
+    xy, xx, yy = _zero_terms(packed_x, packed_x.shape[0], packed_y.shape[0])
+    for start in range(0, packed_x.shape[1], _CHUNK_TILES):
+        kx = packed_x[:, start : start + _CHUNK_TILES].double().flatten(1)
+        ky = packed_y[:, start : start + _CHUNK_TILES].double().flatten(1)
+        xy += kx @ ky.T
+        xx += torch.linalg.vecdot(kx, kx)
+        yy += torch.linalg.vecdot(ky, ky)
+    return _terms(xy, xx, yy, rows_x.double(), rows_y.double(), totals_x.double(), totals_y.double())
+
+
+_hsic_terms_op = define(
+    "hsic_terms(Tensor packed_x, Tensor rows_x, Tensor totals_x, Tensor packed_y, Tensor rows_y, Tensor totals_y)"
+    " -> (Tensor, Tensor, Tensor)",
+    twin=hsic_terms_twin,
+    fake=lambda px, rx, tx, py, ry, ty: _empty_terms(px, px.shape[0], py.shape[0]),
+    kernel=("cka_kernels", "hsic_terms"),
+)
 
 
 def _ratio(xy: Tensor, xx: Tensor, yy: Tensor) -> Tensor:
@@ -101,7 +259,7 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
         x: (L_x, m, d_x), y: (L_y, m, d_y); m >= 4 examples, row e of both belonging to the same example.
 
     Returns:
-        (L_x, L_y) float32. Unbiased, hence not confined to [0, 1]; 0 where a layer gives every example the same vector.
+        (L_x, L_y) float32. Unbiased, hence not confined to [0, 1]; 0 where a layer has no spread (HSIC_ii <= 0).
 
     Raises:
         ValueError: on shapes that do not fit, or fewer than 4 examples.

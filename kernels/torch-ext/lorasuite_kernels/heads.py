@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import check_one_device, define, wide
+
 _CHUNK_ELEMENTS = 4_000_000
 
 
@@ -34,20 +36,41 @@ def head_similarity(
     Args:
         q_o, q_n: (H·h, d) query weights, the old ones already carried to the new width d.
         k_o, v_o, k_n, v_n: (G·h, d); query head a uses key/value head a // (H / G).
-        o_o, o_n: (d, H·h).
+        o_o, o_n: (d, H·h). Any floating dtype and strides; products are accumulated in float32 (float64 for float64).
         heads: (H_o, H_n). kv_heads: (G_o, G_n). Head sizes follow from the shapes and may differ.
 
     Returns:
         (H_o, H_n) in float32 (float64 for float64 input). A head whose interaction matrices are zero has similarity 0.
+
+    Raises:
+        ValueError: on weights that do not split into these heads, widths that differ, or several devices.
     """
     _check(q_o, k_o, v_o, o_o, heads[0], kv_heads[0], "old")
     _check(q_n, k_n, v_n, o_n, heads[1], kv_heads[1], "new")
     if q_o.shape[1] != q_n.shape[1]:
         raise ValueError(f"old and new weights must have one width; got {q_o.shape[1]} and {q_n.shape[1]}")
-    wide = torch.promote_types(torch.promote_types(q_o.dtype, q_n.dtype), torch.float32)
-    q_o, k_o, v_o, o_o, q_n, k_n, v_n, o_n = (
-        w if w.dtype == wide else w.to(wide) for w in (q_o, k_o, v_o, o_o, q_n, k_n, v_n, o_n)
-    )
+    check_one_device(q_o=q_o, k_o=k_o, v_o=v_o, o_o=o_o, q_n=q_n, k_n=k_n, v_n=v_n, o_n=o_n)
+    result: Tensor = _head_similarity_op(q_o, k_o, v_o, o_o, q_n, k_n, v_n, o_n, *heads, *kv_heads)
+    return result
+
+
+def _twin(
+    q_o: Tensor,
+    k_o: Tensor,
+    v_o: Tensor,
+    o_o: Tensor,
+    q_n: Tensor,
+    k_n: Tensor,
+    v_n: Tensor,
+    o_n: Tensor,
+    H_o: int,
+    H_n: int,
+    G_o: int,
+    G_n: int,
+) -> Tensor:
+    heads, kv_heads = (H_o, H_n), (G_o, G_n)
+    dtype = wide(q_o, k_o, v_o, o_o, q_n, k_n, v_n, o_n)
+    q_o, k_o, v_o, o_o, q_n, k_n, v_n, o_n = (w.to(dtype) for w in (q_o, k_o, v_o, o_o, q_n, k_n, v_n, o_n))
     inner = _paired_blocks(q_o, q_n, k_o, k_n, heads, kv_heads)
     inner += _paired_blocks(o_o.T, o_n.T, v_o, v_n, heads, kv_heads)
     old = _squared_norms(q_o, k_o, heads[0], kv_heads[0]) + _squared_norms(o_o.T, v_o, heads[0], kv_heads[0])
@@ -56,7 +79,20 @@ def head_similarity(
     return torch.where(scale > 0, inner / torch.where(scale > 0, scale, 1), 0)
 
 
+_head_similarity_op = define(
+    "head_similarity(Tensor q_o, Tensor k_o, Tensor v_o, Tensor o_o, Tensor q_n, Tensor k_n, Tensor v_n, Tensor o_n,"
+    " int H_o, int H_n, int G_o, int G_n) -> Tensor",
+    twin=_twin,
+    fake=lambda *a: a[0].new_empty(a[8], a[9], dtype=wide(*a[:8])),
+    kernel=("heads_kernels", "head_similarity"),
+)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor, o: Tensor, heads: int, kv_heads: int, side: str) -> None:
+    if any(w.ndim != 2 or not w.is_floating_point() for w in (q, k, v, o)):
+        raise ValueError(
+            f"{side}: weights must be floating matrices; got {[(w.dtype, tuple(w.shape)) for w in (q, k, v, o)]}"
+        )
     shapes = f"{side}: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, o {tuple(o.shape)}"
     if min(heads, kv_heads) < 1 or heads % kv_heads:
         raise ValueError(f"{side}: {heads} query heads cannot share {kv_heads} key/value heads")
@@ -83,7 +119,7 @@ def _paired_blocks(
     (H_o, H_n), (G_o, G_n) = heads, kv_heads
     h_o, h_n = per_head_o.shape[0] // H_o, per_head_n.shape[0] // H_n
     share_o, share_n = H_o // G_o, H_n // G_n
-    step = max(1, _CHUNK_ELEMENTS // (share_o * h_o * per_head_n.shape[0]))
+    step = max(1, _CHUNK_ELEMENTS // max(1, share_o * h_o * per_head_n.shape[0]))
     out = per_head_o.new_empty(H_o, H_n)
     for g in range(0, G_o, step):
         groups = min(step, G_o - g)
@@ -97,6 +133,7 @@ def _paired_blocks(
 
 def _squared_norms(per_head: Tensor, per_group: Tensor, heads: int, kv_heads: int) -> Tensor:
     """(H,): sum of (q_a q_a^T) ∘ (k_a k_a^T), from the (h, h) Gram matrices."""
-    q, k = per_head.reshape(heads, -1, per_head.shape[1]), per_group.view(kv_heads, -1, per_group.shape[1])
+    size, width = per_head.shape[0] // heads, per_head.shape[1]
+    q, k = per_head.reshape(heads, size, width), per_group.reshape(kv_heads, size, width)
     q, k = q @ q.transpose(1, 2), k @ k.transpose(1, 2)
     return (q.view(kv_heads, heads // kv_heads, *q.shape[1:]) * k[:, None]).sum((2, 3)).flatten()

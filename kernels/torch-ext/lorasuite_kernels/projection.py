@@ -11,10 +11,13 @@ carried as `x_n[b] = C_b^T x_o[a]`. Both projections have this form:
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from .dispatch import define, wide
 
-def _check(left: Tensor, right: Tensor, match: Tensor, blocks: tuple[int, int]) -> None:
+
+def _check(left: Tensor, right: Tensor, match: Tensor, blocks: tuple[int, int], old_share: int) -> None:
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[1]:
         raise ValueError(f"left and right must share their width; got {tuple(left.shape)} and {tuple(right.shape)}")
     for name, weight, count in (("left", left, blocks[0]), ("right", right, blocks[1])):
@@ -22,6 +25,8 @@ def _check(left: Tensor, right: Tensor, match: Tensor, blocks: tuple[int, int]) 
             raise ValueError(f"{name} {tuple(weight.shape)} does not split into {count} heads")
     if match.ndim != 1 or match.shape[0] % blocks[1]:
         raise ValueError(f"match {tuple(match.shape)} must hold a whole number of query heads for {blocks[1]} heads")
+    if match.dtype not in (torch.int64, torch.int32) or old_share < 1:
+        raise ValueError(f"match must be integer and old_share at least 1; got {match.dtype} and {old_share}")
 
 
 def head_blocks(left: Tensor, right: Tensor, match: Tensor, *, blocks: tuple[int, int], old_share: int = 1) -> Tensor:
@@ -35,13 +40,27 @@ def head_blocks(left: Tensor, right: Tensor, match: Tensor, *, blocks: tuple[int
     Returns:
         (H_n, h_o, h_n), zero for unmatched heads.
     """
-    _check(left, right, match, blocks)
-    new_share = match.shape[0] // blocks[1]
+    _check(left, right, match, blocks, old_share)
+    result: Tensor = _head_blocks_op(left, right, match, *blocks, old_share)
+    return result
+
+
+def _blocks(left: Tensor, right: Tensor, match: Tensor, blocks_o: int, blocks_n: int, old_share: int) -> Tensor:
+    """The matched blocks in the dtype the twin computes in."""
+    dtype = wide(left, right)
+    new_share = match.shape[0] // blocks_n
     old = (match.clamp_min(0) // old_share).to(left.device)
-    left = left.view(blocks[0], -1, left.shape[1])[old]
-    right = right.view(blocks[1], -1, right.shape[1]).repeat_interleave(new_share, 0)
-    c = left @ right.transpose(1, 2)
+    left = left.reshape(blocks_o, left.shape[0] // blocks_o, left.shape[1])[old].to(dtype)
+    right = right.reshape(blocks_n, right.shape[0] // blocks_n, right.shape[1]).to(dtype)
+    c = left @ right.repeat_interleave(new_share, 0).transpose(1, 2)
     return c * (match >= 0).to(c.device, c.dtype)[:, None, None]
+
+
+_head_blocks_op = define(
+    "head_blocks(Tensor left, Tensor right, Tensor match, int blocks_o, int blocks_n, int old_share) -> Tensor",
+    twin=lambda left, *rest: _blocks(left, *rest).to(left.dtype),
+    fake=lambda left, right, match, o, n, _: left.new_empty(match.shape[0], left.shape[0] // o, right.shape[0] // n),
+)
 
 
 def apply_head_blocks(
@@ -56,13 +75,35 @@ def apply_head_blocks(
     Returns:
         (blocks[1]·h_n, r) in the dtype of x.
     """
+    if c.ndim != 3 or c.shape[0] != match.shape[0] or match.shape[0] % max(blocks[1], 1):
+        raise ValueError(f"c {tuple(c.shape)} must hold one block per entry of match {tuple(match.shape)}")
+    _check_factor(x, match, weight, blocks[0], c.shape[1])
+    result: Tensor = _apply_head_blocks_op(c, x, match, weight, *blocks, old_share)
+    return result
+
+
+def _check_factor(x: Tensor, match: Tensor, weight: Tensor, blocks_o: int, h_o: int) -> None:
+    if x.ndim != 2 or x.shape[0] != blocks_o * h_o:
+        raise ValueError(f"x must be ({blocks_o}·{h_o}, r) for blocks of {h_o} rows; got {tuple(x.shape)}")
+    if weight.shape != match.shape:
+        raise ValueError(f"weight and match must have one entry per query head; got {weight.shape} and {match.shape}")
+
+
+def _apply(c: Tensor, x: Tensor, match: Tensor, weight: Tensor, blocks_o: int, blocks_n: int, old_share: int) -> Tensor:
     H_n, h_o, h_n = c.shape
-    if x.ndim != 2 or x.shape[0] != blocks[0] * h_o:
-        raise ValueError(f"x must be ({blocks[0]}·{h_o}, r) for blocks {tuple(c.shape)}; got {tuple(x.shape)}")
+    dtype = wide(x)
     old = (match.clamp_min(0) // old_share).to(x.device)
-    x = x.view(blocks[0], h_o, -1)[old]
-    y = c.to(x.dtype).transpose(1, 2) @ x * weight.to(x)[:, None, None]
-    return y.view(blocks[1], H_n // blocks[1], h_n, -1).sum(1).flatten(0, 1)
+    factors = x.reshape(blocks_o, h_o, x.shape[1])[old].to(dtype)
+    y = c.to(dtype).transpose(1, 2) @ factors * weight.to(x.device, dtype)[:, None, None]
+    return y.view(blocks_n, H_n // blocks_n, h_n, x.shape[1]).sum(1).flatten(0, 1).to(x.dtype)
+
+
+_apply_head_blocks_op = define(
+    "apply_head_blocks(Tensor c, Tensor x, Tensor match, Tensor weight, int blocks_o, int blocks_n, int old_share)"
+    " -> Tensor",
+    twin=_apply,
+    fake=lambda c, x, match, weight, blocks_o, blocks_n, old_share: x.new_empty(blocks_n * c.shape[2], x.shape[1]),
+)
 
 
 def project_heads(
@@ -75,6 +116,40 @@ def project_heads(
     blocks: tuple[int, int],
     old_share: int = 1,
 ) -> Tensor:
-    """`head_blocks` and `apply_head_blocks` in one step, for callers that do not keep the blocks."""
-    c = head_blocks(left, right, match, blocks=blocks, old_share=old_share)
-    return apply_head_blocks(c, x, match, weight, blocks=blocks, old_share=old_share)
+    """`head_blocks` and `apply_head_blocks` in one step, for callers that do not keep the blocks.
+
+    The kernel writes no block to memory: each lives in registers between its two products. The columns of many adapters
+    may stand side by side in x; up to 128 of them (64 in float32) share one computation of the blocks.
+
+    Args:
+        left: (blocks[0]·h_o, d), right: (blocks[1]·h_n, d), any floating dtype and strides.
+        x: (blocks[0]·h_o, r).
+        match: (H_n,) int64, -1 where there is no partner. weight: (H_n,).
+        blocks: heads in `left` and in `right`. old_share: old query heads per block of `left`.
+
+    Returns:
+        (blocks[1]·h_n, r) in the dtype of x; accumulated in float32 (float64 for float64).
+
+    Raises:
+        ValueError: on shapes that do not fit. IndexError: on a match that points past the old heads.
+    """
+    _check(left, right, match, blocks, old_share)
+    _check_factor(x, match, weight, blocks[0], left.shape[0] // blocks[0])
+    result: Tensor = _project_heads_op(left, right, x, match, weight, *blocks, old_share)
+    return result
+
+
+def _project_twin(
+    left: Tensor, right: Tensor, x: Tensor, match: Tensor, weight: Tensor, blocks_o: int, blocks_n: int, old_share: int
+) -> Tensor:
+    c = _blocks(left, right, match, blocks_o, blocks_n, old_share)
+    return _apply(c, x, match, weight, blocks_o, blocks_n, old_share)
+
+
+_project_heads_op = define(
+    "project_heads(Tensor left, Tensor right, Tensor x, Tensor match, Tensor weight, int blocks_o, int blocks_n,"
+    " int old_share) -> Tensor",
+    twin=_project_twin,
+    fake=lambda left, right, x, *_: x.new_empty(right.shape[0], x.shape[1]),
+    kernel=("projection_kernels", "project_heads"),
+)

@@ -1,0 +1,129 @@
+"""How the operators are offered: tracing, the choice of implementation, and what importing them costs."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_paths import INTERPRETER, TWIN, running
+
+from lorasuite_kernels import (
+    apply_head_blocks,
+    backend,
+    balance,
+    cka,
+    gram,
+    head_blocks,
+    head_similarity,
+    hsic,
+    neuron_candidates,
+    project_heads,
+    shared_gram,
+)
+from lorasuite_kernels._ops import ops
+
+x, y = torch.randn(2, 5, 6), torch.randn(3, 5, 4)
+q, kv, o = torch.randn(8, 6), torch.randn(4, 6), torch.randn(6, 8)
+match, weight = torch.tensor([1, -1]), torch.tensor([0.5, 0.0])
+index = torch.tensor([0, 2, 2])
+gx, gy = gram(x), gram(y)
+attention = (q, kv, kv, o)
+
+OPERATORS = {
+    "cka_terms": (x, y),
+    "gram": (x,),
+    "hsic_terms": (*gx, *gy),
+    "head_similarity": (*attention, *attention, 2, 2, 1, 1),
+    "head_blocks": (q, kv, match, 2, 1, 1),
+    "apply_head_blocks": (torch.randn(2, 4, 4), q, match, weight, 2, 1, 1),
+    "project_heads": (q, kv, q, match, weight, 2, 1, 1),
+    "shared_gram": (q, kv, index, index, True, False, 2),
+    "neuron_candidates": (None, q, q, None, kv, kv, 2),
+    "balance": (q, q.T),
+}
+CALLS: dict[str, Callable[[], object]] = {
+    "cka": lambda: cka(x, y),
+    "gram": lambda: gram(x),
+    "hsic": lambda: hsic(gram(x), gram(y)),
+    "head_similarity": lambda: head_similarity(*attention, *attention, heads=(2, 2), kv_heads=(1, 1)),
+    "head_blocks": lambda: head_blocks(q, kv, match, blocks=(2, 1)),
+    "apply_head_blocks": lambda: apply_head_blocks(torch.ones(2, 4, 4), q, match, weight, blocks=(2, 1)),
+    "project_heads": lambda: project_heads(q, kv, q, match, weight, blocks=(2, 1)),
+    "shared_gram": lambda: shared_gram(q, kv, index, index),
+    "neuron_candidates": lambda: neuron_candidates(q, q, q, kv, kv, kv, k=2),
+    "balance": lambda: balance(q, q.T),
+}
+
+
+@pytest.mark.parametrize("path", [TWIN, INTERPRETER])
+@pytest.mark.parametrize("name", list(OPERATORS))
+def test_operators_pass_opcheck(name: str, path: str) -> None:
+    with running(path):
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.library.opcheck(getattr(ops, name).default, OPERATORS[name])
+
+
+@pytest.mark.parametrize("name", list(CALLS))
+def test_public_functions_compile_without_a_graph_break(name: str) -> None:
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), CALLS[name](), equal_nan=True)
+
+
+def test_both_backends_give_the_same_numbers_without_asking_twice() -> None:
+    with backend("torch"):
+        outer = cka(x, y)
+        with running(TWIN):
+            inner = cka(x, y)
+        assert torch.equal(outer, inner)
+    assert torch.equal(cka(x, y), outer)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'triton' or 'torch'; got 'cuda'"), backend("cuda"):
+        pass
+
+
+def test_a_kernel_asked_for_by_name_says_why_it_cannot_run() -> None:
+    pytest.importorskip("triton")
+    with backend("triton"):
+        with pytest.raises(RuntimeError, match=r"CPU tensors reach a kernel only with TRITON_INTERPRET=1"):
+            cka(x, y)
+        with pytest.raises(RuntimeError, match=r"float32, bfloat16 and float16, not torch\.float64"):
+            cka(x.double(), y)
+        balance(q, q.T)
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_and_using_the_twins_imports_neither_triton_nor_the_compiler() -> None:
+    code = """
+import sys, torch
+import lorasuite_kernels as k
+k.cka(torch.randn(2, 5, 3), torch.randn(2, 5, 3))
+k.balance(torch.randn(4, 2), torch.randn(2, 4))
+print([m for m in ("triton", "torch._dynamo", "torch._inductor") if m in sys.modules])
+"""
+    assert run_python(code).strip() == "[]"
+
+
+def test_without_triton_the_twins_work_and_only_a_kernel_by_name_complains() -> None:
+    code = """
+import importlib.util, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: None if name == "triton" else find(name, package)
+sys.modules["triton"] = None
+import torch, lorasuite_kernels as k
+k.cka(torch.randn(2, 5, 3), torch.randn(2, 5, 3))
+try:
+    with k.backend("triton"):
+        pass
+except RuntimeError as error:
+    print(error)
+"""
+    assert run_python(code).strip() == "backend 'triton' needs the package triton, which is not installed"
