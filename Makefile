@@ -22,6 +22,10 @@ bench: $(READY)
 	$(BIN)/python bench/attention.py
 	$(BIN)/python bench/transfer.py
 	$(BIN)/python bench/pair.py
+	$(BIN)/python bench/aot.py
+	$(BIN)/python bench/roofline.py
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/peers pytorch-cka==1.1.3 torch-cka==0.21
+	$(BIN)/python bench/kernels_cpu.py --peers .cache/peers
 
 # Trains the two demo models, the adapter and the baselines again, about an hour on two cores.
 demo-pair: $(READY)
