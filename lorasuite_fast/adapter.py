@@ -99,8 +99,16 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
             "with PEFT's path_initial_model_for_weight_conversion first"
         )
     for key in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(config.get(key) or {}, dict):
-            raise LoraSuiteError(f"{where}: {key} must be an object, found {config[key]!r}")
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict):
+            raise LoraSuiteError(f"{where}: {key} must be an object, found {patterns!r}")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise LoraSuiteError(
+                    f"{where}: {key} has the pattern {pattern!r}, which is no regex ({error})"
+                ) from None
     rank = _number(config.get("r"), "r", where)
     if rank < 1 or rank != int(rank):
         raise LoraSuiteError(f"{where}: rank r is {config.get('r')!r}; it must be a positive integer")

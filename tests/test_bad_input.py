@@ -212,6 +212,8 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "saved modules": (adapter_config(modules_to_save=["lm_head"]), ["modules_to_save"]),
     "trained biases": (adapter_config(bias="all"), ["biases", "'all'"]),
     "PiSSA initialisation": (adapter_config(init_lora_weights="pissa"), ["pissa", "base weights"]),
+    "a rank pattern that is no regex": (adapter_config(rank_pattern={"q_proj(": 4}), ["'q_proj('", "no regex"]),
+    "a rank pattern that is no object": (adapter_config(rank_pattern=["q_proj"]), ["rank_pattern", "object"]),
     "another kind of adapter": (adapter_config(peft_type="IA3"), ["'IA3'", "only LORA"]),
     "alpha that is no number": (adapter_config(lora_alpha="8"), ["lora_alpha", "'8'"]),
     "adapter of another base": (

@@ -237,3 +237,45 @@ def test_identity_transfer_and_identity_heads_return_the_adapter(upgrade: Upgrad
         if ".lora_B." in name:
             factor = name.replace("lora_B", "lora_A")
             assert torch.allclose(after[name] @ after[factor], before[name] @ before[factor], atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-5), ("bfloat16", 0.1)])
+def test_the_compute_dtype_changes_only_the_rounding(
+    dtype: str, tolerance: float, upgrade: Upgrade, plan: TransferPlan, tmp_path: Path
+) -> None:
+    other = TransferPlan.build(upgrade.folder("old"), upgrade.folder("new"), examples=48, dtype=dtype, layers="cka")
+    assert other.options["dtype"] == dtype
+    assert other.layers == plan.layers
+    for j in plan.layers:
+        name = f"layers.{j}.v.blocks"
+        assert torch.linalg.vector_norm(
+            other.tensors[name] - plan.tensors[name]
+        ) < tolerance * torch.linalg.vector_norm(plan.tensors[name])
+        assert other.tensors[name].dtype == torch.float32
+
+
+def test_progress_names_every_phase_and_counts_up(upgrade: Upgrade, tmp_path: Path) -> None:
+    seen: dict[str, list[tuple[int, int]]] = {}
+    migrate(
+        upgrade.folder("old"),
+        upgrade.folder("new"),
+        upgrade.folder("adapter"),
+        tmp_path / "out",
+        examples=8,
+        progress=lambda phase, done, total: seen.setdefault(phase, []).append((done, total)),
+    )
+    assert list(seen) == [
+        "open",
+        "transfer matrix",
+        "old hidden states",
+        "new hidden states",
+        "similarity",
+        "heads and projections",
+        "apply",
+    ]
+    for steps in seen.values():
+        assert steps[0][0] == 0
+        assert steps == sorted(steps)
+        assert steps[-1][0] == steps[-1][1]
+    assert seen["old hidden states"][-1] == (3, 3)
+    assert seen["new hidden states"][-1] == (5, 5)
