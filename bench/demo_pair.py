@@ -42,7 +42,7 @@ LENGTH = 256
 RANK, ALPHA = 8, 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEW_SAMPLES, FEW_BATCH = 100, 16
-FEW_RATES, FEW_EPOCHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (3, 6, 15)
+FEW_RATES, FEW_EPOCHS = (3e-3, 1e-2, 3e-2), (3, 10)
 FULL_RATES = (3e-3, 1e-2)
 TOKENIZER_BYTES = 6_000_000
 
