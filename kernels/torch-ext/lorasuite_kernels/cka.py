@@ -20,7 +20,9 @@ from torch import Tensor
 from .configs import PACKED_TILE
 from .dispatch import check_one_device, define, wide
 
-_TILE_ROWS = 128
+_TILE_ROWS = 256
+_DIAGONAL = 32
+_LAYERS_CENTRED = 4
 _CHUNK_TILES = 16
 
 
@@ -73,7 +75,7 @@ def hsic_terms(x: Tensor, y: Tensor) -> HSICTerms:
 
     Args:
         x: (L_x, m, d_x), m >= 4. y: (L_y, m, d_y). Any floating dtype and strides. The twin takes products in float32
-            (float64 for float64 input) and sums over entries in float64; the kernel takes them in the input's dtype
+            (float64 for float64 input) and sums over rows in float64; the kernel takes them in the input's dtype
             after centring in float32, and sums in float32.
 
     Raises:
@@ -105,26 +107,53 @@ def _zero_terms(like: Tensor, L_x: int, L_y: int) -> tuple[Tensor, Tensor, Tenso
 
 def cka_terms_twin(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """PyTorch twin of the terms behind `cka`, all float64."""
-    x, y = _centred(x), _centred(y)
     (L_x, m, _), L_y = x.shape, y.shape[0]
+    mean_x, mean_y = x.mean(1, keepdim=True, dtype=wide(x)), y.mean(1, keepdim=True, dtype=wide(y))
     xy, xx, yy = _zero_terms(x, L_x, L_y)
     rows_x, rows_y = xx.new_zeros(L_x, m), yy.new_zeros(L_y, m)
     for start in range(0, m, _TILE_ROWS):
-        stop = min(start + _TILE_ROWS, m)
-        kx = _upper_rows(x, start, stop, rows_x)
-        ky = _upper_rows(y, start, stop, rows_y)
-        xy += kx @ ky.T
-        xx += torch.linalg.vecdot(kx, kx)
-        yy += torch.linalg.vecdot(ky, ky)
+        kx = _upper_rows(x, mean_x, start, rows_x)
+        ky = _upper_rows(y, mean_y, start, rows_y)
+        # One product per row of the Gram matrices, summed over rows in float64.
+        dtype = torch.promote_types(kx.dtype, ky.dtype)
+        products = torch.bmm(kx.transpose(0, 1).to(dtype), ky.permute(1, 2, 0).to(dtype))
+        xy += products.sum(0, dtype=torch.float64)
+        xx += torch.linalg.vecdot(kx, kx).sum(1, dtype=torch.float64)
+        yy += torch.linalg.vecdot(ky, ky).sum(1, dtype=torch.float64)
     return _terms(xy, xx, yy, rows_x, rows_y, rows_x.sum(1), rows_y.sum(1))
 
 
-def _upper_rows(x: Tensor, start: int, stop: int, rows: Tensor) -> Tensor:
-    """Entries right of the diagonal in rows start..stop of each X X^T, flattened; adds them to both row sums."""
-    k = torch.bmm(x[:, start:stop], x[:, start:].transpose(1, 2)).double().triu_(1)
+def _upper_rows(x: Tensor, mean: Tensor, start: int, rows: Tensor) -> Tensor:
+    """(L, up to _TILE_ROWS, m - start): the strict upper triangle of each centred Gram matrix, from row `start`.
+
+    Adds the entries to the row sums they belong to. A few layers are centred at a time, in memory that stays in cache.
+    """
+    L, m, d = x.shape
+    stop = min(start + _TILE_ROWS, m)
+    k = mean.new_empty(L, stop - start, m - start)
+    scratch = mean.new_empty(min(L, _LAYERS_CENTRED), m - start, d)
+    for first in range(0, L, _LAYERS_CENTRED):
+        part = slice(first, min(first + _LAYERS_CENTRED, L))
+        centred = torch.sub(x[part, start:], mean[part], out=scratch[: part.stop - first])
+        square = stop - start
+        k[part, :, square:] = torch.bmm(centred[:, :square], centred[:, square:].transpose(1, 2))
+        _fill_upper(k[part, :, :square], centred[:, :square])
     rows[:, start:stop] += k.sum(2)
     rows[:, start:] += k.sum(1)
-    return k.flatten(1)
+    return k
+
+
+def _fill_upper(k: Tensor, x: Tensor) -> None:
+    """Writes x x^T into the square k above its diagonal, and zeros below: by halves, the small blocks in full."""
+    n = x.shape[1]
+    if n <= _DIAGONAL:
+        k.copy_(torch.bmm(x, x.transpose(1, 2)).triu_(1))
+        return
+    half = n // 2
+    k[:, :half, half:] = torch.bmm(x[:, :half], x[:, half:].transpose(1, 2))
+    k[:, half:, :half] = 0
+    _fill_upper(k[:, :half, :half], x[:, :half])
+    _fill_upper(k[:, half:, half:], x[:, half:])
 
 
 _cka_terms_op = define(
