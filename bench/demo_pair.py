@@ -404,7 +404,8 @@ def stage_record(work: Work) -> None:
     general = demo_text.general_versions()
     packages = ("torch", "transformers", "peft", "tokenizers", "safetensors")
     recorded = {
-        "command": "python bench/demo_pair.py, stages run in pairs side by side with --threads 1",
+        "command": "python bench/demo_pair.py",
+        "timing": "two stages ran side by side on a loaded machine: read `seconds` as upper bounds",
         "machine": f"{platform.machine()} CPU, 2 cores",
         "seconds": "wall time on a machine shared with other programs, one run stopped for a while; see cpu_seconds",
         "dtype": "computed in float32; models saved in bfloat16, adapter in float32",
