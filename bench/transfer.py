@@ -40,9 +40,10 @@ def main() -> None:
     lines = [
         "# The transfer matrix W_h",
         "",
-        f"`python bench/transfer.py`, {machine()}. {TOKENS:,} shared tokens, {D_O} -> {D_N}; Gaussian tables, and",
-        "tables whose old singular values span a factor of 100, as those of real models do. Half-precision tables are",
-        "multiplied in float32 where they are well conditioned and in float64 elsewhere, float32 tables in float64.",
+        f"`python bench/transfer.py`, {machine()}.",
+        f"{TOKENS:,} shared tokens, {D_O} -> {D_N}; Gaussian tables, and",
+        "tables whose old singular values span a factor of 100, as those of real models do. Well-conditioned tables",
+        "are multiplied in float32 and summed in float64, others multiplied in float64.",
         f"Medians of {REPEATS}; memory above that of the tables.",
         "",
         "| tables | what | seconds | times faster | relative error against float64 | peak memory |",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorasuite_fast import LoraSuiteError
-from lorasuite_fast.transfer import fit_transfer, solve_normal
+from lorasuite_fast.transfer import FLOAT32_CONDITION, fit_transfer, normal_equations, solve_normal
 from lorasuite_fast.vocabulary import SharedTokens
 from lorasuite_kernels import shared_gram
 
@@ -40,6 +40,21 @@ def test_both_directions_solve_the_least_squares_problem(dtype: torch.dtype, con
     assert relative(found.W_h, torch.linalg.lstsq(x, y).solution) < 1e-5
     assert relative(found.S, torch.linalg.lstsq(y, x).solution) < 1e-5
     assert found.rank == 24
+
+
+@pytest.mark.parametrize("condition", [1.0, 10.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_tables_keep_their_accuracy_whatever_the_products_are_taken_in(
+    dtype: torch.dtype, condition: float
+) -> None:
+    e_o, e_n, shared = tables(6, 40_000, 8, 12, condition)
+    e_o, e_n = e_o.to(dtype), e_n.to(dtype)
+    x, y = e_o[shared.old].double(), e_n[shared.new].double()
+    gram = normal_equations(e_o, e_n, shared.old, shared.new)
+    exact = x.T @ x
+    # Tables beyond FLOAT32_CONDITION are multiplied in float64.
+    assert relative(gram.oo, exact) < (1e-6 if condition < FLOAT32_CONDITION**0.5 else 1e-13)
+    assert relative(fit_transfer(e_o, e_n, shared).W_h, torch.linalg.lstsq(x, y).solution) < 1e-5
 
 
 def test_r2_is_measured_on_tokens_the_fit_did_not_see() -> None:

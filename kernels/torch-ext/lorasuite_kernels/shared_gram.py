@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .dispatch import check_one_device, define
 
-_CHUNK_ROWS = 2048
+_CHUNK_ROWS = 4096
 
 
 class SharedGram(NamedTuple):
@@ -105,7 +105,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _add_upper(total: Tensor, x: Tensor, blocks: int = 4) -> None:
+def _add_upper(total: Tensor, x: Tensor, blocks: int = 8) -> None:
     """Adds the block upper triangle of x^T x."""
     step = max(1, -(-x.shape[1] // blocks))
     for start in range(0, x.shape[1], step):
