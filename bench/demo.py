@@ -129,8 +129,8 @@ def main() -> None:
         ],
     )
     console.print(
-        "No linear map leads from one of these models to the other, and no projection of\n"
-        "the weights alone carries the effect: the migrated rows stay near the new model's.\n"
+        "No linear map leads from one of these models to the other, and no projection\n"
+        "of the weights alone carries the effect: the migrated rows stay near new's.\n"
     )
 
     console.print("[bold]2. A planted upgrade of the old model[/bold]")
@@ -170,7 +170,7 @@ def main() -> None:
         ],
     )
     cosine, ratio = logit_change(planted, old_model, adapter, work / "migrated-planted")
-    console.print(f"the adapter's change of the logits, planted against old: cosine {cosine:.7f}, size {ratio:.5f}")
+    console.print(f"the adapter's change of the logits, planted : old: cosine {cosine:.7f}, size {ratio:.5f}")
     console.print(f"written: migrated, migrated-paper, migrated-planted in {work}/", highlight=False)
 
 
