@@ -35,7 +35,8 @@ def main() -> None:
     lines = [
         "# A full-size pair",
         "",
-        f"`python bench/pair.py`, {machine()}, float32 products. MiniCPM-S-1B -> MiniCPM-2B shapes, random bfloat16",
+        f"`python bench/pair.py`, {machine()}.",
+        "float32 products. MiniCPM-S-1B -> MiniCPM-2B shapes, random bfloat16",
         f"checkpoints of {size:.1f} GB on disk, {SHARED:,} shared tokens, rank {RANK}, lstsq; calibration excluded.",
         "",
         "| adapter on | build | apply a second adapter | apply / build | peak anonymous memory, plan and apply |",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ def anonymous_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def release_memory() -> None:
+    """Gives freed memory back to the system: glibc keeps gigabytes of freed weights in its heap otherwise."""
+    # Elsewhere than on glibc there is no such function, and nothing to do.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @dataclass(frozen=True)
 class Phase:
     """One phase of a run. Memory in bytes: peak anonymous memory of the process, and of the device's allocator."""
@@ -58,6 +66,7 @@ class PhaseClock:
     @contextmanager
     def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """Yields a function that reports how many of `total` steps are done."""
+        release_memory()
         done = threading.Event()
         peak = [anonymous_memory()]
 
