@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.families import ATTENTION, Shape
+from lorasuite_fast.loader import Layer
 from lorasuite_fast.projection import METHODS, Factors, Pair, PlannedLayer, balanced
 
 RANK, PAIRS_TIMED, REPEATS = 32, 4, 5
@@ -77,19 +78,19 @@ def main() -> None:
         new = Checkpoint(random_checkpoint(Path(root) / "new", NEW, torch.float32, "n", 300))
         W_h = torch.randn(OLD.d, NEW.d) * OLD.d**-0.5
         S = torch.linalg.pinv(W_h)
-        pair = Pair(old, new, W_h, S)
+        pair = Pair(Layer.of(old, 0), Layer.of(new, 0), W_h, S)
         factors = {
             role: Factors(torch.randn(OLD.expected(role)[0], RANK), torch.randn(RANK, OLD.expected(role)[1]))
             for role in ATTENTION
         }
         flop = operations(OLD, NEW)
         rate = product_rate(NEW.d, NEW.d, NEW.d)
-        slow = published(pair.weights(old, 0, ATTENTION), pair.weights(new, 0, ATTENTION), W_h)
+        slow = published(pair.weights(pair.old, ATTENTION), pair.weights(pair.new, ATTENTION), W_h)
         lines.append(f"| torch.mm, {NEW.d} cubed | – | {rate / 1e9:.1f} | 100 % | – |")
         for name, method in METHODS.items():
 
             def whole_layer(method: object = method) -> list[Tensor]:
-                tensors = METHODS[method.name].build(pair, 0, 0, ATTENTION)  # type: ignore[attr-defined]
+                tensors = METHODS[method.name].build(pair, ATTENTION)  # type: ignore[attr-defined]
                 layer = PlannedLayer(0, 0, tensors, W_h, S, OLD, NEW, lambda: (old, new))
                 return [
                     balanced(METHODS[method.name].project(layer, role, factors[role]))[1]  # type: ignore[attr-defined]

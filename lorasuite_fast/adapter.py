@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .checkpoint import Checkpoint, TensorFiles, read_json
+from .checkpoint import Checkpoint, read_json
 from .errors import LoraSuiteError
 from .families import FAMILIES, Family, Shape
 from .projection import Factors
+from .tensor_files import TensorFiles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])\.weight")

@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import struct
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import LoraSuiteError
 from .families import Family, Shape, family_of, shape_of
+from .tensor_files import TensorFiles
 
 _SAMPLE_BYTES = 256
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
@@ -60,72 +58,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, after safetensors itself has checked it against the file."""
-    try:
-        safe_open(path, framework="pt")
-        with path.open("rb") as file:
-            header: dict[str, Any] = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    except SafetensorError as error:
-        raise LoraSuiteError(
-            f"{path}: not a complete safetensors file ({error}); it is truncated or damaged, fetch or save it again"
-        ) from None
-    except OSError as error:
-        raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
-    header.pop("__metadata__", None)
-    return header
-
-
-@dataclass(frozen=True)
-class _Entry:
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offsets: tuple[int, int]  # absolute, in the file
-
-
-class TensorFiles:
-    """The tensors of one or several safetensors files, by name. Reads are zero-copy views of the memory map."""
-
-    def __init__(self, files: list[Path]) -> None:
-        self.entries: dict[str, _Entry] = {}
-        self._open: dict[Path, Any] = {}
-        for file in files:
-            header = read_header(file)
-            base = file.stat().st_size - max((e["data_offsets"][1] for e in header.values()), default=0)
-            for name, entry in header.items():
-                if name in self.entries:
-                    raise LoraSuiteError(f"{file}: tensor {name} is also in {self.entries[name].file.name}")
-                start, stop = entry["data_offsets"]
-                self.entries[name] = _Entry(file, entry["dtype"], tuple(entry["shape"]), (base + start, base + stop))
-
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise LoraSuiteError(f"{file}: {error}") from None
-        return self._open[file]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.entries
-
-    def view(self, name: str) -> Tensor:
-        """The tensor as stored. Raises LoraSuiteError if there is none of this name."""
-        entry = self.entries.get(name)
-        if entry is None:
-            raise LoraSuiteError(f"{self.where}: tensor {name} is missing")
-        tensor: Tensor = self._handle(entry.file).get_tensor(name)
-        return tensor
-
-    @property
-    def where(self) -> str:
-        return str(next(iter(self.entries.values())).file.parent) if self.entries else "checkpoint"
-
-    def close(self) -> None:
-        self._open.clear()
-
-
 class Checkpoint:
     """A model folder: config, sizes, family row, tensors and tokenizer.
 
@@ -134,19 +66,20 @@ class Checkpoint:
     Args:
         source: a folder (config.json, safetensors in one file or sharded with an index, tokenizer) or a hub id.
         role: "old" or "new", for messages.
+        mapped: tensors are views of a memory map; otherwise each access reads them into fresh memory.
 
     Raises:
         LoraSuiteError: for a folder that lacks something, an unknown family, tensors that do not fit the config.
     """
 
-    def __init__(self, source: str | os.PathLike[str], role: str = "model") -> None:
+    def __init__(self, source: str | os.PathLike[str], role: str = "model", *, mapped: bool = True) -> None:
         self.folder = resolve_folder(source, what=f"{role.upper()} model")
         self.name = str(self.folder.resolve()) if Path(source).expanduser().is_dir() else os.fspath(source)
         self.role = role
         self.config = read_json(self.folder / "config.json")
         self.family: Family = family_of(self.config, str(self.folder))
         self.shape: Shape = shape_of(self.config, self.family, str(self.folder))
-        self.tensors = TensorFiles(self._files())
+        self.tensors = TensorFiles(self._files(), mapped=mapped)
         self._check_tensors()
 
     def _files(self) -> list[Path]:
@@ -236,28 +169,21 @@ class Checkpoint:
         """Full module path of a projection, as PEFT and transformers name it."""
         return f"{self.family.layer(layer)}.{self.family.projections[role].module}"
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """One tensor in the compute dtype. Raises LoraSuiteError if it holds NaN or infinity."""
-        tensor = self.tensors.view(name).to(device=device, dtype=dtype)
-        self.check_finite(tensor, name)
-        return tensor
-
     def check_finite(self, tensor: Tensor, name: str) -> None:
+        """Raises LoraSuiteError if a tensor read from this checkpoint holds NaN or infinity."""
         if tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
             raise LoraSuiteError(
                 f"{self.tensors.entries[name].file}: tensor {name} holds NaN or infinity; fetch or save it again"
             )
 
-    def weight(self, layer: int, role: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """(out, in) weight of one projection."""
-        return self.read(f"{self.module(layer, role)}.weight", dtype, device)
-
-    def gain(self, layer: int, role: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """(d,) gain of the norm a projection reads through."""
-        norm = self.family.projections[role].norm
-        if norm is None:
-            raise ValueError(f"{role} does not read the residual stream")
-        return self.read(f"{self.family.layer(layer)}.{norm}.weight", dtype, device) + self.family.gain_offset
+    def layer_tensors(self, layer: int, roles: tuple[str, ...] | None = None) -> list[str]:
+        """Names of a layer's tensors: all, or those of some projections and of the norms they read through."""
+        prefix = f"{self.family.layer(layer)}."
+        if roles is None:
+            return [n for n in self.tensors.entries if n.startswith(prefix) and not n.endswith(self.family.ignored)]
+        wanted = {f"{self.family.projections[role].module}." for role in roles}
+        wanted |= {f"{norm}." for role in roles if (norm := self.family.projections[role].norm)}
+        return [n for n in self.layer_tensors(layer) if n.removeprefix(prefix).startswith(tuple(wanted))]
 
     def fingerprint(self) -> str:
         """SHA-256 over the config, every tensor's name, dtype and shape, and 256 bytes from the middle of each tensor.
@@ -273,7 +199,7 @@ class Checkpoint:
                 digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
                 if entry.file not in handles:
                     handles[entry.file] = entry.file.open("rb")
-                start, stop = entry.offsets
+                start, stop = entry.start, entry.stop
                 middle = start + max(0, (stop - start - _SAMPLE_BYTES) // 2)
                 handles[entry.file].seek(middle)
                 digest.update(handles[entry.file].read(min(_SAMPLE_BYTES, stop - start)))

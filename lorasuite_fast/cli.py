@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from .phases import Phase
     from .phases import Progress as Report
     from .plan import TransferPlan
+    from .ranks import Ranks
     from .result import Migration
 
 app = typer.Typer(
@@ -55,6 +57,13 @@ Dtype = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Which calibration examples are taken where there are more.")]
 Ridge = Annotated[float, typer.Option(help="Regularise the transfer matrix (share of the mean diagonal).", min=0.0)]
+Memory = Annotated[
+    str | None,
+    typer.Option(metavar="SIZE", help="What may be resident on the device, e.g. 6GB. Refused at once if too little."),
+]
+Mapped = Annotated[
+    bool, typer.Option("--mmap/--no-mmap", help="Map the checkpoints, or read them (unified-memory machines).")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists, once the new one is complete.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let transformers run code from the folders.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
@@ -87,27 +96,38 @@ def _run(as_json: bool) -> Iterator[Report | None]:
 
             yield report
     except LoraSuiteError as error:
-        typer.echo(f"error: {error}", err=True)
+        rank = os.environ.get("RANK", "0")
+        typer.echo(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing was written", err=True)
+        typer.echo("interrupted; OUT is untouched, the same command goes on from what is done", err=True)
         raise typer.Exit(130) from None
 
 
-def _memory(phase: Phase) -> str:
-    text = f"{phase.peak_memory / 2**20:,.0f} MiB"
-    if phase.peak_device_memory is not None:
-        text += f" + {phase.peak_device_memory / 2**20:,.0f} MiB on the device"
-    return text
+@contextmanager
+def _ranks() -> Iterator[Ranks]:
+    """The processes torchrun started, if it did; alone otherwise."""
+    from .ranks import Ranks
+
+    ranks = Ranks.join()
+    yield ranks
+    ranks.leave()
+
+
+def _mib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**20:,.0f}"
 
 
 def _phase_table(phases: list[Phase]) -> Table:
-    table = Table(title="Phases", title_justify="left")
+    """Times, and memory in MiB: what was predicted for the device stands beside what was measured there."""
+    on_gpu = any(phase.peak_device_memory is not None for phase in phases)
+    table = Table(title="Phases (memory in MiB, peaks)", title_justify="left")
     table.add_column("phase")
-    table.add_column("seconds", justify="right")
-    table.add_column("peak anonymous memory", justify="right")
+    for name in ("seconds", "anonymous", "resident", *(["on the GPU"] if on_gpu else []), "predicted"):
+        table.add_column(name, justify="right")
     for phase in phases:
-        table.add_row(phase.name, f"{phase.seconds:.2f}", _memory(phase))
+        sizes = [phase.peak_memory, phase.peak_resident, *([phase.peak_device_memory] if on_gpu else [])]
+        table.add_row(phase.name, f"{phase.seconds:.2f}", *map(_mib, [*sizes, phase.predicted]))
     return table
 
 
@@ -195,6 +215,8 @@ def migrate(
     dtype: Dtype = "auto",
     seed: Seed = 0,
     ridge: Ridge = 0.0,
+    memory: Memory = None,
+    mapped: Mapped = True,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
@@ -221,6 +243,8 @@ def migrate(
             dtype=dtype,
             seed=seed,
             ridge=ridge,
+            memory=memory,
+            mapped=mapped,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=report,
@@ -246,18 +270,23 @@ def plan(
     dtype: Dtype = "auto",
     seed: Seed = 0,
     ridge: Ridge = 0.0,
+    memory: Memory = None,
+    mapped: Mapped = True,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Work out how adapters travel from OLD to NEW and save it as one file, for any number of adapters.
 
-    Example: lorasuite-fast plan old-model new-model old-to-new.plan.safetensors
+    Interrupted, the same command goes on where it stopped. Under torchrun the processes share the layers.
+
+    Example: lorasuite-fast plan old-model new-model old-to-new.plan.safetensors --memory 6GB
     """
-    with _run(as_json) as report:
+    with _run(as_json) as report, _ranks() as ranks:
         from .families import ATTENTION, MLP, ROLES
         from .output import check_output
         from .plan import TransferPlan
+        from .work import work_folder
 
         check_output(out, overwrite=overwrite)
         named = {"all": ROLES, "attention": ATTENTION, "mlp": MLP}
@@ -275,10 +304,18 @@ def plan(
             dtype=dtype,
             seed=seed,
             ridge=ridge,
+            memory=memory,
+            mapped=mapped,
+            work=work_folder(out),
+            ranks=ranks,
             trust_remote_code=trust_remote_code,
-            progress=report,
+            progress=report if ranks.first else None,
         )
-        built.save(out, overwrite=overwrite)
+        if ranks.first:
+            built.save(out, overwrite=overwrite)
+            built.finish()
+    if not ranks.first:
+        return
     if as_json:
         typer.echo(json.dumps(built.summary() | {"plan": str(out)}))
         return
@@ -297,24 +334,61 @@ def plan(
 @app.command()
 def apply(
     plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by `lorasuite-fast plan`.")],
-    adapter: AdapterArgument,
-    out: OutArgument,
+    adapters: Annotated[
+        list[Path], typer.Argument(metavar="ADAPTER [OUT]", help="PEFT LoRA folder, and where to write.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Carry every ADAPTER given into DIR/<its name>.")
+    ] = None,
     old: Annotated[str | None, typer.Option(help="Where the old model is now; its fingerprint is checked.")] = None,
     new: Annotated[str | None, typer.Option(help="Where the new model is now; its fingerprint is checked.")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Carry one more adapter with a saved plan; takes seconds.
+    """Carry one more adapter with a saved plan, or many; takes seconds each. Under torchrun the processes share them.
 
     Example: lorasuite-fast apply old-to-new.plan.safetensors my-adapter my-adapter-new
+
+    Example: lorasuite-fast apply old-to-new.plan.safetensors adapters/* --out adapters-new
     """
-    with _run(as_json) as report:
+    if out is None:
+        with _run(as_json) as report:
+            from .plan import TransferPlan
+
+            if len(adapters) != 2:
+                raise LoraSuiteError("apply takes PLAN ADAPTER OUT, or PLAN ADAPTER... --out DIR")
+            result = TransferPlan.load(plan_file).apply(
+                adapters[0], adapters[1], old=old, new=new, overwrite=overwrite, progress=report
+            )
+        _print_result(result, as_json)
+        return
+    with _run(as_json) as report, _ranks() as ranks:
         from .plan import TransferPlan
 
-        result = TransferPlan.load(plan_file).apply(
-            adapter, out, old=old, new=new, overwrite=overwrite, progress=report
+        loaded = TransferPlan.load(plan_file)
+        if old is not None or new is not None:
+            loaded.check_models(old, new)
+        share = loaded.apply_all(adapters, out, overwrite=overwrite, ranks=ranks, progress=report)
+        outcomes = ranks.merge(
+            {name: {"error": str(r)} if isinstance(r, LoraSuiteError) else {"out": r.out} for name, r in share.items()}
         )
-    _print_result(result, as_json)
+    if ranks.first:
+        _print_outcomes(outcomes, as_json)
+
+
+def _print_outcomes(outcomes: dict[str, dict[str, str]], as_json: bool) -> None:
+    """What became of each of many adapters; exit code 2 if any failed."""
+    failed = [name for name, outcome in outcomes.items() if "error" in outcome]
+    if as_json:
+        typer.echo(json.dumps({"adapters": outcomes, "failed": len(failed)}))
+    else:
+        for name, outcome in sorted(outcomes.items()):
+            typer.echo(f"{name}: {outcome['out']}" if "out" in outcome else f"{name}: FAILED")
+        typer.echo(f"carried: {len(outcomes) - len(failed)} of {len(outcomes)}")
+        for name in failed:
+            typer.echo(f"error: {name}: {outcomes[name]['error']}", err=True)
+    if failed:
+        raise typer.Exit(2)
 
 
 def _version(value: bool) -> None:

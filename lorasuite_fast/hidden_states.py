@@ -1,13 +1,14 @@
-"""One pooled vector per example and layer from a model that is never in memory as a whole.
+"""The forward pass of a model that is never in memory as a whole.
 
 transformers builds the model from its config without weights. A first pass over every micro-batch, in which the layers
 do nothing, records what transformers hands each of them (masks, position embeddings); then the layers run one by one
-over all micro-batches, each with its weights read from the memory map once and freed behind it.
+over all micro-batches, each with its weights read once and freed behind it. The head is never loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
+from .loader import Layer, stream_layers
 
-_MICRO_BATCH = 16
+MICRO_BATCH = 16
+"""Examples that pass through a layer together, where nothing else is asked for."""
 
 LayerProgress = Callable[[int, int], None]
 
@@ -37,8 +40,12 @@ def _empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     return model.eval()
 
 
-def _padded(checkpoint: Checkpoint, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Token ids and mask, (examples, longest), padded on the right."""
+def padded(checkpoint: Checkpoint, rows: list[list[int]], side: str = "right") -> tuple[Tensor, Tensor]:
+    """Token ids and mask, both (examples, longest) int64, padded on one side.
+
+    Raises:
+        LoraSuiteError: a token beyond the embedding's rows.
+    """
     highest = max(map(max, rows))
     if highest >= checkpoint.shape.V:
         raise LoraSuiteError(
@@ -48,8 +55,9 @@ def _padded(checkpoint: Checkpoint, rows: list[list[int]]) -> tuple[Tensor, Tens
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for n, row in enumerate(rows):
-        ids[n, : len(row)] = torch.tensor(row)
-        mask[n, : len(row)] = 1
+        place = slice(0, len(row)) if side == "right" else slice(ids.shape[1] - len(row), None)
+        ids[n, place] = torch.tensor(row)
+        mask[n, place] = 1
     return ids, mask
 
 
@@ -57,17 +65,23 @@ class _Recorded(Exception):
     """Ends the recording pass behind the last layer."""
 
 
-def _record_calls(
-    model: Any, layers: list[nn.Module], embedded: Tensor, mask: Tensor
-) -> tuple[Tensor, list[dict[str, Any]]]:
-    """The hidden states entering layer 0 and the keyword arguments transformers calls each layer with."""
-    calls: list[dict[str, Any]] = []
+@dataclass(frozen=True)
+class _Call:
+    """What transformers hands a layer besides the hidden states."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+
+def _record_calls(model: Any, layers: list[nn.Module], embedded: Tensor, mask: Tensor) -> tuple[Tensor, list[_Call]]:
+    """The hidden states entering layer 0, and the call of every layer."""
+    calls: list[_Call] = []
     entering: list[Tensor] = []
 
-    def stand_in(hidden: Tensor, **arguments: Any) -> Tensor:
+    def stand_in(hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         if not calls:
             entering.append(hidden)
-        calls.append(arguments)
+        calls.append(_Call(arguments, keywords))
         if len(calls) == len(layers):
             raise _Recorded
         return hidden
@@ -84,67 +98,150 @@ def _record_calls(
     return entering[0], calls
 
 
-def pooled_hidden_states(
-    checkpoint: Checkpoint,
-    rows: list[list[int]],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    micro_batch: int = _MICRO_BATCH,
-    trust_remote_code: bool = False,
-    progress: LayerProgress | None = None,
-) -> Tensor:
-    """Mean over the non-padding tokens of every layer's output, (L, examples, d) float32 on the CPU.
+class StreamedLayer:
+    """One layer with its weights in place, ready to run over micro-batches.
+
+    Attributes:
+        index: of the layer. module: transformers' own, for hooks; its weights are gone after the next layer is asked
+            for.
+    """
+
+    def __init__(self, index: int, module: nn.Module, calls: list[_Call], device: torch.device) -> None:
+        self.index, self.module, self._calls, self._device = index, module, calls, device
+
+    def run(self, hidden: list[Tensor]) -> Iterator[Tensor]:
+        """Passes every micro-batch through the layer: replaces it in `hidden` (each (examples, tokens, d)) by the
+        layer's output, and yields that."""
+        for n, call in enumerate(self._calls):
+            with torch.no_grad():
+                output = self.module(hidden[n].to(self._device), *call.arguments, **call.keywords)
+            output = output if isinstance(output, Tensor) else output[0]
+            hidden[n] = output.to(hidden[n].device)
+            yield output
+
+
+class LayerStream:
+    """A forward pass over all examples, layer by layer.
+
+    Iterating gives each layer once, in order, with its weights loaded; what runs it is the caller's choice:
+
+    >>> stream = LayerStream(checkpoint, ids, mask, device=device, dtype=torch.float32)
+    >>> for layer in stream:
+    ...     for output in layer.run(stream.hidden):  # (micro-batch, tokens, d), the layer's output
+    ...         ...
+
+    Attributes:
+        hidden: the hidden states entering the next layer, one tensor (micro-batch, tokens, d) each; may be replaced to
+            go on from saved ones.
+        masks: the attention masks, (micro-batch, tokens), on the device.
 
     Args:
-        rows: the token ids of each example, none empty.
-        dtype: of weights and activations in the forward pass.
+        ids, mask: (examples, tokens) int64; `padded` makes them.
         micro_batch: examples that pass through a layer together.
-        progress: called with (layers done, L).
+        first, last: the layers to run, first … last - 1; all by default.
+        keep: where the hidden states lie between layers; the device itself by default.
+
+    Raises:
+        LoraSuiteError: a model transformers cannot build, or that does not have the checkpoint's layers.
     """
-    ids, masks = _padded(checkpoint, rows)
-    model = _empty_model(checkpoint, trust_remote_code=trust_remote_code)
-    family, L = checkpoint.family, checkpoint.shape.L
-    layers = list(model.get_submodule(family.layers))
-    if len(layers) != L:
-        raise LoraSuiteError(f"{checkpoint.folder}: transformers builds {len(layers)} layers, the checkpoint holds {L}")
-    embedding = model.get_submodule(family.embedding)
-    table = checkpoint.tensors.view(checkpoint.embedding_name)
-    embedding.weight = nn.Parameter(table, requires_grad=False)
-    pooled = torch.empty(L, len(rows), checkpoint.shape.d)
-    with torch.inference_mode():
-        hidden, calls, weights = [], [], []
-        for start in range(0, len(rows), micro_batch):
-            mask = masks[start : start + micro_batch].to(device)
-            embedded = embedding(ids[start : start + micro_batch]).to(device=device, dtype=dtype)
-            entering, recorded = _record_calls(model, layers, embedded, mask)
-            hidden.append(entering)
-            calls.append(recorded)
-            weights.append((mask / mask.sum(1, keepdim=True)).float())
-        for i, layer in enumerate(layers):
-            _load(checkpoint, layer, f"{family.layer(i)}.", dtype, device)
-            start = 0
-            for n, weight in enumerate(weights):
-                output = layer(hidden[n], **calls[n][i])
-                hidden[n] = output if isinstance(output, Tensor) else output[0]
-                means = torch.einsum("nt,ntd->nd", weight, hidden[n].float())
-                pooled[i, start : start + len(means)] = means.cpu()
-                start += len(means)
-            layer.to("meta")
-            if progress:
-                progress(i + 1, L)
-    if not torch.isfinite(pooled).all():
-        layer_index = int((~torch.isfinite(pooled)).any(2).any(1).nonzero()[0])
-        raise LoraSuiteError(
-            f"{checkpoint.folder}: layer {layer_index} gives NaN or infinity on the calibration text in {dtype}; "
-            "try --dtype float32"
-        )
-    return pooled
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: Tensor,
+        mask: Tensor,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        micro_batch: int = MICRO_BATCH,
+        first: int = 0,
+        last: int | None = None,
+        keep: torch.device | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+        family, L = checkpoint.family, checkpoint.shape.L
+        self.first, self.last = first, L if last is None else last
+        model = _empty_model(checkpoint, trust_remote_code=trust_remote_code)
+        self._layers = list(model.get_submodule(family.layers))
+        if len(self._layers) != L:
+            raise LoraSuiteError(
+                f"{checkpoint.folder}: transformers builds {len(self._layers)} layers, the checkpoint holds {L}"
+            )
+        embedding = model.get_submodule(family.embedding)
+        table = checkpoint.tensors.view(checkpoint.embedding_name)
+        embedding.weight = nn.Parameter(table, requires_grad=False)
+        self._load_ends(model)
+        self.hidden: list[Tensor] = []
+        self.masks: list[Tensor] = []
+        self._calls: list[list[_Call]] = []
+        with torch.no_grad():
+            for start in range(0, len(ids), micro_batch):
+                part = mask[start : start + micro_batch].to(device)
+                embedded = embedding(ids[start : start + micro_batch]).to(device=device, dtype=dtype)
+                entering, calls = _record_calls(model, self._layers, embedded, part)
+                self.hidden.append(entering.to(keep or device))
+                self.masks.append(part)
+                self._calls.append(calls)
+        checkpoint.tensors.release([checkpoint.embedding_name])
+
+    def _load_ends(self, model: nn.Module) -> None:
+        """Weights outside the layers that hidden states pass through before the first one (a norm, positions)."""
+        family = self.checkpoint.family
+        outside = (f"{family.layers}.", f"{family.embedding}.", f"{family.final_norm}.")
+        for name, _ in list(model.named_parameters()):
+            if not name.startswith(outside):
+                value = self.checkpoint.tensors.view(f"{family.prefix}{name}").to(self.device, self.dtype)
+                self.checkpoint.check_finite(value, f"{family.prefix}{name}")
+                _set(model, name, value)
+        for name, buffer in list(model.named_buffers()):
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, buffer.to(self.device))
+
+    def __iter__(self) -> Iterator[StreamedLayer]:
+        order = range(self.first, self.last)
+        for layer in stream_layers(self.checkpoint, self.device, layers=order):
+            module = self._layers[layer.index]
+            _load(layer, module, self.dtype)
+            yield StreamedLayer(layer.index, module, [calls[layer.index] for calls in self._calls], self.device)
+            module.to("meta")
 
 
-def _load(checkpoint: Checkpoint, module: nn.Module, prefix: str, dtype: torch.dtype, device: torch.device) -> None:
+def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the non-padding tokens: hidden (examples, tokens, d), mask (examples, tokens) -> (examples, d) float32.
+
+    Padding may hold anything, NaN included.
+    """
+    weight = (mask / mask.sum(1, keepdim=True)).float()
+    kept = hidden.float().masked_fill(mask[:, :, None] == 0, 0)
+    return torch.einsum("nt,ntd->nd", weight, kept)
+
+
+def pooled_layers(stream: LayerStream, progress: LayerProgress | None = None) -> Iterator[tuple[int, Tensor]]:
+    """Runs a forward pass and yields, for each layer, its index and the pooled output of all examples, (examples, d).
+
+    Raises:
+        LoraSuiteError: a layer that gives NaN or infinity.
+    """
+    for layer in stream:
+        means = [pooled(output, mask) for output, mask in zip(layer.run(stream.hidden), stream.masks, strict=True)]
+        result = torch.cat(means)
+        if not torch.isfinite(result).all():
+            raise LoraSuiteError(
+                f"{stream.checkpoint.folder}: layer {layer.index} gives NaN or infinity on the calibration text in "
+                f"{stream.dtype}; try --dtype float32"
+            )
+        if progress:
+            progress(layer.index + 1, stream.checkpoint.shape.L)
+        yield layer.index, result
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    owner, _, attribute = name.rpartition(".")
+    setattr(module.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+
+
+def _load(layer: Layer, module: nn.Module, dtype: torch.dtype) -> None:
     """Gives a module on the meta device its weights."""
     for name, _ in list(module.named_parameters()):
-        owner, _, attribute = name.rpartition(".")
-        value = checkpoint.read(f"{prefix}{name}", dtype, device)
-        setattr(module.get_submodule(owner), attribute, nn.Parameter(value, requires_grad=False))
+        _set(module, name, layer.read(name, dtype))

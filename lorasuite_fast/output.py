@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .errors import LoraSuiteError
+from safetensors import SafetensorError
+
+from .errors import LoraSuiteError, WriteError
 
 
 def check_output(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -42,25 +44,30 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """Writes a file through a temporary sibling."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
+def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool) -> None:
+    """Has `write` write a file to a temporary sibling, which then takes its place.
+
+    Raises:
+        LoraSuiteError: it cannot be written, or is there already and overwrite is off.
+    """
+    temporary: Path | None = None
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        _sync(temporary)
         temporary.chmod(0o644)
         if path.is_dir():
             raise LoraSuiteError(f"OUT {path}: is a folder; a plan is one file")
         if path.exists() and not overwrite:
             raise LoraSuiteError(f"OUT {path}: exists already; choose another path or pass --overwrite")
         temporary.replace(path)
-    except OSError as error:
-        raise LoraSuiteError(f"OUT {path}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"OUT {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
@@ -68,7 +75,7 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool) -> 
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise LoraSuiteError(f"OUT {path}: cannot be written ({error.strerror or error})") from None
+        raise WriteError(f"OUT {path}: cannot be written ({error.strerror or error})") from None
     aside = temporary.with_name(temporary.name + ".replaced")
     try:
         for name, data in files.items():
@@ -87,7 +94,7 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool) -> 
         else:
             temporary.rename(path)
     except OSError as error:
-        raise LoraSuiteError(f"OUT {path}: cannot be written ({error.strerror or error})") from None
+        raise WriteError(f"OUT {path}: cannot be written ({error.strerror or error})") from None
     finally:
         for leftover in (temporary, aside):
             if leftover.exists() or leftover.is_symlink():

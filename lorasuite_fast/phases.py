@@ -20,19 +20,27 @@ _STATUS = Path("/proc/self/status")
 _INTERVAL = 0.02
 
 
-def anonymous_memory() -> int:
-    """Bytes the process allocated itself, without memory-mapped files (elsewhere than on Linux: peak resident set)."""
+def memory() -> tuple[int, int]:
+    """Bytes the process allocated itself, and its resident set, memory-mapped files included.
+
+    Elsewhere than on Linux both are the peak of the resident set.
+    """
     try:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
+        fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+        return tuple(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS"))  # type: ignore[return-value]
+    except (OSError, KeyError):
         pass
     import resource
     import sys
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    peak = peak if sys.platform == "darwin" else peak * 1024
+    return peak, peak
+
+
+def anonymous_memory() -> int:
+    """Bytes the process allocated itself, without memory-mapped files."""
+    return memory()[0]
 
 
 def release_memory() -> None:
@@ -44,12 +52,20 @@ def release_memory() -> None:
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run. Memory in bytes: peak anonymous memory of the process, and of the device's allocator."""
+    """One phase of a run. Memory in bytes.
+
+    Attributes:
+        peak_memory: anonymous memory of the process. peak_resident: its resident set, mapped weights included.
+        peak_device_memory: of the GPU's allocator. predicted: what was expected of the device (on a CPU, of the
+            resident set) before the work started.
+    """
 
     name: str
     seconds: float
     peak_memory: int
+    peak_resident: int
     peak_device_memory: int | None
+    predicted: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,15 +80,17 @@ class PhaseClock:
         self._device = device if device is not None and device.type == "cuda" else None
 
     @contextmanager
-    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def phase(self, name: str, total: int, predicted: int | None = None) -> Iterator[Callable[[int], None]]:
         """Yields a function that reports how many of `total` steps are done."""
         release_memory()
         done = threading.Event()
-        peak = [anonymous_memory()]
+        peak = memory()
 
         def sample() -> None:
+            nonlocal peak
             while not done.wait(_INTERVAL):
-                peak[0] = max(peak[0], anonymous_memory())
+                anonymous, resident = memory()
+                peak = max(peak[0], anonymous), max(peak[1], resident)
 
         def report(steps: int) -> None:
             if self._progress:
@@ -91,4 +109,5 @@ class PhaseClock:
             done.set()
             sampler.join()
             device = torch.cuda.max_memory_allocated(self._device) if self._device is not None else None
-            self.phases.append(Phase(name, seconds, max(peak[0], anonymous_memory()), device))
+            anonymous, resident = memory()
+            self.phases.append(Phase(name, seconds, max(peak[0], anonymous), max(peak[1], resident), device, predicted))

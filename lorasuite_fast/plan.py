@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,31 +13,25 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
-
-from lorasuite_kernels import StreamingCKA
 
 from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, check_base, read_adapter
-from .calibration import MIN_EXAMPLES, load_examples
+from .build import Inputs, Options, build
 from .checkpoint import Checkpoint
-from .errors import LoraSuiteError
+from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
-from .hidden_states import pooled_hidden_states
-from .mapping import map_layers
+from .memory import Limits, parse_memory
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
-from .projection import METHODS, Pair, PlannedLayer, balanced
+from .projection import METHODS, PlannedLayer, balanced
+from .ranks import Ranks
 from .result import LayerResult, Migration
-from .transfer import build_transfer
-from .vocabulary import common_ids, shared_tokens
+from .work import Work, work_folder
 
 FORMAT = "lorasuite-fast plan"
 FORMAT_VERSION = 1
-MAX_TOKENS = 128
-"""Of each calibration example."""
-_MINIBATCH = 512
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
@@ -68,7 +62,8 @@ class TransferPlan:
         tensors: W_h (d_o, d_n), S (d_n, d_o), cka (L_o, L_n) and what the method stored per layer, by name; float32
             but for the matches. A loaded plan's tensors stay in its file until asked for.
         facts: shared tokens, rank and fit of the transfer matrices.
-        phases: time and memory of the build.
+        phases, limits: time and memory of the build, and what was expected; not saved with the plan, which is the same
+            to the bit for the same inputs.
     """
 
     old: ModelRecord
@@ -78,6 +73,8 @@ class TransferPlan:
     tensors: dict[str, Tensor] | _LazyTensors
     facts: dict[str, Any]
     phases: list[Phase] = field(default_factory=list)
+    limits: Limits | None = None
+    _work: list[Work | None] = field(default_factory=list, repr=False)
 
     @classmethod
     def build(
@@ -96,10 +93,14 @@ class TransferPlan:
         dtype: str = "auto",
         seed: int = 0,
         ridge: float = 0.0,
+        memory: str | int | None = None,
+        mapped: bool = True,
+        work: str | os.PathLike[str] | None = None,
+        ranks: Ranks | None = None,
         trust_remote_code: bool = False,
         progress: Progress | None = None,
     ) -> TransferPlan:
-        """Compares two models and works out how updates travel between them. The models are never both in memory.
+        """Compares two models and works out how updates travel between them, a layer of each in memory at a time.
 
         Args:
             old, new: folders in Hugging Face format, or hub ids.
@@ -110,90 +111,49 @@ class TransferPlan:
             roles: projections to plan for, of q, k, v, o, gate, up, down; the MLP costs several times the rest.
             device: auto, cpu or cuda. dtype: of the forward passes and the per-layer products; auto is float32.
             ridge: regularises the transfer matrix, as a share of the normal equations' mean diagonal.
+            memory: what may be resident on the device, such as "6GB": on a CPU the whole process with its mapped
+                weights, on a GPU what is allocated there. Micro-batch and chunk sizes follow from it.
+            mapped: read the checkpoints through a memory map; off for machines on which mapped pages count twice.
+            work: a folder for finished parts. The same call with the same folder goes on where it was interrupted, and
+                gives the same plan to the bit; `finish` removes the folder.
+            ranks: the processes that share the work (`Ranks.join` under torchrun); each of them gets the whole plan.
 
         Raises:
             LoraSuiteError: for input that cannot be used; the message names it and says what to do.
         """
-        run_device, run_dtype = pick_device(device), pick_dtype(dtype)
-        _check_choice("method", method, METHODS)
-        _check_choice("layer mapping", layers, ("cka", "first", "medium", "last"))
-        _check_choice("head mapping", heads, ("hungarian", "identity"))
-        _check_choice("transfer", transfer, ("embedding", "identity"))
-        for role in roles:
-            _check_choice("role", role, ROLES)
-        clock = PhaseClock(progress, run_device)
-        with clock.phase("open", 2) as step:
-            old_model, new_model = Checkpoint(old, "old"), Checkpoint(new, "new")
-            records = ModelRecord.of(old_model), ModelRecord.of(new_model)
-            tokenizers = [m.tokenizer(trust_remote_code=trust_remote_code) for m in (old_model, new_model)]
-            step(2)
-        texts = load_examples(calibration, examples, seed)
-        with clock.phase("transfer matrix", 1) as step:
-            carried = build_transfer(old_model, new_model, shared_tokens(*tokenizers), transfer, ridge=ridge)
-            step(1)
-        rows = common_ids(tokenizers[0], tokenizers[1], texts, MAX_TOKENS)
-        if len(rows[0]) < MIN_EXAMPLES:
-            raise LoraSuiteError(
-                f"only {len(rows[0])} calibration examples hold tokens both vocabularies know; CKA needs {MIN_EXAMPLES}"
-            )
-        pooled = []
-        for model, ids in zip((old_model, new_model), rows, strict=True):
-            with clock.phase(f"{model.role} hidden states", model.shape.L) as step:
-                pooled.append(
-                    pooled_hidden_states(
-                        model,
-                        ids,
-                        device=run_device,
-                        dtype=run_dtype,
-                        trust_remote_code=trust_remote_code,
-                        progress=lambda done, _, step=step: step(done),  # type: ignore[misc]
-                    )
-                )
-        with clock.phase("similarity", 1) as step:
-            cka = _streamed_cka(*pooled)
-            mapping = map_layers(cka, layers)
-            step(1)
-        pair = Pair(
-            old_model,
-            new_model,
-            carried.W_h.to(run_device, run_dtype),
-            carried.S.to(run_device, run_dtype),
-            heads,
-            texts,
+        options = Options(
+            calibration=calibration,
+            examples=examples,
+            layers=_check_choice("layer mapping", layers, ("cka", "first", "medium", "last")),
+            heads=_check_choice("head mapping", heads, ("hungarian", "identity")),
+            transfer=_check_choice("transfer", transfer, ("embedding", "identity")),
+            method=_check_choice("method", method, METHODS),
+            roles=tuple(_check_choice("role", role, ROLES) for role in roles),
+            device=pick_device(device),
+            dtype=pick_dtype(dtype),
+            seed=seed,
+            ridge=ridge,
+            memory=None if memory is None else parse_memory(memory),
+            mapped=mapped,
+            trust_remote_code=trust_remote_code,
         )
-        tensors: dict[str, Tensor] = {"W_h": carried.W_h, "S": carried.S, "cka": cka}
-        with clock.phase("heads and projections", len(mapping)) as step:
-            for done, (j, i) in enumerate(mapping.items(), 1):
-                for name, tensor in METHODS[method].build(pair, i, j, roles).items():
-                    stored = tensor.cpu() if name.endswith("match") else tensor.float().cpu()
-                    tensors[f"layers.{j}.{name}"] = stored.contiguous()
-                for role in roles:
-                    weight = new_model.weight(j, role, torch.float32)
-                    tensors[f"layers.{j}.{role}.norm"] = torch.linalg.vector_norm(weight).view(1)
-                step(done)
-        options = {
-            "calibration": "shipped" if calibration is None else os.fspath(calibration),
-            "examples": len(rows[0]),
-            "max_tokens": MAX_TOKENS,
-            "layers": layers,
-            "heads": heads,
-            "transfer": transfer,
-            "method": method,
-            "roles": list(roles),
-            "device": run_device.type,
-            "dtype": str(run_dtype).removeprefix("torch."),
-            "seed": seed,
-            "ridge": ridge,
-        }
-        facts = {
-            "same_vocabulary": carried.same_vocabulary,
-            "shared_tokens": carried.shared,
-            "untrained_tokens": carried.dropped,
-            "rank": carried.rank,
-            "r2": carried.r2,
-            "r2_back": carried.r2_back,
-        }
-        return cls(*records, options, mapping, tensors, facts, clock.phases)
+        clock = PhaseClock(progress, options.device)
+        with clock.phase("open", 2) as step:
+            inputs = Inputs.open(old, new, options)
+            records = ModelRecord.of(inputs.old), ModelRecord.of(inputs.new)
+            step(2)
+        built, unfinished = build(inputs, options, clock, ranks or Ranks(), None if work is None else Path(work))
+        chosen = options.as_dict() | {"examples": built.examples}
+        plan = cls(*records, chosen, built.mapping, built.tensors, built.facts, clock.phases, built.limits)
+        plan._work.append(unfinished)
+        return plan
+
+    def finish(self) -> None:
+        """Removes the work folder the plan was built in; called once what was built from it is on disk."""
+        for work in self._work:
+            if work is not None:
+                work.discard()
+        self._work.clear()
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the plan as one safetensors file. Raises LoraSuiteError if the file exists and overwrite is off."""
@@ -210,10 +170,10 @@ class TransferPlan:
             "options": self.options,
             "layers": {str(j): i for j, i in self.layers.items()},
             "facts": self.facts,
-            "phases": [phase.as_dict() for phase in self.phases],
         }
-        data = save(dict(self.tensors.items()), metadata={"plan": json.dumps(header)})
-        write_file(target, data, overwrite=overwrite)
+        tensors = dict(self.tensors.items())
+        metadata = {"plan": json.dumps(header)}
+        write_file(target, lambda file: save_file(tensors, file, metadata=metadata), overwrite=overwrite)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TransferPlan:
@@ -246,7 +206,6 @@ class TransferPlan:
                 {int(j): int(i) for j, i in header["layers"].items()},
                 lazy,
                 dict(header["facts"]),
-                [Phase(**phase) for phase in header["phases"]],
             )
         except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError):
             raise LoraSuiteError(f"PLAN {path}: is not a plan file, or is damaged; build it again") from None
@@ -325,6 +284,46 @@ class TransferPlan:
             files = adapter_files(updates, source, self.new.family, self.new.shape.L, self.new.name)
             write_folder(target, files, overwrite=overwrite)
         return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))
+
+    def apply_all(
+        self,
+        adapters: Sequence[str | os.PathLike[str]],
+        folder: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        ranks: Ranks | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Migration | LoraSuiteError]:
+        """Carries many adapters, each into a sub-folder of its own name; one that cannot be carried stops no other.
+
+        Args:
+            folder: made if it does not exist. ranks: each process takes its share, and returns the results of that.
+
+        Returns:
+            For each adapter, as given, the result or the error.
+
+        Raises:
+            LoraSuiteError: two adapters of one name, or a folder that cannot be made.
+        """
+        target = Path(folder).expanduser()
+        names = [Path(adapter).expanduser().resolve().name for adapter in adapters]
+        for name in names:
+            if names.count(name) > 1:
+                raise LoraSuiteError(f"two of the adapters are called {name}; apply them into different folders")
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WriteError(f"OUT {target}: cannot be made ({error.strerror or error})") from None
+        share = (ranks or Ranks()).mine(list(zip(adapters, names, strict=True)))
+        results: dict[str, Migration | LoraSuiteError] = {}
+        for done, (adapter, name) in enumerate(share, 1):
+            try:
+                results[os.fspath(adapter)] = self.apply(adapter, target / name, overwrite=overwrite)
+            except LoraSuiteError as error:
+                results[os.fspath(adapter)] = error
+            if progress:
+                progress("apply", done, len(share))
+        return results
 
     def _project(
         self, source: Adapter, models: Any, step: Any
@@ -423,24 +422,15 @@ class _Prefixed(dict[str, Tensor]):
         return self._tensors[f"{self._prefix}{name}"]
 
 
-def _streamed_cka(x: Tensor, y: Tensor) -> Tensor:
-    """CKA over minibatches of at most 512 examples, as equal in size as they can be: (L_o, L_n)."""
-    m = x.shape[1]
-    parts = max(1, min(-(-m // _MINIBATCH), m // MIN_EXAMPLES))
-    stream = StreamingCKA(x.shape[0], y.shape[0])
-    for a, b in zip(x.tensor_split(parts, dim=1), y.tensor_split(parts, dim=1), strict=True):
-        stream.update(a, b)
-    return stream.compute()
-
-
 def _unused(source: Adapter, plan: TransferPlan) -> list[int]:
     """Old layers the adapter updates that no new layer continues."""
     return sorted({layer for layer, _ in source.updates} - set(plan.layers.values()))
 
 
-def _check_choice(what: str, value: str, known: Iterable[str]) -> None:
+def _check_choice(what: str, value: str, known: Iterable[str]) -> str:
     if value not in known:
         raise LoraSuiteError(f"{what} {value!r} is not one of {', '.join(known)}")
+    return value
 
 
 def pick_device(name: str) -> torch.device:
@@ -483,6 +473,14 @@ def migrate(
     model = Checkpoint(old, "old")
     source = read_adapter(adapter, model.family, model.shape, model.name)
     check_base(source, model.fingerprint(), model.name)
+    options.setdefault("work", work_folder(out))
     plan = TransferPlan.build(old, new, roles=source.roles, progress=progress, **options)
-    result = plan.apply(adapter, out, overwrite=overwrite, progress=progress)
+    try:
+        result = plan.apply(adapter, out, overwrite=overwrite, progress=progress)
+    except WriteError:
+        raise
+    except LoraSuiteError:
+        plan.finish()
+        raise
+    plan.finish()
     return result.with_seconds(time.perf_counter() - start)

@@ -20,6 +20,7 @@ from lorasuite_kernels import apply_head_blocks, balance, head_blocks, head_simi
 
 from .checkpoint import Checkpoint
 from .families import ATTENTION, MLP, Shape
+from .loader import Layer
 from .mapping import match_heads, match_neurons
 from .transfer import RCOND, solve_normal
 
@@ -33,25 +34,27 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """What building one layer pair needs: both checkpoints, the transfer matrices in the compute dtype, the options."""
+    """What building one layer pair needs: both layers, the transfer matrices in the compute dtype, the options."""
 
-    old: Checkpoint
-    new: Checkpoint
+    old: Layer
+    new: Layer
     W_h: Tensor
     S: Tensor
     heads: str = "hungarian"
     texts: list[str] = field(default_factory=list)
     """Calibration examples, for methods that read text."""
 
-    def weights(self, side: Checkpoint, layer: int, roles: tuple[str, ...]) -> list[Tensor]:
-        return [side.weight(layer, role, self.W_h.dtype, self.W_h.device) for role in roles]
+    @property
+    def shapes(self) -> tuple[Shape, Shape]:
+        return self.old.checkpoint.shape, self.new.checkpoint.shape
 
-    def gained(self, side: Checkpoint, layer: int, roles: tuple[str, ...]) -> list[Tensor]:
+    def weights(self, side: Layer, roles: tuple[str, ...]) -> list[Tensor]:
+        return [side.weight(role, self.W_h.dtype) for role in roles]
+
+    def gained(self, side: Layer, roles: tuple[str, ...]) -> list[Tensor]:
         """Weights that read the residual stream, with the gain of the norm before them folded in."""
-        return [
-            weight * side.gain(layer, role, weight.dtype, weight.device)
-            for role, weight in zip(roles, self.weights(side, layer, roles), strict=True)
-        ]
+        # One at a time, so that no two raw weights are there at once.
+        return [side.weight(role, self.W_h.dtype) * side.gain(role, self.W_h.dtype) for role in roles]
 
     def read_in(self, weight: Tensor) -> Tensor:
         """An old map of the normalised residual stream as a map of the new one: W S^T sqrt(d_o / d_n).
@@ -82,7 +85,7 @@ class Method(Protocol):
     name: str
     needs_text: bool
 
-    def build(self, pair: Pair, old_layer: int, new_layer: int, roles: tuple[str, ...]) -> dict[str, Tensor]: ...
+    def build(self, pair: Pair, roles: tuple[str, ...]) -> dict[str, Tensor]: ...
 
     def project(self, layer: PlannedLayer, role: str, update: Factors) -> Factors: ...
 
@@ -120,13 +123,13 @@ class Paper:
     name = "paper"
     needs_text = False
 
-    def build(self, pair: Pair, old_layer: int, new_layer: int, roles: tuple[str, ...]) -> dict[str, Tensor]:
+    def build(self, pair: Pair, roles: tuple[str, ...]) -> dict[str, Tensor]:
         if not set(roles) & set(ATTENTION):
             return {}
-        old, new = pair.old.shape, pair.new.shape
-        q, k, v, o = pair.weights(pair.old, old_layer, ATTENTION)
+        old, new = pair.shapes
+        q, k, v, o = pair.weights(pair.old, ATTENTION)
         q, k, v, o_t = q @ pair.W_h, k @ pair.W_h, v @ pair.W_h, o.T @ pair.W_h
-        q_n, k_n, v_n, o_n = pair.weights(pair.new, new_layer, ATTENTION)
+        q_n, k_n, v_n, o_n = pair.weights(pair.new, ATTENTION)
         similarity = head_similarity(q, k, v, o_t.T, q_n, k_n, v_n, o_n, heads=(old.H, new.H), kv_heads=(old.G, new.G))
         match = match_heads(similarity, pair.heads)
         heads, groups, share = (old.H, new.H), (old.G, new.G), old.H // old.G
@@ -145,8 +148,8 @@ class Paper:
         if role in ATTENTION:
             return Factors(_project_rows(layer, role, b, mean_of_matched=False), a @ layer.W_h)
         old, new = layer.checkpoints()
-        weight_o = old.weight(layer.old_layer, role, b.dtype, b.device)
-        weight_n = new.weight(layer.new_layer, role, b.dtype, b.device)
+        weight_o = Layer.of(old, layer.old_layer, (role,)).weight(role, b.dtype)
+        weight_n = Layer.of(new, layer.new_layer, (role,)).weight(role, b.dtype)
         if role == "down":
             return Factors(pinv_times(layer.W_h, b), pinv_times(weight_o.T, a.T).T @ layer.W_h @ weight_n)
         return Factors(weight_n @ pinv_times(layer.W_h, pinv_times(weight_o, b)), a @ layer.W_h)
@@ -163,25 +166,24 @@ class LeastSquares:
     name = "lstsq"
     needs_text = False
 
-    def build(self, pair: Pair, old_layer: int, new_layer: int, roles: tuple[str, ...]) -> dict[str, Tensor]:
+    def build(self, pair: Pair, roles: tuple[str, ...]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         if set(roles) & set(ATTENTION):
-            tensors |= self._attention(pair, old_layer, new_layer, roles)
+            tensors |= self._attention(pair, roles)
         if set(roles) & set(MLP):
-            tensors |= self._neurons(pair, old_layer, new_layer)
+            tensors |= self._neurons(pair)
         for role in roles:
-            norm = pair.old.family.projections[role].norm
-            if norm is not None:
-                tensors[f"{role}.gain_old"] = pair.old.gain(old_layer, role, torch.float32)
-                tensors[f"{role}.gain_new"] = pair.new.gain(new_layer, role, torch.float32)
+            if pair.old.checkpoint.family.projections[role].norm is not None:
+                tensors[f"{role}.gain_old"] = pair.old.gain(role, torch.float32)
+                tensors[f"{role}.gain_new"] = pair.new.gain(role, torch.float32)
         return tensors
 
-    def _attention(self, pair: Pair, old_layer: int, new_layer: int, roles: tuple[str, ...]) -> dict[str, Tensor]:
-        old, new = pair.old.shape, pair.new.shape
-        q, k, v = (pair.read_in(w) for w in pair.gained(pair.old, old_layer, ("q", "k", "v")))
-        o_t = pair.weights(pair.old, old_layer, ("o",))[0].T @ pair.W_h
-        q_n, k_n, v_n = pair.gained(pair.new, new_layer, ("q", "k", "v"))
-        (o_n,) = pair.weights(pair.new, new_layer, ("o",))
+    def _attention(self, pair: Pair, roles: tuple[str, ...]) -> dict[str, Tensor]:
+        old, new = pair.shapes
+        q, k, v = (pair.read_in(w) for w in pair.gained(pair.old, ("q", "k", "v")))
+        o_t = pair.weights(pair.old, ("o",))[0].T @ pair.W_h
+        q_n, k_n, v_n = pair.gained(pair.new, ("q", "k", "v"))
+        (o_n,) = pair.weights(pair.new, ("o",))
         similarity = head_similarity(q, k, v, o_t.T, q_n, k_n, v_n, o_n, heads=(old.H, new.H), kv_heads=(old.G, new.G))
         match = match_heads(similarity, pair.heads)
         heads, groups, share = (old.H, new.H), (old.G, new.G), old.H // old.G
@@ -196,11 +198,11 @@ class LeastSquares:
             blocks["o"] = head_blocks(v, whiten(v_n, new.G), match, blocks=groups, old_share=share)
         return _attention_tensors(similarity, match, blocks)
 
-    def _neurons(self, pair: Pair, old_layer: int, new_layer: int) -> dict[str, Tensor]:
-        gate, up = (pair.read_in(w) for w in pair.gained(pair.old, old_layer, ("gate", "up")))
-        down = pair.weights(pair.old, old_layer, ("down",))[0].T @ pair.W_h
-        gate_n, up_n = pair.gained(pair.new, new_layer, ("gate", "up"))
-        down_n = pair.weights(pair.new, new_layer, ("down",))[0].T.contiguous()
+    def _neurons(self, pair: Pair) -> dict[str, Tensor]:
+        gate, up = (pair.read_in(w) for w in pair.gained(pair.old, ("gate", "up")))
+        down = pair.weights(pair.old, ("down",))[0].T @ pair.W_h
+        gate_n, up_n = pair.gained(pair.new, ("gate", "up"))
+        down_n = pair.weights(pair.new, ("down",))[0].T.contiguous()
         match = match_neurons((gate, up, down), (gate_n, up_n, down_n))
         scales, similarity = _neuron_fit((gate, up, down), (gate_n, up_n, down_n), match)
         return {"neurons.match": match, "neurons.similarity": similarity, "neurons.scales": scales}

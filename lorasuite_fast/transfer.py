@@ -27,8 +27,11 @@ FLOAT32_CONDITION = 300
 
 The rounding of the chunk sums then keeps W_h within 1e-5 of the float64 result.
 """
+CHUNK_ROWS = 4096
+"""Embedding rows multiplied at a time, where nothing else is asked for."""
 _SAMPLE = 8192
 _HELD_OUT = 20
+_R2_ROWS = 1024
 _POWER_STEPS = 30
 
 Progress = Callable[[str, int, int], None]
@@ -86,7 +89,9 @@ def solve_normal(gram: Tensor, cross: Tensor, ridge: float = 0.0) -> tuple[Tenso
     return vectors @ ((vectors.T @ cross) / values[:, None]), int(keep.sum())
 
 
-def normal_equations(e_o: Tensor, e_n: Tensor, idx_o: Tensor, idx_n: Tensor, *, both: bool = True) -> SharedGram:
+def normal_equations(
+    e_o: Tensor, e_n: Tensor, idx_o: Tensor, idx_n: Tensor, *, both: bool = True, chunk: int = CHUNK_ROWS
+) -> SharedGram:
     """`shared_gram`, its products in float32 where that costs no accuracy (see FLOAT32_CONDITION), else in float64.
 
     A sample of the rows, spread over the vocabulary, decides.
@@ -95,12 +100,12 @@ def normal_equations(e_o: Tensor, e_n: Tensor, idx_o: Tensor, idx_n: Tensor, *, 
     sample = torch.zeros(len(idx_o), dtype=torch.bool)
     sample[::spread] = True
     if spread > 1 and torch.float64 not in (e_o.dtype, e_n.dtype):
-        first = shared_gram(e_o, e_n, idx_o[sample], idx_n[sample], both=both, products=torch.float32)
+        first = shared_gram(e_o, e_n, idx_o[sample], idx_n[sample], both=both, products=torch.float32, chunk=chunk)
         grams = [first.oo] if first.nn is None else [first.oo, first.nn]
         if all(_well_conditioned(gram, 1 / FLOAT32_CONDITION) is not None for gram in grams):
-            rest = shared_gram(e_o, e_n, idx_o[~sample], idx_n[~sample], both=both, products=torch.float32)
-            return _plus(first, rest)
-    return shared_gram(e_o, e_n, idx_o, idx_n, both=both)
+            rest = shared_gram(e_o, e_n, idx_o[~sample], idx_n[~sample], both=both, products=torch.float32, chunk=chunk)
+            return _add(first, rest)
+    return shared_gram(e_o, e_n, idx_o, idx_n, both=both, chunk=chunk)
 
 
 def _well_conditioned(gram: Tensor, least: float) -> Tensor | None:
@@ -109,23 +114,38 @@ def _well_conditioned(gram: Tensor, least: float) -> Tensor | None:
     return factor if not int(info) and _smallest_ratio(gram, factor) > least else None
 
 
-def _r2(x: Tensor, y: Tensor, w: Tensor) -> float | None:
-    x, y = x.double(), y.double()
-    spread = (y - y.mean(0)).square().sum()
-    return float(1 - (y - x @ w).square().sum() / spread) if spread > 0 else None
+def _r2(x: Tensor, x_rows: Tensor, y: Tensor, y_rows: Tensor, w: Tensor) -> float | None:
+    """1 - |y - x w|² / |y - mean|² over paired rows, a chunk of rows at a time."""
+    if not len(x_rows):
+        return None
+    mean = torch.stack([y[part].double().sum(0) for part in y_rows.split(_R2_ROWS)]).sum(0) / len(y_rows)
+    error = spread = 0.0
+    for part_x, part_y in zip(x_rows.split(_R2_ROWS), y_rows.split(_R2_ROWS), strict=True):
+        target = y[part_y].double()
+        error += float((target - x[part_x].double() @ w).square().sum())
+        spread += float((target - mean).square().sum())
+    return 1 - error / spread if spread > 0 else None
 
 
-def _plus(a: SharedGram, b: SharedGram) -> SharedGram:
-    return SharedGram(a.oo + b.oo, a.on + b.on, None if a.nn is None or b.nn is None else a.nn + b.nn)
+def _add(total: SharedGram, other: SharedGram) -> SharedGram:
+    """Adds in place: these matrices are the largest things a plan holds."""
+    total.oo.add_(other.oo)
+    total.on.add_(other.on)
+    if total.nn is not None and other.nn is not None:
+        total.nn.add_(other.nn)
+    return total
 
 
-def fit_transfer(e_o: Tensor, e_n: Tensor, shared: SharedTokens, *, ridge: float = 0.0) -> Transfer:
+def fit_transfer(
+    e_o: Tensor, e_n: Tensor, shared: SharedTokens, *, ridge: float = 0.0, chunk: int = CHUNK_ROWS
+) -> Transfer:
     """Fits W_h and S on the shared rows of two embedding tables.
 
     Args:
         e_o: (V_o, d_o), e_n: (V_n, d_n), any floating dtype, may be memory-mapped.
         ridge: added to the normal equations, as a share of their mean diagonal; asks for an answer where the shared
             tokens alone do not determine one.
+        chunk: rows multiplied at a time.
 
     Raises:
         LoraSuiteError: fewer trained shared tokens than d_o, or rows spanning less than MIN_RANK of d_o, without ridge.
@@ -141,23 +161,25 @@ def fit_transfer(e_o: Tensor, e_n: Tensor, shared: SharedTokens, *, ridge: float
         raise LoraSuiteError("the two vocabularies share no trained tokens; nothing can be carried between them")
     held = torch.zeros(len(shared), dtype=torch.bool)
     held[_HELD_OUT - 1 :: _HELD_OUT] = True
-    train = normal_equations(e_o, e_n, shared.old[~held], shared.new[~held])
-    x, y = e_o[shared.old[held]], e_n[shared.new[held]]
+    train = normal_equations(e_o, e_n, shared.old[~held], shared.new[~held], chunk=chunk)
+    old, new = shared.old[held], shared.new[held]
     assert train.nn is not None
-    r2 = _r2(x, y, solve_normal(train.oo, train.on, ridge)[0])
-    r2_back = _r2(y, x, solve_normal(train.nn, train.on.T, ridge)[0])
-    total = _plus(train, normal_equations(e_o, e_n, shared.old[held], shared.new[held]))
+    r2 = _r2(e_o, old, e_n, new, solve_normal(train.oo, train.on, ridge)[0])
+    r2_back = _r2(e_n, new, e_o, old, solve_normal(train.nn, train.on.T, ridge)[0])
+    total = _add(train, normal_equations(e_o, e_n, old, new, chunk=chunk))
     assert total.nn is not None
-    W_h, rank = solve_normal(total.oo, total.on, ridge)
+    solution, rank = solve_normal(total.oo, total.on, ridge)
+    W_h = solution.float().contiguous()
+    del solution
     if rank < MIN_RANK * d_o:
         raise LoraSuiteError(
             f"the embeddings of the {len(shared)} shared tokens span {rank} of {d_o} old dimensions, less than "
             f"{MIN_RANK:.0%}; pass a ridge (--ridge 1e-3) to accept an approximation"
         )
-    S, _ = solve_normal(total.nn, total.on.T, ridge)
+    S = solve_normal(total.nn, total.on.T, ridge)[0].float().contiguous()
     return Transfer(
-        W_h.float().contiguous(),
-        S.float().contiguous(),
+        W_h,
+        S,
         "embedding",
         shared.identical,
         len(shared),
@@ -169,7 +191,13 @@ def fit_transfer(e_o: Tensor, e_n: Tensor, shared: SharedTokens, *, ridge: float
 
 
 def build_transfer(
-    old: Checkpoint, new: Checkpoint, tokens: SharedTokens, kind: str, *, ridge: float = 0.0
+    old: Checkpoint,
+    new: Checkpoint,
+    tokens: SharedTokens,
+    kind: str,
+    *,
+    ridge: float = 0.0,
+    chunk: int = CHUNK_ROWS,
 ) -> Transfer:
     """W_h and S for a pair of checkpoints: `embedding` fits them, `identity` takes both as I where d_o = d_n."""
     d_o, d_n = old.shape.d, new.shape.d
@@ -177,10 +205,14 @@ def build_transfer(
         if d_o != d_n:
             raise LoraSuiteError(f"--transfer identity needs equal widths; old has {d_o}, new has {d_n}")
         eye = torch.eye(d_o)
-        return Transfer(eye, eye, "identity", tokens.identical, len(tokens), 0, d_o, None, None)
+        return Transfer(eye, eye.clone(), "identity", tokens.identical, len(tokens), 0, d_o, None, None)
     tables = []
     for model in (old, new):
         table = model.tensors.view(model.embedding_name)
         model.check_finite(table, model.embedding_name)
         tables.append(table)
-    return fit_transfer(tables[0], tables[1], tokens, ridge=ridge)
+    try:
+        return fit_transfer(tables[0], tables[1], tokens, ridge=ridge, chunk=chunk)
+    finally:
+        for model in (old, new):
+            model.tensors.release([model.embedding_name])

@@ -63,7 +63,9 @@ def test_json_is_one_object_with_the_same_facts(root: Path, tmp_path: Path) -> N
         assert layer["neuron_similarity"] is not None
     assert result["options"]["method"] == "lstsq"
     assert result["facts"]["shared_tokens"] >= 256
-    assert {"name", "seconds", "peak_memory", "peak_device_memory"} == set(result["phases"][0])
+    assert {"name", "seconds", "peak_memory", "peak_resident", "peak_device_memory", "predicted"} == set(
+        result["phases"][0]
+    )
     assert result["new"]["shape"]["L"] == 3
 
 

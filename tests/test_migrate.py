@@ -209,7 +209,9 @@ def test_migrate_is_build_and_apply_to_the_bit(upgrade: Upgrade, plan: TransferP
     loaded.apply(adapter, tmp_path / "planned", old=old, new=new)
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "planned" / name).read_bytes()
-    assert loaded.summary() == json.loads(json.dumps(plan.summary()))
+    facts = json.loads(json.dumps(plan.summary()))
+    # Times and memory are of one run, not of the plan.
+    assert loaded.summary() | {"phases": []} == facts | {"phases": []}
 
 
 def test_sharded_and_bfloat16_checkpoints_give_the_same_plan(upgrade: Upgrade, tmp_path: Path) -> None:

@@ -242,14 +242,18 @@ def hsic(gx: Gram, gy: Gram) -> Tensor:
     Raises:
         ValueError: on triangles of different numbers of examples or devices, or fewer than 4 examples.
     """
+    _check_grams(gx, gy)
+    result: Tensor = _hsic_terms_op(*gx, *gy)[0]
+    return result.to(wide(gx.rows, gy.rows))
+
+
+def _check_grams(gx: Gram, gy: Gram) -> None:
     m = gx.rows.shape[1]
     if gy.rows.shape[1] != m or gx.packed.shape[1:] != gy.packed.shape[1:]:
         raise ValueError(f"both sides must hold the same examples; got m = {m} and {gy.rows.shape[1]}")
     if m < 4:
         raise ValueError(f"the unbiased HSIC needs at least 4 examples; got m = {m}")
     check_one_device(gx=gx.packed, gy=gy.packed)
-    result: Tensor = _hsic_terms_op(*gx, *gy)[0]
-    return result.to(wide(gx.rows, gy.rows))
 
 
 def hsic_terms_twin(
@@ -328,6 +332,18 @@ class StreamingCKA:
         if x.shape[0] != self.n_x or y.shape[0] != self.n_y:
             raise ValueError(f"expected {self.n_x} and {self.n_y} layers; got {tuple(x.shape)} and {tuple(y.shape)}")
         self._add(hsic_terms(x, y), 1)
+
+    def update_grams(self, gx: Gram, gy: Gram) -> None:
+        """Adds one minibatch from its packed Gram matrices, as `gram` makes them: n_x and n_y layers, m >= 4.
+
+        A Gram matrix can be made as soon as its layer has run, and is smaller than the hidden states where m < 2 d.
+        """
+        if gx.packed.shape[0] != self.n_x or gy.packed.shape[0] != self.n_y:
+            raise ValueError(
+                f"expected {self.n_x} and {self.n_y} layers; got {gx.packed.shape[0]} and {gy.packed.shape[0]}"
+            )
+        _check_grams(gx, gy)
+        self._add(HSICTerms(*_hsic_terms_op(*gx, *gy)), 1)
 
     def merge(self, other: StreamingCKA) -> None:
         """Adds the minibatches another instance has seen (shards of one data set)."""

@@ -112,7 +112,11 @@ def _add_upper(total: Tensor, x: Tensor, blocks: int = 8) -> None:
         _add_product(total[start : start + step, start:], x[:, start : start + step].T, x[:, start:])
 
 
-def mirror_upper(total: Tensor) -> None:
+def mirror_upper(total: Tensor, blocks: int = 8) -> None:
     """Copies the strict upper triangle onto the lower, in place."""
-    lower = torch.tril_indices(total.shape[0], total.shape[1], offset=-1, device=total.device)
-    total[lower[0], lower[1]] = total[lower[1], lower[0]]
+    step = max(1, -(-total.shape[0] // blocks))
+    for start in range(0, total.shape[0], step):
+        part = slice(start, start + step)
+        total[part, :start] = total[:start, part].T
+        square = total[part, part]
+        square.copy_(square.triu() + square.triu(1).T)

@@ -1,0 +1,378 @@
+"""Building a transfer plan: the steps of LoRASuite's algorithm (arXiv 2505.13515) over two streamed checkpoints.
+
+Each step first looks for what an interrupted run has finished, and each is divided among the ranks, if there are
+several; neither changes a bit of the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorasuite_kernels import Gram, StreamingCKA, gram
+
+from ._version import __version__
+from .calibration import MIN_EXAMPLES, load_examples
+from .checkpoint import Checkpoint
+from .errors import LoraSuiteError, WriteError
+from .families import ATTENTION, MLP
+from .hidden_states import LayerStream, padded, pooled_layers
+from .loader import Layer, stream_layers
+from .mapping import map_layers
+from .memory import Demand, Limits
+from .phases import PhaseClock
+from .phases import memory as process_memory
+from .projection import METHODS, Pair
+from .ranks import Ranks
+from .transfer import Transfer, build_transfer
+from .vocabulary import common_ids, shared_tokens
+from .work import Work, stacked, unstacked
+
+MAX_TOKENS = 128
+"""Of each calibration example."""
+_MINIBATCH = 512
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a plan is built; see `TransferPlan.build`."""
+
+    calibration: str | os.PathLike[str] | None
+    examples: int
+    layers: str
+    heads: str
+    transfer: str
+    method: str
+    roles: tuple[str, ...]
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    ridge: float
+    memory: int | None
+    mapped: bool
+    trust_remote_code: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """Those the result depends on, as plain data."""
+        return {
+            "calibration": "shipped" if self.calibration is None else os.fspath(self.calibration),
+            "max_tokens": MAX_TOKENS,
+            "layers": self.layers,
+            "heads": self.heads,
+            "transfer": self.transfer,
+            "method": self.method,
+            "roles": list(self.roles),
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "seed": self.seed,
+            "ridge": self.ridge,
+        }
+
+
+@dataclass
+class Inputs:
+    """Both models opened, and the calibration text as token ids of each."""
+
+    old: Checkpoint
+    new: Checkpoint
+    tokenizers: tuple[Any, Any]
+    texts: list[str]
+    ids: tuple[list[list[int]], list[list[int]]]
+
+    @classmethod
+    def open(cls, old: str | os.PathLike[str], new: str | os.PathLike[str], options: Options) -> Inputs:
+        models = Checkpoint(old, "old", mapped=options.mapped), Checkpoint(new, "new", mapped=options.mapped)
+        tokenizers = tuple(m.tokenizer(trust_remote_code=options.trust_remote_code) for m in models)
+        texts = load_examples(options.calibration, options.examples, options.seed)
+        ids = common_ids(tokenizers[0], tokenizers[1], texts, MAX_TOKENS)
+        if len(ids[0]) < MIN_EXAMPLES:
+            raise LoraSuiteError(
+                f"only {len(ids[0])} calibration examples hold tokens both vocabularies know; CKA needs {MIN_EXAMPLES}"
+            )
+        return cls(*models, (tokenizers[0], tokenizers[1]), texts, ids)
+
+    def identity(self, options: Options) -> dict[str, Any]:
+        """Everything a plan's bits depend on, for telling whether unfinished work belongs to it."""
+        import transformers
+
+        text = hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:32]
+        return {
+            "old model": _files_identity(self.old),
+            "new model": _files_identity(self.new),
+            "calibration text": text,
+            "versions": [__version__, torch.__version__, transformers.__version__],
+        } | {f"option {name}": value for name, value in options.as_dict().items() if name != "calibration"}
+
+
+def _files_identity(model: Checkpoint) -> dict[str, Any]:
+    files = sorted({entry.file for entry in model.tensors.entries.values()})
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return {"fingerprint": model.fingerprint(), "files": hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a plan is made of."""
+
+    mapping: dict[int, int]
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    examples: int
+    limits: Limits
+
+
+def build(
+    inputs: Inputs, options: Options, clock: PhaseClock, ranks: Ranks, folder: Path | None
+) -> tuple[Built, Work | None]:
+    """The whole recipe. The work folder, if one is given, is left for the caller to discard once the plan is saved."""
+    limits = _limits(inputs, options)
+    work = None
+    if folder is not None:
+        work = _open_work(folder, inputs.identity(options), limits, ranks)
+        limits = Limits(work.record["micro_batch"], work.record["chunk_rows"], limits.predicted, limits.budget)
+    try:
+        return _steps(inputs, options, limits, clock, ranks, work), work
+    except WriteError:
+        raise
+    except LoraSuiteError:
+        # Input that cannot be used: there is nothing to go on with.
+        if work is not None and ranks.first:
+            work.discard()
+        raise
+
+
+def _steps(
+    inputs: Inputs, options: Options, limits: Limits, clock: PhaseClock, ranks: Ranks, work: Work | None
+) -> Built:
+    with clock.phase("transfer matrix", 1, limits.predicted["transfer matrix"]) as step:
+        carried = ranks.share(_transfer(inputs, options, limits, work) if ranks.first else None)
+        step(1)
+    grams = []
+    for model, ids in zip((inputs.old, inputs.new), inputs.ids, strict=True):
+        phase = f"{model.role} hidden states"
+        with clock.phase(phase, model.shape.L, limits.predicted[phase]) as step:
+            grams.append(_grams(model, ids, options, limits, ranks, work, step))
+    with clock.phase("similarity", 1) as step:
+        cka = _cka(*grams)
+        mapping = map_layers(cka, options.layers)
+        step(1)
+    phase = "heads and projections"
+    with clock.phase(phase, len(mapping), limits.predicted[phase]) as step:
+        pairs = _pairs(inputs, options, carried, mapping, ranks, work, step)
+    tensors = {"W_h": carried.W_h, "S": carried.S, "cka": cka}
+    for j in mapping:
+        tensors |= {f"layers.{j}.{name}": tensor for name, tensor in pairs[j].items()}
+    facts = {
+        "same_vocabulary": carried.same_vocabulary,
+        "shared_tokens": carried.shared,
+        "untrained_tokens": carried.dropped,
+        "rank": carried.rank,
+        "r2": carried.r2,
+        "r2_back": carried.r2_back,
+    }
+    return Built(mapping, tensors, facts, len(inputs.ids[0]), limits)
+
+
+def _limits(inputs: Inputs, options: Options) -> Limits:
+    on_gpu = options.device.type == "cuda"
+    base = torch.cuda.memory_allocated(options.device) if on_gpu else process_memory()[1]
+    asked = Demand(
+        inputs.old,
+        inputs.new,
+        options.roles,
+        len(inputs.ids[0]),
+        max(len(row) for side in inputs.ids for row in side),
+        options.dtype,
+        options.device,
+        base,
+    )
+    return asked.fit(options.memory)
+
+
+def _open_work(folder: Path, identity: dict[str, Any], limits: Limits, ranks: Ranks) -> Work:
+    work = None
+    if ranks.first:
+        work = Work(folder, identity)
+        if not work.resumed:
+            work.start(micro_batch=limits.micro_batch, chunk_rows=limits.chunk_rows)
+    ranks.share(None)
+    return work or Work(folder, identity, owner=False)
+
+
+def _transfer(inputs: Inputs, options: Options, limits: Limits, work: Work | None) -> Transfer:
+    """W_h and S, from the embedding rows of the shared tokens."""
+    found = work.load("transfer") if work else None
+    if found is not None:
+        tensors, note = found
+        return Transfer(tensors["W_h"], tensors["S"], **note)
+    tokens = shared_tokens(*inputs.tokenizers)
+    carried = build_transfer(
+        inputs.old, inputs.new, tokens, options.transfer, ridge=options.ridge, chunk=limits.chunk_rows
+    )
+    if work:
+        note = {name: value for name, value in vars(carried).items() if name not in ("W_h", "S")}
+        work.save("transfer", {"W_h": carried.W_h, "S": carried.S}, **note)
+    return carried
+
+
+def _minibatches(examples: int) -> list[slice]:
+    """At most 512 examples each, as equal in size as they can be."""
+    parts = max(1, min(-(-examples // _MINIBATCH), examples // MIN_EXAMPLES))
+    ends = [0, *torch.tensor([len(part) for part in torch.arange(examples).tensor_split(parts)]).cumsum(0).tolist()]
+    return [slice(start, stop) for start, stop in pairwise(ends)]
+
+
+def _grams(
+    model: Checkpoint,
+    ids: list[list[int]],
+    options: Options,
+    limits: Limits,
+    ranks: Ranks,
+    work: Work | None,
+    step: Any,
+) -> dict[tuple[int, int], Gram]:
+    """Gram matrix of every layer's pooled hidden states, by (minibatch, layer), on the CPU."""
+    parts, L = _minibatches(len(ids)), model.shape.L
+    done = _finished_grams(model, len(parts), work) if work and ranks.first else {}
+    # A saved state is of use where all earlier layers' Gram matrices are there too.
+    complete = next((i for i in range(L) if (0, i) not in done), L)
+    start = complete if complete == L else min(complete, _saved_state(model, work)[0]) if work and ranks.first else 0
+    start = ranks.share(start)
+    done = {key: value for key, value in done.items() if key[1] < start}
+    block = ranks.block(start, L)
+    if start < L:
+        mine = _run_block(model, ids, parts, block, start, options, limits, ranks, work, step)
+        done = ranks.merge(done | mine)
+    return done
+
+
+def _run_block(
+    model: Checkpoint,
+    ids: list[list[int]],
+    parts: list[slice],
+    block: range,
+    start: int,
+    options: Options,
+    limits: Limits,
+    ranks: Ranks,
+    work: Work | None,
+    step: Any,
+) -> dict[tuple[int, int], Gram]:
+    """Runs this rank's layers; the hidden states come from the rank before and go to the next."""
+    stream = LayerStream(
+        model,
+        *padded(model, ids),
+        device=options.device,
+        dtype=options.dtype,
+        micro_batch=limits.micro_batch,
+        first=block.start,
+        last=block.stop,
+        trust_remote_code=options.trust_remote_code,
+    )
+    if ranks.first and start and work:
+        stream.hidden = _saved_state(model, work)[1](options.device)
+    ranks.receive(stream.hidden)
+    grams: dict[tuple[int, int], Gram] = {}
+    for i, vectors in pooled_layers(stream):
+        for n, part in enumerate(parts):
+            found = gram(vectors[None, part])
+            grams[n, i] = Gram(*(tensor.cpu() for tensor in found))
+        if work:
+            work.save(f"{model.role}.gram.{i}", stacked([t for n in range(len(parts)) for t in grams[n, i]]))
+            if i + 1 < model.shape.L:
+                work.save_state(f"{model.role}.state.{ranks.rank}", stacked(stream.hidden), layer=i + 1)
+        step(i + 1)
+    ranks.send(stream.hidden)
+    return grams
+
+
+def _finished_grams(model: Checkpoint, parts: int, work: Work) -> dict[tuple[int, int], Gram]:
+    grams: dict[tuple[int, int], Gram] = {}
+    for i in range(model.shape.L):
+        found = work.load(f"{model.role}.gram.{i}")
+        if found is None:
+            break
+        tensors = unstacked(found[0], torch.device("cpu"))
+        grams |= {(n, i): Gram(*tensors[3 * n : 3 * n + 3]) for n in range(parts)}
+    return grams
+
+
+def _saved_state(model: Checkpoint, work: Work | None) -> tuple[int, Any]:
+    """The latest layer a saved state enters, and what reads that state."""
+    best: tuple[int, Any] = 0, None
+    if work is None:
+        return best
+    for path in sorted(work.folder.glob(f"{model.role}.state.*.safetensors")):
+        name = path.name.removesuffix(".safetensors")
+        found = work.load(name)
+        if found is not None and found[1]["layer"] > best[0]:
+            best = found[1]["layer"], (lambda device, tensors=found[0]: unstacked(tensors, device))
+    return best
+
+
+def _cka(old: dict[tuple[int, int], Gram], new: dict[tuple[int, int], Gram]) -> Tensor:
+    """(L_o, L_n), each HSIC term averaged over the minibatches first."""
+
+    def stack(grams: dict[tuple[int, int], Gram], minibatch: int) -> Gram:
+        layers = [grams[key] for key in sorted(grams) if key[0] == minibatch]
+        return Gram(*(torch.cat(tensors) for tensors in zip(*layers, strict=True)))
+
+    minibatches = 1 + max(n for n, _ in old)
+    L_o, L_n = (sum(n == 0 for n, _ in grams) for grams in (old, new))
+    stream = StreamingCKA(L_o, L_n)
+    for n in range(minibatches):
+        stream.update_grams(stack(old, n), stack(new, n))
+    return stream.compute()
+
+
+def _pairs(
+    inputs: Inputs,
+    options: Options,
+    carried: Transfer,
+    mapping: dict[int, int],
+    ranks: Ranks,
+    work: Work | None,
+    step: Any,
+) -> dict[int, dict[str, Tensor]]:
+    """What the method stores for each new layer with a partner; both checkpoints are walked together."""
+    pairs: dict[int, dict[str, Tensor]] = {}
+    if work:
+        for j in mapping:
+            found = work.load(f"pair.{j}")
+            if found is not None and found[1] == {"partner": mapping[j]}:
+                pairs[j] = found[0]
+    pairs = ranks.share(pairs)
+    todo = ranks.mine([j for j in mapping if j not in pairs])
+    W_h, S = (w.to(options.device, options.dtype) for w in (carried.W_h, carried.S))
+    wanted = tuple(role for group in (ATTENTION, MLP) if set(group) & set(options.roles) for role in group)
+    olds = stream_layers(inputs.old, options.device, layers=[mapping[j] for j in todo], roles=wanted)
+    news = stream_layers(inputs.new, options.device, layers=todo, roles=wanted)
+    step(len(mapping) - len(todo))
+    for count, (j, old, new) in enumerate(zip(todo, olds, news, strict=True), 1):
+        pairs[j] = _pair(Pair(old, new, W_h, S, options.heads, inputs.texts), options)
+        if work:
+            work.save(f"pair.{j}", pairs[j], partner=mapping[j])
+        step(len(mapping) - len(todo) + count)
+    return ranks.merge(pairs)
+
+
+def _pair(pair: Pair, options: Options) -> dict[str, Tensor]:
+    tensors = {}
+    for name, tensor in METHODS[options.method].build(pair, options.roles).items():
+        tensors[name] = (tensor if name.endswith("match") else tensor.float()).cpu().contiguous()
+    for role in options.roles:
+        tensors[f"{role}.norm"] = _norm(pair.new, role)
+    return tensors
+
+
+def _norm(layer: Layer, role: str) -> Tensor:
+    """(1,) Frobenius norm of a weight."""
+    return torch.linalg.vector_norm(layer.weight(role, torch.float32)).view(1).cpu()

@@ -1,0 +1,184 @@
+"""One decoder layer of a checkpoint at a time, the next one fetched in the background while this one is used.
+
+On a CPU a layer's tensors are views of the memory map; their pages are asked for before use and dropped behind it, so
+that the resident set does not grow with the file. For a GPU the file is read into one of two pinned staging buffers and
+copied from there on a stream of its own: a copy straight out of a map would wait for page faults, one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint
+from .tensor_files import DTYPES, TensorFiles
+
+_ALIGN = 256
+
+
+class Layer:
+    """The tensors of one decoder layer, as stored, on one device.
+
+    Attributes:
+        checkpoint: where they come from. index: of the layer. tensors: by full name; some may be left out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, index: int, tensors: dict[str, Tensor], device: torch.device) -> None:
+        self.checkpoint, self.index, self.tensors, self.device = checkpoint, index, tensors, device
+        self.prefix = f"{checkpoint.family.layer(index)}."
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, index: int, roles: tuple[str, ...] | None = None) -> Layer:
+        """One layer alone, on the CPU."""
+        names = checkpoint.layer_tensors(index, roles)
+        return cls(checkpoint, index, {n: checkpoint.tensors.view(n) for n in names}, torch.device("cpu"))
+
+    def read(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A tensor by its name inside the layer, in the given dtype; without a copy where it is stored so.
+
+        Raises:
+            LoraSuiteError: if it holds NaN or infinity.
+        """
+        full = self.prefix + name
+        stored = self.tensors[full]
+        tensor = stored.to(dtype)
+        self.checkpoint.check_finite(tensor, full)
+        if tensor is not stored and self.device.type == "cpu":
+            self.checkpoint.tensors.release([full])
+        return tensor
+
+    def weight(self, role: str, dtype: torch.dtype) -> Tensor:
+        """(out, in) weight of one projection."""
+        return self.read(f"{self.checkpoint.family.projections[role].module}.weight", dtype)
+
+    def gain(self, role: str, dtype: torch.dtype) -> Tensor:
+        """(d,) gain of the norm a projection reads through."""
+        norm = self.checkpoint.family.projections[role].norm
+        if norm is None:
+            raise ValueError(f"{role} does not read the residual stream")
+        return self.read(f"{norm}.weight", dtype) + self.checkpoint.family.gain_offset
+
+    def release(self) -> None:
+        """Lets go of the tensors; views of them must not be used any more."""
+        if self.device.type == "cpu":
+            self.checkpoint.tensors.release(self.tensors)
+        self.tensors = {}
+
+
+class _Views:
+    """Fetches a layer as views of the map, or, where the checkpoint is not mapped, by reading it."""
+
+    def __init__(self, files: TensorFiles) -> None:
+        self._files = files
+
+    def fetch(self, names: list[str]) -> dict[str, Tensor]:
+        if self._files.mapped:
+            self._files.fetch(names)
+        return {name: self._files.view(name) for name in names}
+
+    def ready(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors
+
+
+class _Staged:
+    """Fetches a layer through two reusable host buffers, pinned where the device is a GPU, and asynchronous copies."""
+
+    def __init__(self, files: TensorFiles, device: torch.device, largest: int) -> None:
+        self._files, self._device = files, device
+        self._cuda = device.type == "cuda"
+        self._buffers = [torch.empty(largest, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(2)]
+        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
+        self._copied: list[Any] = [None, None]
+        self._turn = 0
+
+    def fetch(self, names: list[str]) -> dict[str, Tensor]:
+        turn, self._turn = self._turn, 1 - self._turn
+        if self._copied[turn] is not None:
+            self._copied[turn].synchronize()
+        layout, end = [], 0
+        for name in names:
+            entry = self._files.entry(name)
+            layout.append((name, entry, end))
+            end += -(-entry.size // _ALIGN) * _ALIGN
+        staging = self._buffers[turn].numpy().data
+        for _, entry, offset in layout:
+            file = self._files.file(entry)
+            file.check_unchanged()
+            file.read_into(staging[offset : offset + entry.size], entry.start)
+            self._files.bytes_read += entry.size
+        with torch.cuda.stream(self._stream) if self._cuda else nullcontext():
+            on_device = torch.empty(end, dtype=torch.uint8, device=self._device)
+            on_device.copy_(self._buffers[turn][:end], non_blocking=True)
+            if self._cuda:
+                self._copied[turn] = torch.cuda.Event()
+                self._copied[turn].record(self._stream)
+        self._last = on_device, self._copied[turn]
+        return {
+            name: on_device[offset : offset + entry.size].view(DTYPES[entry.dtype]).view(entry.shape)
+            for name, entry, offset in layout
+        }
+
+    def ready(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        on_device, copied = self._last
+        if copied is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(copied)
+            # The allocator must not hand the memory out again before work queued on this stream is done.
+            on_device.record_stream(current)
+        return tensors
+
+
+def stream_layers(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    *,
+    layers: Iterable[int] | None = None,
+    roles: tuple[str, ...] | None = None,
+) -> Iterator[Layer]:
+    """Yields a checkpoint's layers in order, at most two of them resident: the one yielded and the next.
+
+    A layer's tensors are valid until the next one is asked for.
+
+    Args:
+        device: where the tensors are wanted.
+        layers: which, in this order; all if None.
+        roles: only these projections' tensors and the norms they read through; everything if None.
+
+    Raises:
+        LoraSuiteError: a file that changed, ended early or could not be read.
+    """
+    order = list(range(checkpoint.shape.L)) if layers is None else list(layers)
+    names = [checkpoint.layer_tensors(i, roles) for i in order]
+    files = checkpoint.tensors
+    source: _Views | _Staged
+    if device.type == "cpu":
+        source = _Views(files)
+    else:
+        sizes = [sum(-(-files.entry(n).size // _ALIGN) * _ALIGN for n in layer) for layer in names]
+        source = _Staged(files, device, max(sizes, default=0))
+    yield from _prefetched(checkpoint, device, source, list(zip(order, names, strict=True)))
+
+
+def _prefetched(
+    checkpoint: Checkpoint, device: torch.device, source: _Views | _Staged, plan: list[tuple[int, list[str]]]
+) -> Iterator[Layer]:
+    pool = ThreadPoolExecutor(1, thread_name_prefix="layer-loader")
+    coming: Future[dict[str, Tensor]] | None = None
+    try:
+        for position, (index, names) in enumerate(plan):
+            tensors = source.ready((coming or pool.submit(source.fetch, names)).result())
+            checkpoint.tensors.check_unchanged()
+            # The thread takes what is submitted next only once this layer's fetch is over.
+            coming = pool.submit(source.fetch, plan[position + 1][1]) if position + 1 < len(plan) else None
+            layer = Layer(checkpoint, index, tensors, device)
+            del tensors
+            yield layer
+            layer.release()
+            checkpoint.tensors.check_unchanged()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

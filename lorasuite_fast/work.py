@@ -1,0 +1,149 @@
+"""What an interrupted build has finished, kept beside its output so that the same command goes on from there."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .errors import LoraSuiteError, WriteError
+
+_RUN = "run.json"
+_STATE_SHARE = 20
+"""Resumable states are written so seldom that they take at most this fraction of the time, one in 20."""
+
+
+def work_folder(out: str | os.PathLike[str]) -> Path:
+    """Where a build that is to write `out` keeps its work: a hidden sibling."""
+    path = Path(out).expanduser().absolute()
+    return path.with_name(f".{path.name}.work")
+
+
+class Work:
+    """A folder of finished parts, each a safetensors file that is there whole or not at all.
+
+    Args:
+        folder: made if it does not exist.
+        identity: everything the result depends on, as plain data; a folder of another identity is refused.
+        owner: whether this process may create the folder and claims it for itself (of several ranks only the first).
+
+    Raises:
+        LoraSuiteError: the folder holds the work of another run, naming what differs; another process is at work in
+            it; it cannot be written.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any], *, owner: bool = True) -> None:
+        self.folder = folder
+        self._last_state = self._state_seconds = 0.0
+        self._lock: int | None = None
+        identity = json.loads(json.dumps(identity))
+        if not owner:
+            self.record: dict[str, Any] = json.loads((folder / _RUN).read_text())
+            return
+        try:
+            folder.mkdir(exist_ok=True)
+            self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LoraSuiteError(f"{folder}: another process is building the same output; wait for it") from None
+        except OSError as error:
+            raise WriteError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        for leftover in folder.glob("*.tmp"):
+            leftover.unlink()
+        self.record = self._found(identity) or {"identity": identity}
+
+    def _found(self, identity: dict[str, Any]) -> dict[str, Any] | None:
+        run = self.folder / _RUN
+        if not run.exists():
+            return None
+        try:
+            record: dict[str, Any] = json.loads(run.read_text())
+            before = record["identity"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise LoraSuiteError(f"{self.folder}: holds damaged work; delete the folder to start over") from None
+        for key in sorted({*before, *identity}):
+            if before.get(key) != identity.get(key):
+                raise LoraSuiteError(
+                    f"{self.folder}: holds the unfinished work of another run, with {key} {_short(before.get(key))}; "
+                    f"this one has {_short(identity.get(key))}. Repeat that run, or delete the folder to start over"
+                )
+        return record
+
+    @property
+    def resumed(self) -> bool:
+        return (self.folder / _RUN).exists()
+
+    def start(self, **chosen: Any) -> None:
+        """Records what the run chose by itself (micro-batch sizes), which a resumed run must repeat."""
+        self.record |= chosen
+        self._replace(_RUN, lambda path: path.write_text(json.dumps(self.record)))
+
+    def load(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """A finished part and what was noted with it; None where there is none, or what is there is damaged."""
+        try:
+            with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
+                note = json.loads((file.metadata() or {})["note"])
+                return {key: file.get_tensor(key).clone() for key in file.keys()}, note  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError, KeyError):
+            return None
+
+    def save(self, name: str, tensors: dict[str, Tensor], **note: Any) -> None:
+        host = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        self._replace(f"{name}.safetensors", lambda path: save_file(host, path, metadata={"note": json.dumps(note)}))
+
+    def save_state(self, name: str, tensors: dict[str, Tensor], **note: Any) -> None:
+        """Saves a large state a run can go on from, unless that would take more than its share of the time."""
+        start = time.monotonic()
+        if start - self._last_state < _STATE_SHARE * self._state_seconds:
+            return
+        self.save(name, tensors, **note)
+        self._last_state = time.monotonic()
+        self._state_seconds = self._last_state - start
+
+    def _replace(self, name: str, write: Any) -> None:
+        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+        try:
+            write(temporary)
+            handle = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            temporary.replace(self.folder / name)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise WriteError(f"{self.folder / name}: cannot be written ({reason})") from None
+
+    def discard(self) -> None:
+        """Removes the folder, once its output is in place."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def stacked(tensors: list[Tensor]) -> dict[str, Tensor]:
+    """A list of tensors as named ones, in order."""
+    return {f"{n:05d}": tensor for n, tensor in enumerate(tensors)}
+
+
+def unstacked(tensors: dict[str, Tensor], device: torch.device) -> list[Tensor]:
+    return [tensors[name].to(device) for name in sorted(tensors)]
