@@ -48,11 +48,12 @@ def head_blocks(left: Tensor, right: Tensor, match: Tensor, *, blocks: tuple[int
 def _blocks(left: Tensor, right: Tensor, match: Tensor, blocks_o: int, blocks_n: int, old_share: int) -> Tensor:
     """The matched blocks in the dtype the twin computes in."""
     dtype = wide(left, right)
-    new_share = match.shape[0] // blocks_n
+    (rows, d), H_n = left.shape, match.shape[0]
+    h_o, h_n = rows // blocks_o, right.shape[0] // blocks_n
     old = (match.clamp_min(0) // old_share).to(left.device)
-    left = left.reshape(blocks_o, left.shape[0] // blocks_o, left.shape[1])[old].to(dtype)
-    right = right.reshape(blocks_n, right.shape[0] // blocks_n, right.shape[1]).to(dtype)
-    c = left @ right.repeat_interleave(new_share, 0).transpose(1, 2)
+    # The query heads of one new group stand below each other, so that the group's rows are read where they are.
+    matched = left.reshape(blocks_o, h_o, d)[old].to(dtype).view(blocks_n, H_n // blocks_n * h_o, d)
+    c = (matched @ right.reshape(blocks_n, h_n, d).to(dtype).transpose(1, 2)).view(H_n, h_o, h_n)
     return c * (match >= 0).to(c.device, c.dtype)[:, None, None]
 
 
