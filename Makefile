@@ -24,8 +24,11 @@ bench: $(READY)
 	$(BIN)/python bench/pair.py
 	$(BIN)/python bench/aot.py
 	$(BIN)/python bench/roofline.py
-	$(BIN)/python -m pip install --quiet --no-deps --target .cache/peers pytorch-cka==1.1.3 torch-cka==0.21
+	$(BIN)/python -m pip install --quiet --no-deps --target .cache/peers pytorch-cka==1.1.3 torch-cka==0.21 airllm==4.0.0
 	PEERS=.cache/peers $(BIN)/python -m pytest bench/test_kernels_cpu.py
+	$(BIN)/python bench/loader.py
+	$(BIN)/python bench/streaming.py
+	$(BIN)/python bench/big.py
 
 # Trains the two demo models, the adapter and the baselines again, about an hour on two cores.
 demo-pair: $(READY)

@@ -30,11 +30,16 @@ def evict(folder: Path) -> None:
         os.close(descriptor)
 
 
+def layer_files(folder: Path) -> list[Path]:
+    entries = Checkpoint(folder).tensors.entries
+    return sorted({entry.file for name, entry in entries.items() if ".layers." in name})
+
+
 def plain(folder: Path, touch: bool) -> float:
     """Bytes per second of read() through all files, in blocks of 16 MiB."""
     buffer = torch.empty(BLOCK, dtype=torch.uint8)
     view, total, start = buffer.numpy().data, 0, time.perf_counter()
-    for file in sorted(folder.glob("layers-*.safetensors")):
+    for file in layer_files(folder):
         with file.open("rb", buffering=0) as stream:
             while got := stream.readinto(view):
                 total += got
@@ -60,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(2)
     folder = random_checkpoint(arguments.folder / "minicpm-2b", MINICPM_2B, torch.bfloat16, "n", SHARED)
-    size = sum(file.stat().st_size for file in folder.glob("layers-*.safetensors")) / 1e9
+    size = sum(file.stat().st_size for file in layer_files(folder)) / 1e9
     os.sync()
     lines = [
         "# The loader's bandwidth",

@@ -86,7 +86,10 @@ def random_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype, side: str,
     (folder / "config.json").write_text(json.dumps(config))
     weight_map: dict[str, str] = {}
 
-    def write(file: str, tensors: dict[str, torch.Tensor]) -> None:
+    shards = 1 + -(-shape.L // shard)
+
+    def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        file = f"model-{number:05d}-of-{shards:05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))
 
@@ -95,7 +98,7 @@ def random_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype, side: str,
 
     embedding = torch.cat([normal(min(8192, shape.V - i), shape.d) for i in range(0, shape.V, 8192)])
     ends = {"model.embed_tokens.weight": embedding, "model.norm.weight": torch.ones(shape.d, dtype=dtype)}
-    write("ends.safetensors", ends)
+    write(1, ends)
     for first in range(0, shape.L, shard):
         tensors = {}
         for i in range(first, min(first + shard, shape.L)):
@@ -103,7 +106,7 @@ def random_checkpoint(folder: Path, shape: Shape, dtype: torch.dtype, side: str,
                 tensors[f"{family.layer(i)}.{projection.module}.weight"] = normal(*shape.expected(role))
             for norm in family.norms():
                 tensors[f"{family.layer(i)}.{norm}.weight"] = torch.ones(shape.d, dtype=dtype)
-        write(f"layers-{first}.safetensors", tensors)
+        write(2 + first // shard, tensors)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 

@@ -1,6 +1,7 @@
 """The layer-streamed forward pass beside transformers' own and accelerate's disk offload, and over depth.
 
-    python bench/streaming.py [--folder .cache/bench] [--airllm FOLDER]
+    pip install --no-deps --target .cache/peers airllm==4.0.0
+    python bench/streaming.py [--folder .cache/bench] [--peers .cache/peers]
 
 Every method runs in a process of its own, on the same random checkpoint and tokens, float32; memory is the peak of the
 resident set beyond what the process held once its libraries were loaded.
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ EXAMPLES, TOKENS = 64, 128
 MODEL = replace(MINICPM_S_1B, V=4096, L=24)
 DEPTHS = (4, 40)
 DEPTH_MODEL = Shape(V=1024, d=768, h=64, H=12, G=12, f=2048, L=0)
-OURS, WHOLE, OFFLOAD = "lorasuite_fast", "from_pretrained", "disk_offload"
+OURS, WHOLE, OFFLOAD, AIRLLM = "lorasuite_fast", "from_pretrained", "accelerate disk_offload", "AirLLM 4.0.0"
 
 
 def tokens() -> torch.Tensor:
@@ -79,7 +81,9 @@ def ours(folder: Path, micro_batch: int, cold: bool) -> dict[str, Any]:
     )
     result = torch.stack([vectors for _, vectors in pooled_layers(stream)])
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "memory": peak() - before, "read": checkpoint.tensors.bytes_read, "sum": check(result)}
+    # Of the embedding only the tokens' rows are touched, on its map.
+    layers = checkpoint.tensors.bytes_read - checkpoint.tensors.entry(checkpoint.embedding_name).size
+    return {"seconds": seconds, "memory": peak() - before, "read": layers, "sum": check(result)}
 
 
 def check(pooled: torch.Tensor) -> list[float]:
@@ -102,7 +106,7 @@ def whole(folder: Path, micro_batch: int, cold: bool) -> dict[str, Any]:
             states = model(batch, attention_mask=torch.ones_like(batch), output_hidden_states=True).hidden_states
             parts.append(torch.stack([s.mean(1) for s in states[1:]]))
     seconds = time.perf_counter() - start
-    size = sum(p.nbytes for p in model.parameters())
+    size = sum(p.nbytes for name, p in model.named_parameters() if "layers." in name)
     result = torch.cat(parts, 1)
     return {"seconds": seconds, "memory": peak() - before, "read": size, "loading": loaded, "sum": check(result)}
 
@@ -122,7 +126,7 @@ def offload(folder: Path, micro_batch: int, cold: bool) -> dict[str, Any]:
         def counted(self: Any, key: str) -> torch.Tensor:
             nonlocal read
             tensor: torch.Tensor = original(self, key)
-            read += tensor.nbytes
+            read += tensor.nbytes if "layers." in key else 0
             return tensor
 
         offloading.OffloadedWeightsLoader.__getitem__ = counted
@@ -142,11 +146,44 @@ def offload(folder: Path, micro_batch: int, cold: bool) -> dict[str, Any]:
     return {"seconds": seconds, "memory": peak() - before, "read": read, "sum": check(torch.cat(parts, 1))}
 
 
-METHODS = {OURS: ours, WHOLE: whole, OFFLOAD: offload}
+def airllm(folder: Path, micro_batch: int, cold: bool) -> dict[str, Any]:
+    from airllm import AirLLMLlama2
+    from airllm.airllm_base import AirLLMBaseModel
+
+    ids, read = tokens(), 0
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, redirect_stdout(sys.stderr):
+        model = AirLLMLlama2(
+            str(folder), device="cpu", dtype=torch.float32, layer_shards_saving_path=temporary, max_seq_len=TOKENS
+        )
+        original = AirLLMBaseModel.load_layer_to_cpu
+
+        def counted(self: Any, name: str) -> dict[str, torch.Tensor]:
+            nonlocal read
+            tensors: dict[str, torch.Tensor] = original(self, name)
+            read += sum(t.nbytes for t in tensors.values()) if ".layers." in name else 0
+            return tensors
+
+        AirLLMBaseModel.load_layer_to_cpu = counted
+        if cold:
+            evict(Path(temporary))
+        forget_peak()
+        before, start = resident(), time.perf_counter()
+        parts = []
+        with torch.no_grad():
+            for batch in ids.split(micro_batch):
+                found = model(batch, attention_mask=torch.ones_like(batch), use_cache=False, output_hidden_states=True)
+                parts.append(torch.stack([s.mean(1) for s in found.hidden_states[1:]]))
+                if cold:
+                    evict(Path(temporary))
+        seconds = time.perf_counter() - start
+    return {"seconds": seconds, "memory": peak() - before, "read": read, "sum": check(torch.cat(parts, 1))}
+
+
+METHODS = {OURS: ours, WHOLE: whole, OFFLOAD: offload, AIRLLM: airllm}
 
 
 def measure(name: str, folder: Path, micro_batch: int, *, cold: bool = False) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--run", name, str(folder), str(micro_batch), str(int(cold))]
+    command = [sys.executable, __file__, *sys.argv[1:], "--run", name, str(folder), str(micro_batch), str(int(cold))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
@@ -162,12 +199,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(".cache/bench"))
     parser.add_argument("--run", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--peers", type=Path, default=Path(".cache/peers"), help="folder AirLLM was installed into")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
+    sys.path.append(str(arguments.peers))
+    peers = (AIRLLM,) if (arguments.peers / "airllm").exists() else ()
     if arguments.run:
         name, folder, micro_batch, cold = arguments.run
         # Libraries and the products' buffers are not what is compared.
+        import accelerate  # noqa: F401
         import transformers.models.llama.modeling_llama  # noqa: F401
+        from transformers import AutoModel  # noqa: F401
+
+        import lorasuite_fast.hidden_states  # noqa: F401
 
         torch.randn(256, 256) @ torch.randn(256, 256)
         print(json.dumps(METHODS[name](Path(folder), int(micro_batch), cold == "1")))
@@ -179,9 +223,9 @@ def main() -> None:
         "# The layer-streamed forward pass",
         "",
         f"`python bench/streaming.py`, {machine()}. {EXAMPLES} examples of {TOKENS} tokens, float32, random Llama of",
-        f"{MODEL.L} layers, d {MODEL.d}, f {MODEL.f} ({size / 1e9:.1f} GB). Loading is part of every time but that of",
-        "disk_offload, whose folder is written before the clock starts. Cold: the page cache is emptied before each",
-        "pass over the model (before every micro-batch for disk_offload, as where the model is larger than memory).",
+        f"{MODEL.L} layers, d {MODEL.d}, f {MODEL.f} ({size / 1e9:.1f} GB). Loading is part of the first two",
+        "methods' times; the others write a folder of their own before the clock starts. Cold: the page cache is",
+        "emptied before each pass (the others make one per micro-batch), as where the model is larger than memory.",
         "",
         "| micro-batch | page cache | method | seconds | times ours | peak memory | bytes read / size of the layers |",
         "|---|---|---|---|---|---|---|",
@@ -190,9 +234,9 @@ def main() -> None:
     difference = 0.0
     for micro_batch, cold, names in (
         (16, False, (OURS, WHOLE)),
-        (EXAMPLES, False, (OURS, OFFLOAD)),
-        (1, False, (OURS, OFFLOAD)),
-        (1, True, (OURS, OFFLOAD)),
+        (EXAMPLES, False, (OURS, OFFLOAD, *peers)),
+        (1, False, (OURS, OFFLOAD, *peers)),
+        (1, True, (OURS, OFFLOAD, *peers)),
     ):
         results = {name: measure(name, folder, micro_batch, cold=cold) for name in names}
         difference = max(difference, agree(*results.values()))

@@ -195,8 +195,10 @@ class LayerStream:
                 self.checkpoint.check_finite(value, f"{family.prefix}{name}")
                 _set(model, name, value)
         for name, buffer in list(model.named_buffers()):
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, buffer.to(self.device))
+            # The embedding itself stays on the CPU, on the memory map.
+            if not name.startswith(f"{family.embedding}."):
+                owner, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(owner), attribute, buffer.to(self.device))
 
     def __iter__(self) -> Iterator[StreamedLayer]:
         order = range(self.first, self.last)
