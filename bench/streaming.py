@@ -27,7 +27,8 @@ from measure import MINICPM_S_1B, machine, random_checkpoint, write_report
 from lorasuite_fast.families import Shape
 
 EXAMPLES, TOKENS = 64, 128
-MODEL = replace(MINICPM_S_1B, V=4096, L=24)
+DEEP, SHALLOW = (replace(MINICPM_S_1B, V=4096, L=layers) for layers in (24, 8))
+"""The deep one is compared with itself in full memory, the shallow one with those that load it again and again."""
 DEPTHS = (4, 40)
 DEPTH_MODEL = Shape(V=1024, d=768, h=64, H=12, G=12, f=2048, L=0)
 OURS, WHOLE, OFFLOAD, AIRLLM = "lorasuite_fast", "from_pretrained", "accelerate disk_offload", "AirLLM 4.0.0"
@@ -217,35 +218,39 @@ def main() -> None:
         print(json.dumps(METHODS[name](Path(folder), int(micro_batch), cold == "1")))
         return
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    folder = random_checkpoint(arguments.folder / "streaming", MODEL, torch.float32, "s", 1000)
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    deep, shallow = (
+        random_checkpoint(arguments.folder / f"streaming-{model.L}", model, torch.float32, "s", 1000)
+        for model in (DEEP, SHALLOW)
+    )
     lines = [
         "# The layer-streamed forward pass",
         "",
         f"`python bench/streaming.py`, {machine()}. {EXAMPLES} examples of {TOKENS} tokens, float32, random Llama of",
-        f"{MODEL.L} layers, d {MODEL.d}, f {MODEL.f} ({size / 1e9:.1f} GB). Loading is part of the first two",
+        f"d {DEEP.d}, f {DEEP.f}. Loading is part of the first two",
         "methods' times; the others write a folder of their own before the clock starts. Cold: the page cache is",
         "emptied before each pass (the others make one per micro-batch), as where the model is larger than memory.",
+        "Times read: bytes read of the layers over their size.",
         "",
-        "| micro-batch | page cache | method | seconds | times ours | peak memory | bytes read / size of the layers |",
-        "|---|---|---|---|---|---|---|",
+        "| layers | micro-batch | page cache | method | seconds | times ours | peak memory | times read |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    layers = None
     difference = 0.0
-    for micro_batch, cold, names in (
-        (16, False, (OURS, WHOLE)),
-        (EXAMPLES, False, (OURS, OFFLOAD, *peers)),
-        (1, False, (OURS, OFFLOAD, *peers)),
-        (1, True, (OURS, OFFLOAD, *peers)),
+    for folder, micro_batch, cold, names in (
+        (deep, 16, False, (OURS, WHOLE)),
+        (shallow, EXAMPLES, False, (OURS, OFFLOAD, *peers)),
+        (shallow, 1, False, (OURS, OFFLOAD, *peers)),
+        (shallow, 1, True, (OURS, OFFLOAD, *peers)),
     ):
         results = {name: measure(name, folder, micro_batch, cold=cold) for name in names}
         difference = max(difference, agree(*results.values()))
-        layers = layers or results[OURS]["read"]
+        read = results[OURS]["read"]
+        layers, cache = (DEEP if folder is deep else SHALLOW).L, "cold" if cold else "warm"
         for name, r in results.items():
             lines.append(
-                f"| {micro_batch} | {'cold' if cold else 'warm'} | {name} | {r['seconds']:.1f} | "
+                f"| {layers} | {micro_batch} | {cache} | {name} | "
+                f"{r['seconds']:.1f} | "
                 f"{r['seconds'] / results[OURS]['seconds']:.2f} | {r['memory'] / 2**20:,.0f} MiB | "
-                f"{r['read'] / layers:.1f} |"
+                f"{r['read'] / read:.1f} |"
             )
     lines += [
         "",
@@ -261,18 +266,18 @@ def main() -> None:
         "| layers | seconds | peak memory |",
         "|---|---|---|",
     ]
-    deep = []
+    found = []
     with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
         for depth in DEPTHS:
             path = random_checkpoint(
                 Path(temporary) / str(depth), replace(DEPTH_MODEL, L=depth), torch.float32, "d", 1000
             )
-            deep.append(measure(OURS, path, 16))
-            lines.append(f"| {depth} | {deep[-1]['seconds']:.1f} | {deep[-1]['memory'] / 2**20:,.0f} MiB |")
+            found.append(measure(OURS, path, 16))
+            lines.append(f"| {depth} | {found[-1]['seconds']:.1f} | {found[-1]['memory'] / 2**20:,.0f} MiB |")
     lines += [
         "",
-        f"{DEPTHS[1] // DEPTHS[0]} times the layers take {deep[1]['seconds'] / deep[0]['seconds']:.1f} times the time "
-        f"and {deep[1]['memory'] / deep[0]['memory']:.2f} times the memory.",
+        f"{DEPTHS[1] // DEPTHS[0]} times the layers take {found[1]['seconds'] / found[0]['seconds']:.1f} times the "
+        f"time and {found[1]['memory'] / found[0]['memory']:.2f} times the memory.",
         "",
     ]
     write_report("streaming", "\n".join(lines))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .tensor_files import DTYPES, TensorFiles
+from .tensor_files import DTYPES, Entry, TensorFiles
 
 _ALIGN = 256
 
@@ -71,66 +71,93 @@ class Layer:
 
 
 class _Views:
-    """Fetches a layer as views of the map, or, where the checkpoint is not mapped, by reading it."""
+    """Fetches a layer as views of the memory map."""
 
     def __init__(self, files: TensorFiles) -> None:
         self._files = files
 
     def fetch(self, names: list[str]) -> dict[str, Tensor]:
-        if self._files.mapped:
-            self._files.fetch(names)
+        self._files.fetch(names)
         return {name: self._files.view(name) for name in names}
 
-    def ready(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return tensors
+    def ready(self) -> None:
+        """Called by the consumer once a fetch is over, before the next one starts."""
 
 
-class _Staged:
-    """Fetches a layer through two reusable host buffers, pinned where the device is a GPU, and asynchronous copies."""
+class _Buffers:
+    """Reads layers into two host buffers in turn: a layer's tensors last until the one after the next is fetched."""
 
-    def __init__(self, files: TensorFiles, device: torch.device, largest: int) -> None:
-        self._files, self._device = files, device
-        self._cuda = device.type == "cuda"
-        self._buffers = [torch.empty(largest, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(2)]
-        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
-        self._copied: list[Any] = [None, None]
+    def __init__(self, files: TensorFiles, largest: int, *, pinned: bool = False) -> None:
+        self._files = files
+        self._buffers = [torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
         self._turn = 0
 
     def fetch(self, names: list[str]) -> dict[str, Tensor]:
-        turn, self._turn = self._turn, 1 - self._turn
-        if self._copied[turn] is not None:
-            self._copied[turn].synchronize()
-        layout, end = [], 0
+        self._turn = 1 - self._turn
+        return self._read(names, self._buffers[self._turn])[1]
+
+    def _read(self, names: list[str], buffer: Tensor) -> tuple[int, dict[str, Tensor]]:
+        """Bytes used, and the tensors as views of the buffer."""
+        end, tensors, data = 0, {}, buffer.numpy().data
         for name in names:
             entry = self._files.entry(name)
-            layout.append((name, entry, end))
-            end += -(-entry.size // _ALIGN) * _ALIGN
-        staging = self._buffers[turn].numpy().data
-        for _, entry, offset in layout:
             file = self._files.file(entry)
             file.check_unchanged()
-            file.read_into(staging[offset : offset + entry.size], entry.start)
+            file.read_into(data[end : end + entry.size], entry.start)
             self._files.bytes_read += entry.size
+            tensors[name] = _typed(buffer, end, entry)
+            end += _aligned(entry.size)
+        return end, tensors
+
+    def ready(self) -> None:
+        pass
+
+
+class _Staged(_Buffers):
+    """Reads layers into the two buffers, pinned where the device is a GPU, and copies them on a stream of its own."""
+
+    def __init__(self, files: TensorFiles, largest: int, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        super().__init__(files, largest, pinned=self._cuda)
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device) if self._cuda else None
+        self._copied: list[Any] = [None, None]
+
+    def fetch(self, names: list[str]) -> dict[str, Tensor]:
+        self._turn = 1 - self._turn
+        if self._copied[self._turn] is not None:
+            self._copied[self._turn].synchronize()
+        buffer = self._buffers[self._turn]
+        end, staged = self._read(names, buffer)
         with torch.cuda.stream(self._stream) if self._cuda else nullcontext():
-            on_device = torch.empty(end, dtype=torch.uint8, device=self._device)
-            on_device.copy_(self._buffers[turn][:end], non_blocking=True)
+            self._on_device = torch.empty(end, dtype=torch.uint8, device=self._device)
+            self._on_device.copy_(buffer[:end], non_blocking=True)
             if self._cuda:
-                self._copied[turn] = torch.cuda.Event()
-                self._copied[turn].record(self._stream)
-        self._last = on_device, self._copied[turn]
+                self._copied[self._turn] = torch.cuda.Event()
+                self._copied[self._turn].record(self._stream)
+        start = buffer.data_ptr()
         return {
-            name: on_device[offset : offset + entry.size].view(DTYPES[entry.dtype]).view(entry.shape)
-            for name, entry, offset in layout
+            name: _typed(self._on_device, tensor.data_ptr() - start if tensor.numel() else 0, self._files.entry(name))
+            for name, tensor in staged.items()
         }
 
-    def ready(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        on_device, copied = self._last
-        if copied is not None:
+    def ready(self) -> None:
+        if self._cuda:
             current = torch.cuda.current_stream(self._device)
-            current.wait_event(copied)
+            current.wait_event(self._copied[self._turn])
             # The allocator must not hand the memory out again before work queued on this stream is done.
-            on_device.record_stream(current)
-        return tensors
+            self._on_device.record_stream(current)
+
+
+def _typed(buffer: Tensor, start: int, entry: Entry) -> Tensor:
+    return buffer[start : start + entry.size].view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+_Source = _Views | _Buffers
 
 
 def stream_layers(
@@ -155,23 +182,24 @@ def stream_layers(
     order = list(range(checkpoint.shape.L)) if layers is None else list(layers)
     names = [checkpoint.layer_tensors(i, roles) for i in order]
     files = checkpoint.tensors
-    source: _Views | _Staged
-    if device.type == "cpu":
+    source: _Source
+    if device.type == "cpu" and files.mapped:
         source = _Views(files)
     else:
-        sizes = [sum(-(-files.entry(n).size // _ALIGN) * _ALIGN for n in layer) for layer in names]
-        source = _Staged(files, device, max(sizes, default=0))
+        largest = max((sum(_aligned(files.entry(n).size) for n in layer) for layer in names), default=0)
+        source = _Buffers(files, largest) if device.type == "cpu" else _Staged(files, largest, device)
     yield from _prefetched(checkpoint, device, source, list(zip(order, names, strict=True)))
 
 
 def _prefetched(
-    checkpoint: Checkpoint, device: torch.device, source: _Views | _Staged, plan: list[tuple[int, list[str]]]
+    checkpoint: Checkpoint, device: torch.device, source: _Source, plan: list[tuple[int, list[str]]]
 ) -> Iterator[Layer]:
     pool = ThreadPoolExecutor(1, thread_name_prefix="layer-loader")
     coming: Future[dict[str, Tensor]] | None = None
     try:
         for position, (index, names) in enumerate(plan):
-            tensors = source.ready((coming or pool.submit(source.fetch, names)).result())
+            tensors = (coming or pool.submit(source.fetch, names)).result()
+            source.ready()
             checkpoint.tensors.check_unchanged()
             # The thread takes what is submitted next only once this layer's fetch is over.
             coming = pool.submit(source.fetch, plan[position + 1][1]) if position + 1 < len(plan) else None

@@ -147,7 +147,10 @@ class Demand:
         stored, cast = self._layer_bytes(model)
         # A mapped tensor's pages go as its copy comes: the next layer and the copy are what is there at once.
         on_cpu = self.device.type == "cpu"
-        weights = stored + cast if on_cpu and cast else 2 * stored + cast
+        mapped = model.tensors.mapped
+        weights = stored + cast if on_cpu and cast and mapped else 2 * stored + cast
+        if on_cpu and not mapped:
+            weights += model.tensors.entry(model.embedding_name).size
         hidden = self.examples * self.tokens * s.d * e
         widest = max(4 * s.f, 4 * (s.H + s.G) * s.h) + 6 * s.d
         tokens = min(micro_batch, self.examples) * self.tokens

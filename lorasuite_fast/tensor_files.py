@@ -164,7 +164,7 @@ class TensorFiles:
     Args:
         files: checked one by one: headers against the files, and no name twice.
         mapped: tensors are read-only views of a memory map, without a copy. Otherwise every access reads from the
-            file into fresh memory (for machines whose CPU and GPU share memory, where mapped pages count twice).
+            file into memory (for machines whose CPU and GPU share memory, where mapped pages count twice).
     """
 
     def __init__(self, files: list[Path], *, mapped: bool = True) -> None:

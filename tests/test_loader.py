@@ -86,7 +86,7 @@ def test_the_staging_buffers_hand_out_the_bits_of_the_file(sharded: Path) -> Non
     files = checkpoint.tensors
     largest = max(sum(-(-files.entry(n).size // 256) * 256 for n in names) for _, names in plan)
     kept = []
-    for layer in _prefetched(checkpoint, CPU, _Staged(files, CPU, largest), plan):
+    for layer in _prefetched(checkpoint, CPU, _Staged(files, largest, CPU), plan):
         # Kept beyond their turn: the buffers behind them are used again by then.
         kept += list(layer.tensors.items())
     for name, tensor in kept:
