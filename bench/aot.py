@@ -28,7 +28,7 @@ from lorasuite_kernels.configs import PACKED_TILE, TABLES, TARGETS, Config  # no
 
 REPORT = ROOT / "bench" / "reports" / "aot.md"
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
-DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 MATRIX_INSTRUCTION = {
     "sm_80": r"\bHMMA\.",
     "sm_90": r"\bHGMMA\.",
@@ -48,8 +48,10 @@ class Kernel:
     pointers: dict[str, str]
     constants: dict[str, Any] = field(default_factory=dict)
     plain: tuple[str, ...] = ()
-    half: bool = True
-    """False where the kernel only ever sees float32."""
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    """Those it is launched with."""
+    tf32: bool = True
+    """Whether it may take TF32 for float32 operands."""
 
 
 _PAIR = dict.fromkeys(("heads_o", "heads_n", "groups_o", "groups_n"), "*io") | {"out": "*fp32"}
@@ -57,6 +59,16 @@ _PAIR_ONES = {f"{name}_column_stride": 1 for name in ("heads_o", "heads_n", "gro
 _PAIR_PLAIN = ("count_groups_n", "share_o", "share_n")
 _SUMS = {"left": "*io", "right": "*io", "left_index": "*i64", "right_index": "*i64", "total": "*fp64"}
 _SUMS_ONES = {"left_column_stride": 1, "right_column_stride": 1}
+_PROJECT = {"left": "*io", "right": "*io", "x": "*io", "match": "*i64", "weight": "*fp32", "out": "*fp32"}
+_PROJECT_ONES = {f"{name}_column_stride": 1 for name in ("left", "right", "x")}
+
+
+def _half_gram(dtype: str, **constants: Any) -> Kernel:
+    """Layers in half precision whose triangles are stored in float32."""
+    pointers = {"x": "*io", "mean": "*fp32", "packed": "*fp32", "row_parts": "*fp32"}
+    constants |= {"width_stride": 1, "TILE": PACKED_TILE}
+    return Kernel("cka_kernels", "gram_kernel", "gram", pointers, constants, ("first_tile", "blocks"), (dtype,))
+
 
 KERNELS = {
     "gram": Kernel(
@@ -66,7 +78,10 @@ KERNELS = {
         {"x": "*io", "mean": "*fp32", "packed": "*io", "row_parts": "*fp32"},
         {"width_stride": 1, "SCALE": 1.0, "TILE": PACKED_TILE},
         ("first_tile", "blocks"),
+        ("bfloat16", "float32"),
     ),
+    "gram_float16": _half_gram("float16", SCALE=0.5),
+    "gram_mixed": _half_gram("bfloat16", SCALE=1.0),
     "hsic": Kernel(
         "cka_kernels",
         "hsic_kernel",
@@ -74,6 +89,8 @@ KERNELS = {
         {"packed_x": "*io", "packed_y": "*io", "part_xy": "*fp32", "part_xx": "*fp32", "part_yy": "*fp32"},
         {},
         ("layers_x", "layers_y"),
+        # Packed triangles are never float16: entries would overflow.
+        ("bfloat16", "float32"),
     ),
     "hsic_finish": Kernel(
         "cka_kernels",
@@ -82,19 +99,24 @@ KERNELS = {
         dict.fromkeys(("part_xy", "rows_x", "rows_y", "totals_x", "totals_y", "out"), "*fp32"),
         {},
         ("layers_x", "layers_y", "splits"),
-        half=False,
+        ("float32",),
+        tf32=False,
     ),
     "heads": Kernel("heads_kernels", "pair_sums_kernel", "heads", _PAIR, _PAIR_ONES | {"PAIRED": False}, _PAIR_PLAIN),
     "heads_norms": Kernel(
         "heads_kernels", "pair_sums_kernel", "heads", _PAIR, _PAIR_ONES | {"PAIRED": True}, _PAIR_PLAIN
     ),
     "project": Kernel(
+        "projection_kernels", "project_heads_kernel", "project", _PROJECT, _PROJECT_ONES, ("share_o", "share_n")
+    ),
+    "project_mixed": Kernel(
         "projection_kernels",
         "project_heads_kernel",
         "project",
-        {"left": "*io", "right": "*io", "x": "*io", "match": "*i64", "weight": "*fp32", "out": "*fp32"},
-        {"left_column_stride": 1, "right_column_stride": 1, "x_column_stride": 1},
+        _PROJECT | {"left": "*bf16", "right": "*bf16"},
+        _PROJECT_ONES,
         ("share_o", "share_n"),
+        ("float32",),
     ),
     "shared_gram": Kernel(
         "shared_gram_kernels", "shared_gram_kernel", "shared_gram", _SUMS, _SUMS_ONES | {"SYMMETRIC": False}
@@ -142,7 +164,7 @@ class Result:
             found.append(f"{self.spilled_bytes} bytes spilled")
         if self.shared_bytes > SHARED_LIMIT[self.target]:
             found.append(f"{self.shared_bytes} bytes of shared memory")
-        if self.dtype == "bfloat16" and not self.matrix_instructions:
+        if self.dtype != "float32" and not self.matrix_instructions:
             found.append("no matrix instruction")
         if not self.wide_loads:
             found.append("no 16-byte global load")
@@ -155,16 +177,20 @@ def jobs(kernels: list[str], targets: list[str]) -> list[Job]:
     for name in kernels:
         kernel = KERNELS[name]
         for target in targets:
-            for dtype in DTYPES if kernel.half else ("float32",):
-                entries = TABLES[kernel.table][target]["half" if dtype == "bfloat16" else "float32"]
-                precisions = ("ieee", "tf32") if dtype == "float32" and kernel.half else ("ieee",)
+            for dtype in kernel.dtypes:
+                entries = _entries(kernel, target, dtype)
+                precisions = ("ieee", "tf32") if dtype == "float32" and kernel.tf32 else ("ieee",)
                 every += [Job(name, target, dtype, p, i) for i in range(len(entries)) for p in precisions]
     return every
 
 
 def config_of(job: Job) -> Config:
     """The configuration a job compiles."""
-    return TABLES[KERNELS[job.kernel].table][job.target]["half" if job.dtype == "bfloat16" else "float32"][job.index]
+    return _entries(KERNELS[job.kernel], job.target, job.dtype)[job.index]
+
+
+def _entries(kernel: Kernel, target: str, dtype: str) -> tuple[Config, ...]:
+    return TABLES[kernel.table][target]["float32" if dtype == "float32" else "half"]
 
 
 def describe(config: Config) -> str:
@@ -301,7 +327,7 @@ def table(results: list[Result]) -> str:
         "|---|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for r in results:
-        dtype = r.dtype if r.dtype == "bfloat16" else f"{r.dtype} ({r.precision})"
+        dtype = f"{r.dtype} ({r.precision})" if r.dtype == "float32" else r.dtype
         verdict = "; ".join(r.problems) or "ok"
         lines.append(
             f"| {r.kernel} | {r.target} | {dtype} | {r.config} | {r.registers} | {r.spilled_bytes} | {r.shared_bytes} "
@@ -342,10 +368,11 @@ registers per thread (VGPRs of both files on gfx942), spilled bytes per thread, 
 {_limits()}), the number of matrix instructions in the disassembly (HMMA on sm_80, HGMMA = wgmma on sm_90, UTC…MMA =
 tcgen05 or HMMA on sm_100, v_mfma on gfx942) and of 16-byte global loads (LDG or LDGSTS .128; global_load_dwordx4 or
 buffer_load_dwordx4). Pointers and extents are assumed to be multiples of 16, as PyTorch allocates them and models size
-them; others take the same code with narrower loads.
+them; others take the same code with narrower loads. `mixed` is gram for bfloat16 layers compared with float32 ones, and
+project for bfloat16 weights and a float32 factor. hsic sees no float16: triangles of float16 layers are float32.
 
 float32 runs twice: `ieee` is what PyTorch's default precision allows, `tf32` is taken where
-`torch.set_float32_matmul_precision` permits it. float16 takes the code of bfloat16.
+`torch.set_float32_matmul_precision` permits it.
 
 """
 

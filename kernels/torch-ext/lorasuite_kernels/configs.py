@@ -143,7 +143,7 @@ _PROJECT: Table = {
             _tiles(4, 3, BLOCK_O=64, BLOCK_N=64, BLOCK_R=128, BLOCK_K=64),
         ),
         "float32": (
-            _tiles(4, 3, 16, BLOCK_O=64, BLOCK_N=64, BLOCK_R=16, BLOCK_K=32),
+            _tiles(4, 3, 16, BLOCK_O=64, BLOCK_N=64, BLOCK_R=16, BLOCK_K=16),
             _tiles(4, 3, BLOCK_O=64, BLOCK_N=64, BLOCK_R=64, BLOCK_K=32),
         ),
     },
