@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
 from .loader import Layer, stream_layers
+from .phases import release_memory
 
 MICRO_BATCH = 16
 """Examples that pass through a layer together, where nothing else is asked for."""
@@ -207,6 +208,9 @@ class LayerStream:
             _load(layer, module, self.dtype)
             yield StreamedLayer(layer.index, module, [calls[layer.index] for calls in self._calls], self.device)
             module.to("meta")
+            if self.device.type == "cpu":
+                # Freed hidden states are not taken up again by every allocator: without this memory grows with depth.
+                release_memory()
 
 
 def pooled(hidden: Tensor, mask: Tensor) -> Tensor:
