@@ -22,7 +22,7 @@ from torch.nn import functional
 from .aligned_states import Report, States
 
 _ELEMENTS = 2**23
-_BASIS = ("old", "new", "shuffled", "old_mean", "new_mean")
+_BASIS = ("old", "new", "shuffled", "old_mean", "new_mean", "old_base", "new_base")
 _K = len(_BASIS)
 CANDIDATES = ("carried", "shuffled", "flipped", "constant")
 """What is compared with the old change: the new change; that of another position; its negative; its mean."""
@@ -43,7 +43,8 @@ class EffectSums:
     """Sums over the positions of each text, float64.
 
     Attributes:
-        gram: (texts, 5, 5), inner products of _BASIS in the Fisher metric. plain: the same with equal weights.
+        gram: (texts, 7, 7), inner products of _BASIS in the Fisher metric: both changes, the new change of another
+            position, both changes' means, both models' log-probabilities without adapter. plain: with equal weights.
         scalars: (texts, len(_SCALARS)).
     """
 
@@ -108,7 +109,7 @@ def effect_sums(
         d_o, d_n = o_1 - o_0, n_1 - n_0
         others = d_n.roll(1, 0)
         weights = (o_0.exp() + o_1.exp() + n_0.exp() + n_1.exp()) / 4
-        basis = torch.stack([d_o, d_n, others, mean_o.expand_as(d_o), mean_n.expand_as(d_o)], dim=1)
+        basis = torch.stack([d_o, d_n, others, mean_o.expand_as(d_o), mean_n.expand_as(d_o), o_0, n_0], dim=1)
         where = text[at]
         sums.gram.index_add_(0, where, _gram(basis, weights).double().cpu())
         sums.plain.index_add_(0, where, _gram(basis, torch.full_like(weights[:1], 1 / tokens)).double().cpu())
@@ -176,11 +177,11 @@ def statistics(gram: Tensor, plain: Tensor, scalars: Tensor) -> dict[str, Tensor
             inner, square = sign * g["old", key], g[key, key]
             found[f"{prefix}{name}_cosine"] = inner / (oo * square).sqrt()
             found[f"{prefix}{name}_share"] = (2 * inner - square) / oo
-        # What is left on both sides when each loses its own mean over the positions.
-        rest_oo = oo - 2 * g["old", "old_mean"] + g["old_mean", "old_mean"]
-        rest_nn = nn - 2 * g["new", "new_mean"] + g["new_mean", "new_mean"]
-        rest_on = on - g["old", "new_mean"] - g["old_mean", "new"] + g["old_mean", "new_mean"]
-        found[f"{prefix}content_cosine"] = rest_on / (rest_oo * rest_nn).sqrt()
+        base = g["new_base", "new_base"]
+        # The multiple of the new model's own log-probabilities that comes closest to the old change.
+        found[f"{prefix}tempered_cosine"] = g["old", "new_base"].abs() / (oo * base).sqrt()
+        found[f"{prefix}tempered_share"] = g["old", "new_base"].square() / (oo * base)
+        found[f"{prefix}content_cosine"] = _content_cosine(gram if not prefix else plain)
         for figure in ("cosine", "share"):
             found[f"{prefix}content_{figure}_gain"] = _beyond(found, f"{prefix}%s_{figure}")
     for name in CANDIDATES:
@@ -190,9 +191,27 @@ def statistics(gram: Tensor, plain: Tensor, scalars: Tensor) -> dict[str, Tensor
     return found
 
 
+def _content_cosine(gram: Tensor) -> Tensor:
+    """Cosine of what is left of both changes without their mean over the positions and without their temperature.
+
+    Temperature is the multiple of the model's own log-probabilities in a change: any disturbance flattens a
+    distribution, and two models that predict alike are then changed alike by adapters that have nothing in common.
+    """
+    rest = []
+    for change, mean, base in (("old", "old_mean", "old_base"), ("new", "new_mean", "new_base")):
+        i, j, k = (_BASIS.index(name) for name in (change, mean, base))
+        vector = torch.zeros(*gram.shape[:-1], dtype=gram.dtype)
+        vector[..., i], vector[..., j] = 1, -1
+        vector[..., k] = -((gram[..., i, k] - gram[..., j, k]) / gram[..., k, k]).nan_to_num(0.0)
+        rest.append(vector)
+    (oo, on), (_, nn) = ([torch.einsum("...i,...ij,...j->...", a, gram, b) for b in rest] for a in rest)
+    return on / (oo * nn).sqrt()
+
+
 def _beyond(found: dict[str, Tensor], figure: str) -> Tensor:
-    """The headline minus the better of the two controls that know nothing of the content, or minus doing nothing."""
-    controls = torch.stack([found[figure % name].nan_to_num(0.0) for name in ("shuffled", "constant")])
+    """The headline minus the best of the controls that know nothing of the content, or minus doing nothing."""
+    names = [figure % name for name in ("shuffled", "constant", "tempered")]
+    controls = torch.stack([found[name].nan_to_num(0.0) for name in names if name in found])
     return found[figure % "carried"] - controls.amax(0).clamp_min(0)
 
 

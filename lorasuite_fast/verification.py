@@ -37,6 +37,10 @@ PARTLY_COSINE = 0.2
 
 At the best size a change of cosine c explains c² of the other: below this it is less than 4 %.
 """
+CONSTANT_SHARE = 0.04
+"""Explained share of the new change's mean alone from which on at least a constant shift counts as carried."""
+HARMFUL_SHARE = 0.05
+"""A change that explains less than minus this share is called harmful."""
 REVERSED_COSINE = -0.2
 """Cosine down from which, with its interval below 0, a change counts as reversed."""
 _FIGURES = {"cosine": "cosine", "explained_share": "share", "kl_share": "kl_share"}
@@ -83,8 +87,11 @@ class Effect:
         best_gain: the factor on the new change that would bring it closest to the old.
         carried: the new adapter itself. shuffled: its changes permuted among the positions. flipped: with the opposite
             sign. constant: its mean over the positions at every one of them.
-        content_cosine: cosine once both changes have lost their own mean over the positions.
-        content: cosine, explained and KL share of the headline minus the better of shuffled, constant and no change.
+        tempered_cosine, tempered_share: of the best change of the new model's temperature, the fourth control: any
+            disturbance flattens predictions, and does so alike in models that predict alike.
+        content_cosine: cosine once both changes have lost their mean over the positions and their temperature.
+        content: cosine, explained and KL share of the headline minus the best of shuffled, constant, tempered (not for
+            the KL share) and no change.
         top1_changed: share of positions where the old adapter changed the old model's best token. top1_alone: of
             those, the share where the new model without an adapter has the adapted old model's best token.
         unweighted: cosine, explained share and content cosine with all tokens weighted alike.
@@ -100,6 +107,8 @@ class Effect:
     shuffled: Likeness
     flipped: Likeness
     constant: Likeness
+    tempered_cosine: Interval
+    tempered_share: Interval
     content_cosine: Interval
     content: dict[str, Interval]
     top1_changed: Interval
@@ -464,6 +473,8 @@ def _effect(sums: EffectSums, draws: Tensor) -> Effect:
         shuffled=likeness("shuffled"),
         flipped=likeness("flipped"),
         constant=likeness("constant"),
+        tempered_cosine=figure["tempered_cosine"],
+        tempered_share=figure["tempered_share"],
         content_cosine=figure["content_cosine"],
         content={name: figure[f"content_{short}_gain"] for name, short in _FIGURES.items()},
         top1_changed=figure["top1_changed"],
@@ -484,6 +495,7 @@ def verdict(effect: Effect) -> tuple[str, str]:
         return "nothing to carry", "The old adapter does not change the old model on this text: nothing to carry."
     if (effect.new_kl.value or 0) < NEGLIGIBLE_KL or cosine.value is None or share.value is None:
         return "nothing carried", "Nothing was carried: the new adapter does not change the new model on this text."
+    constant = effect.constant.explained_share.value or 0.0
     size = f"{effect.size_ratio.value:.2g} times the size of the old one"
     gain = f"{effect.best_gain.value:.2g}"
     if cosine.value <= REVERSED_COSINE and (cosine.high or 0) < 0:
@@ -493,14 +505,14 @@ def verdict(effect: Effect) -> tuple[str, str]:
     if share.value >= CARRIED_SHARE:
         return "carried", f"Carried: the new adapter does {share.value:.0%} of what the old one did."
     if content.value is None or content.low is None or content.low <= 0 or content.value < PARTLY_COSINE:
-        if cosine.value >= PARTLY_COSINE and (cosine.low or 0) > 0:
+        if constant >= CONSTANT_SHARE:
             return "constant shift only", (
-                f"Only a constant shift was carried: the change looks like the old one (cosine {cosine.value:.2f}) "
-                "but does not follow the text."
+                f"Only a constant shift was carried: it explains {constant:.0%} of the old change; what "
+                "depends on the text was not."
             )
         return "nothing carried", (
             f"Nothing was carried: the new adapter's change, {size}, has little or nothing to do with it "
-            f"(cosine {cosine.value:.2f})."
+            f"(content cosine {content.value or 0:.2f})" + ("; it does harm." if share.value < -HARMFUL_SHARE else ".")
         )
     if content.value >= CARRIED_COSINE:
         return "carried at another size", (

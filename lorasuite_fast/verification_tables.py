@@ -20,11 +20,13 @@ _COLOURS = {
     "nothing": "red",
     "reversed": "red",
 }
+_ENOUGH = 3
+"""Positions per dimension from which on a linear map between hidden states is determined well enough to judge."""
 _ROWS = {
     "carried": "new adapter",
-    "shuffled": "control: positions shuffled",
-    "flipped": "control: sign flipped",
-    "constant": "control: constant shift",
+    "shuffled": "positions shuffled",
+    "flipped": "sign flipped",
+    "constant": "constant shift",
 }
 
 
@@ -77,7 +79,14 @@ def _print_effect(console: Console, effect: Effect) -> None:
     table.add_row("KL(with adapter ‖ without), nats", _interval(effect.old_kl), _interval(effect.new_kl))
     table.add_row("RMS change of a log-probability", _interval(effect.old_rms), _interval(effect.new_rms))
     console.print(table)
-    table = _table("Likeness to the old change", "", "cosine", "explained share", "KL share", "top-1")
+    table = _table(
+        "Likeness to the old change, and that of controls",
+        "",
+        "cosine",
+        "explained share",
+        "KL share",
+        "top-1",
+    )
     for name, label in _ROWS.items():
         row = getattr(effect, name)
         table.add_row(
@@ -85,20 +94,23 @@ def _print_effect(console: Console, effect: Effect) -> None:
             _interval(row.cosine, 2),
             _interval(row.explained_share, 2),
             _interval(row.kl_share, 2),
-            _interval(row.top1, 2),
+            _number(row.top1.value, 2),
         )
-    table.add_row("no adapter", "", "0.00", "0.00", _interval(effect.top1_alone, 2))
+    table.add_row(
+        "temperature alone", _interval(effect.tempered_cosine, 2), _interval(effect.tempered_share, 2), "", ""
+    )
+    table.add_row("no adapter", "", "0.00", "0.00", _number(effect.top1_alone.value, 2))
     table.add_section()
     content = effect.content
     table.add_row(
-        "content-dependent part",
+        "content-dependent",
         *(_interval(content[name], 2) for name in ("cosine", "explained_share", "kl_share")),
         "",
     )
     console.print(table)
     changed, best = effect.top1_changed.value, effect.best_gain.value
     console.print(
-        f"cosine without each side's constant shift: {_interval(effect.content_cosine)}; new change "
+        f"cosine without constant shift and temperature: {_interval(effect.content_cosine)}; new change "
         f"{_number(effect.size_ratio.value, 2)} times the old, closest at {_number(best, 2)} times its size\n"
         f"top-1: of the {_number(changed, 2)} of positions where the old adapter changed the best token, the share "
         "with that token",
@@ -126,7 +138,7 @@ def _print_layers(console: Console, layers: list[LayerEffect]) -> None:
 
 
 def _print_fit(console: Console, fit: BaseFit) -> None:
-    table = _table("Linear maps between the shared tokens' vectors, held-out R²", "", "old to new", "new to old")
+    table = _table("Linear maps between the shared tokens' rows", "held-out R²", "old to new", "new to old")
     table.add_row("embeddings", _number(fit.embedding_r2, 4), _number(fit.embedding_r2_back, 4))
     table.add_row("unembeddings", _number(fit.unembedding_r2, 4), _number(fit.unembedding_r2_back, 4))
     console.print(table)
@@ -138,6 +150,13 @@ def _print_fit(console: Console, fit: BaseFit) -> None:
     for layer in fit.layers:
         table.add_row(str(layer.new_layer), str(layer.old_layer), _number(layer.r2))
     console.print(table)
+    if any(layer.positions < _ENOUGH * layer.new_width for layer in fit.layers):
+        first = fit.layers[0]
+        console.print(
+            f"[dim]fitted on {first.positions:,} positions for {first.new_width:,} dimensions, too few: R² comes out "
+            "low; give more text[/dim]",
+            highlight=False,
+        )
 
 
 def _print_bits(console: Console, bits: BitsPerByte) -> None:
