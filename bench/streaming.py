@@ -203,8 +203,8 @@ def times(root: Path, peers: tuple[str, ...]) -> list[str]:
     lines = [
         "# The layer-streamed forward pass",
         "",
-        f"`python bench/streaming.py --part times`, {machine()}. {EXAMPLES} examples of {TOKENS} tokens, float32, random",
-        f"Llama of d {DEEP.d}, f {DEEP.f}. Loading is part of the first two",
+        f"`python bench/streaming.py --part times`, {machine()}. {EXAMPLES} examples of {TOKENS} tokens, float32,",
+        f"random Llama of d {DEEP.d}, f {DEEP.f}. Loading is part of the first two",
         "methods' times; the others write a folder of their own before the clock starts. Cold: the page cache is",
         "emptied before each pass (the others make one per micro-batch), as where the model is larger than memory.",
         "Times read: bytes read of the layers over their size.",
@@ -262,8 +262,8 @@ def depth(root: Path) -> list[str]:
     return [
         *lines,
         "",
-        f"{DEPTHS[1] // DEPTHS[0]} times the layers take {found[1]['seconds'] / found[0]['seconds']:.1f} times the time "
-        f"and {found[1]['memory'] / found[0]['memory']:.2f} times the memory.",
+        f"{DEPTHS[1] // DEPTHS[0]} times the layers take {found[1]['seconds'] / found[0]['seconds']:.1f} times the "
+        f"time and {found[1]['memory'] / found[0]['memory']:.2f} times the memory.",
         f"Against from_pretrained: {ours_['seconds'] / whole_['seconds']:.2f} times the time, "
         f"{ours_['memory'] / whole_['memory']:.2f} times the memory.",
         "Targets: ten times the time and the same memory; at most 1.25 times the time at a tenth of the memory.",
