@@ -82,8 +82,13 @@ def token_keys(tokenizer: Any) -> dict[int, tuple[Key, bool]]:
 
 def token_bytes(tokenizer: Any) -> dict[Key, int]:
     """What each token stands for -> its id. Of several a regular token wins over a byte fallback, then the lower."""
+    return ids_by_key(token_keys(tokenizer))
+
+
+def ids_by_key(keys: dict[int, tuple[Key, bool]]) -> dict[Key, int]:
+    """`token_bytes` of a tokenizer whose `token_keys` are at hand."""
     result: dict[Key, int] = {}
-    for index, (key, _) in sorted(token_keys(tokenizer).items(), key=lambda item: (item[1][1], item[0])):
+    for index, (key, _) in sorted(keys.items(), key=lambda item: (item[1][1], item[0])):
         result.setdefault(key, index)
     return result
 
