@@ -14,10 +14,27 @@ from .errors import LoraSuiteError
 if TYPE_CHECKING:
     from .plan import TransferPlan, migrate
     from .result import LayerResult, Migration
+    from .verification import Verification, verify
 
-__all__ = ["LayerResult", "LoraSuiteError", "Migration", "TransferPlan", "__version__", "migrate"]
+__all__ = [
+    "LayerResult",
+    "LoraSuiteError",
+    "Migration",
+    "TransferPlan",
+    "Verification",
+    "__version__",
+    "migrate",
+    "verify",
+]
 
-_HOMES = {"TransferPlan": "plan", "migrate": "plan", "Migration": "result", "LayerResult": "result"}
+_HOMES = {
+    "TransferPlan": "plan",
+    "migrate": "plan",
+    "Migration": "result",
+    "LayerResult": "result",
+    "Verification": "verification",
+    "verify": "verification",
+}
 
 
 def __getattr__(name: str) -> Any:

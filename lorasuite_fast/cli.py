@@ -1,4 +1,4 @@
-"""The command line: `lorasuite-fast migrate`, `plan` and `apply`."""
+"""The command line: `lorasuite-fast migrate`, `plan`, `apply` and `verify`."""
 
 from __future__ import annotations
 
@@ -389,6 +389,74 @@ def _print_outcomes(outcomes: dict[str, dict[str, str]], as_json: bool) -> None:
             typer.echo(f"error: {name}: {outcomes[name]['error']}", err=True)
     if failed:
         raise typer.Exit(2)
+
+
+@app.command()
+def verify(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="OLD [OLD_ADAPTER] NEW [NEW_ADAPTER]",
+            help="Two models (before a migration), or each model followed by its adapter (after one).",
+        ),
+    ],
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="Unlabelled text, best of the domain: .jsonl with `text`, or .txt. Default: the shipped text."
+        ),
+    ] = None,
+    labelled: Annotated[
+        Path | None,
+        typer.Option(help="Adds bits per byte: .jsonl with `text`, or `prompt` and `completion`."),
+    ] = None,
+    examples: Annotated[int, typer.Option(help="Examples to read of either file.", min=4)] = 64,
+    max_tokens: Annotated[int, typer.Option(help="Tokens each model reads of an example.", min=2)] = 256,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Of the examples taken, the shuffles and the bootstrap.")] = 0,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a migrated adapter still does, or, from two base models, whether a migration will carry.
+
+    Example: lorasuite-fast verify old-model my-adapter new-model my-adapter-new --text domain.txt
+
+    Before a migration: lorasuite-fast verify old-model new-model
+
+    Exit code 0 whatever the verdict.
+    """
+    with _run(as_json) as report:
+        if len(models) not in (2, 4):
+            raise LoraSuiteError(
+                f"verify takes OLD NEW, or OLD OLD_ADAPTER NEW NEW_ADAPTER; {len(models)} arguments were given"
+            )
+        from .verification import verify as run
+
+        old, old_adapter, new, new_adapter = models if len(models) == 4 else (models[0], None, models[1], None)
+        result = run(
+            old,
+            old_adapter,
+            new,
+            new_adapter,
+            text=text,
+            labelled=labelled,
+            examples=examples,
+            max_tokens=max_tokens,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            progress=report,
+        )
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+        return
+    from .verification_tables import print_verification
+
+    console = Console()
+    print_verification(console, result)
+    console.print(_phase_table(result.phases))
 
 
 def _version(value: bool) -> None:

@@ -1,0 +1,209 @@
+"""How alike two changes of next-token distributions are, position by position, and how alike by chance.
+
+At every aligned position, over the tokens both vocabularies share, `d_o` (s,) is the change of the old model's
+log-probabilities under its adapter and `d_n` that of the new one's. Log-probabilities are defined up to a constant a
+position, and most of the s tokens are improbable everywhere, where a change means nothing. So vectors are compared in
+the Fisher metric of the softmax: `<a, b> = Σ_t w_t (a_t - ā)(b_t - b̄)`, ā = Σ_t w_t a_t, with probabilities as weights
+w; half of `<d, d>` is the divergence the change causes, to second order. w is the mean of four distributions: old and
+new model, each without and with its adapter, so that a token counts if any of them finds it probable, and neither
+what an adapter pushes away nor what it brings in is overlooked. Inner products are summed over positions before any
+ratio is taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .aligned_states import Report, States
+
+_ELEMENTS = 2**23
+_BASIS = ("old", "new", "shuffled", "old_mean", "new_mean")
+_K = len(_BASIS)
+CANDIDATES = ("carried", "shuffled", "flipped", "constant")
+"""What is compared with the old change: the new change; that of another position; its negative; its mean."""
+_SCALARS = (
+    "positions",
+    "kl_old",
+    "kl_new",
+    "target_alone",
+    *(f"target_{name}" for name in CANDIDATES),
+    "changed",
+    "hit_alone",
+    *(f"hit_{name}" for name in CANDIDATES),
+)
+
+
+@dataclass(frozen=True)
+class EffectSums:
+    """Sums over the positions of each text, float64.
+
+    Attributes:
+        gram: (texts, 5, 5), inner products of _BASIS in the Fisher metric. plain: the same with equal weights.
+        scalars: (texts, len(_SCALARS)).
+    """
+
+    gram: Tensor
+    plain: Tensor
+    scalars: Tensor
+
+
+def position_chunks(positions: int, tokens: int, generator: torch.Generator) -> list[Tensor]:
+    """All positions in random order, in chunks of at least two whose log-probabilities fit in memory together."""
+    size = max(8, min(512, _ELEMENTS // max(1, tokens)))
+    order = torch.randperm(positions, generator=generator)
+    return list(order.tensor_split(max(1, min(positions // 2, -(-positions // size)))))
+
+
+def _changes(states: tuple[States, States], at: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(n, s) each: log-probabilities without the adapter and with it."""
+    before, after = (side.head.log_probs(side.last[at].to(device)) for side in states)
+    return before, after
+
+
+def effect_sums(
+    old: tuple[States, States],
+    new: tuple[States, States],
+    text: Tensor,
+    *,
+    device: torch.device,
+    seed: int,
+    report: Report | None = None,
+) -> EffectSums:
+    """Compares the two changes at every position.
+
+    Positions are visited in random order. "shuffled" compares the old change of a position with the new change of
+    another one of its chunk, which is a random one of all positions.
+
+    Args:
+        old, new: states without and with the adapter, of the same positions.
+        text: (positions,) int64, which text each belongs to, counted from 0.
+        report: called with the number of positions done, in each of two passes: the means, then the rest.
+    """
+    tokens = old[0].head.weight.shape[0]
+    chunks = position_chunks(len(text), tokens, torch.Generator().manual_seed(seed))
+    means = torch.zeros(2, tokens, dtype=torch.float64, device=device)
+    done = 0
+    for at in chunks:
+        for k, side in enumerate((old, new)):
+            before, after = _changes(side, at, device)
+            means[k] += (after - before).double().sum(0)
+        done += len(at)
+        if report:
+            report(done)
+    mean_o, mean_n = (means / len(text)).float()
+    count = int(text.max()) + 1
+    sums = EffectSums(
+        torch.zeros(count, _K, _K, dtype=torch.float64),
+        torch.zeros(count, _K, _K, dtype=torch.float64),
+        torch.zeros(count, len(_SCALARS), dtype=torch.float64),
+    )
+    for at in chunks:
+        o_0, o_1 = _changes(old, at, device)
+        n_0, n_1 = _changes(new, at, device)
+        d_o, d_n = o_1 - o_0, n_1 - n_0
+        others = d_n.roll(1, 0)
+        weights = (o_0.exp() + o_1.exp() + n_0.exp() + n_1.exp()) / 4
+        basis = torch.stack([d_o, d_n, others, mean_o.expand_as(d_o), mean_n.expand_as(d_o)], dim=1)
+        where = text[at]
+        sums.gram.index_add_(0, where, _gram(basis, weights).double().cpu())
+        sums.plain.index_add_(0, where, _gram(basis, torch.full_like(weights[:1], 1 / tokens)).double().cpu())
+        candidates = dict(zip(CANDIDATES, (d_n, others, -d_n, mean_n), strict=True))
+        sums.scalars.index_add_(0, where, _scalars(o_0, o_1, n_0, d_o, candidates).double().cpu())
+        done += len(at)
+        if report:
+            report(done)
+    return sums
+
+
+def _gram(basis: Tensor, weights: Tensor) -> Tensor:
+    """(n, k, s) vectors and (n or 1, s) weights -> (n, k, k): their weighted inner products, centred by the weights."""
+    centre = torch.einsum("ns,nks->nk", weights.expand(len(basis), -1), basis)
+    scaled = (basis - centre[:, :, None]) * weights.sqrt()[:, None]
+    return scaled @ scaled.transpose(1, 2)
+
+
+def _scalars(o_0: Tensor, o_1: Tensor, n_0: Tensor, d_o: Tensor, candidates: dict[str, Tensor]) -> Tensor:
+    """(n, len(_SCALARS)).
+
+    `target_*` is the divergence KL(target ‖ new model changed by the candidate), with the target the new model changed
+    as the old one was, softmax(n_0 + d_o); `hit_*` whether the candidate's best token is the adapted old model's,
+    where the adapter changed that.
+    """
+    target = functional.log_softmax(n_0 + d_o, dim=-1)
+    share = target.exp()
+    best = o_1.argmax(-1)
+    changed = best != o_0.argmax(-1)
+    gap = (share * (target - n_0)).sum(-1)
+    columns = {
+        "positions": torch.ones_like(gap),
+        "kl_old": (o_1.exp() * d_o).sum(-1),
+        "target_alone": gap,
+        "changed": changed,
+        "hit_alone": changed & (n_0.argmax(-1) == best),
+    }
+    for name, change in candidates.items():
+        moved = n_0 + change
+        log_sum = moved.logsumexp(-1)
+        columns[f"target_{name}"] = gap + log_sum - (share * change).sum(-1)
+        columns[f"hit_{name}"] = changed & (moved.argmax(-1) == best)
+        if name == "carried":
+            columns["kl_new"] = ((moved - log_sum[:, None]).exp() * change).sum(-1)
+    return torch.stack([columns[name].to(gap) for name in _SCALARS], dim=1)
+
+
+def statistics(gram: Tensor, plain: Tensor, scalars: Tensor) -> dict[str, Tensor]:
+    """Every figure from summed columns; all arguments (..., their own shape), results (...). 0 / 0 gives NaN."""
+    column: dict[str, Any] = {name: scalars[..., k] for k, name in enumerate(_SCALARS)}
+    found: dict[str, Tensor] = {
+        "old_kl": column["kl_old"] / column["positions"],
+        "new_kl": column["kl_new"] / column["positions"],
+        "top1_changed": column["changed"] / column["positions"],
+        "top1_alone": column["hit_alone"] / column["changed"],
+    }
+    for prefix, g in (("", _products(gram)), ("plain_", _products(plain))):
+        oo, nn, on = g["old", "old"], g["new", "new"], g["old", "new"]
+        found[f"{prefix}old_rms"] = (oo / column["positions"]).sqrt()
+        found[f"{prefix}new_rms"] = (nn / column["positions"]).sqrt()
+        found[f"{prefix}size_ratio"] = (nn / oo).sqrt()
+        found[f"{prefix}best_gain"] = on / nn
+        for name, key in (("carried", "new"), ("shuffled", "shuffled"), ("flipped", "new"), ("constant", "new_mean")):
+            sign = -1 if name == "flipped" else 1
+            inner, square = sign * g["old", key], g[key, key]
+            found[f"{prefix}{name}_cosine"] = inner / (oo * square).sqrt()
+            found[f"{prefix}{name}_share"] = (2 * inner - square) / oo
+        # What is left on both sides when each loses its own mean over the positions.
+        rest_oo = oo - 2 * g["old", "old_mean"] + g["old_mean", "old_mean"]
+        rest_nn = nn - 2 * g["new", "new_mean"] + g["new_mean", "new_mean"]
+        rest_on = on - g["old", "new_mean"] - g["old_mean", "new"] + g["old_mean", "new_mean"]
+        found[f"{prefix}content_cosine"] = rest_on / (rest_oo * rest_nn).sqrt()
+        for figure in ("cosine", "share"):
+            found[f"{prefix}content_{figure}_gain"] = _beyond(found, f"{prefix}%s_{figure}")
+    for name in CANDIDATES:
+        found[f"{name}_kl_share"] = 1 - column[f"target_{name}"] / column["target_alone"]
+        found[f"{name}_top1"] = column[f"hit_{name}"] / column["changed"]
+    found["content_kl_share_gain"] = _beyond(found, "%s_kl_share")
+    return found
+
+
+def _beyond(found: dict[str, Tensor], figure: str) -> Tensor:
+    """The headline minus the better of the two controls that know nothing of the content, or minus doing nothing."""
+    controls = torch.stack([found[figure % name].nan_to_num(0.0) for name in ("shuffled", "constant")])
+    return found[figure % "carried"] - controls.amax(0).clamp_min(0)
+
+
+def _products(gram: Tensor) -> dict[tuple[str, str], Tensor]:
+    return {(a, b): gram[..., i, j] for i, a in enumerate(_BASIS) for j, b in enumerate(_BASIS)}
+
+
+def resamples(texts: int, count: int, seed: int) -> Tensor:
+    """(count, texts) float64: how often each text is drawn in each bootstrap sample of as many texts."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(texts, (count, texts), generator=generator)
+    return torch.zeros(count, texts, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(count, texts, dtype=torch.float64)
+    )

@@ -1,0 +1,149 @@
+"""A verification as tables on a terminal, at most 100 columns wide."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from .base_fit import BaseFit
+from .verification import BitsPerByte, Effect, Interval, LayerEffect, Verification
+
+_COLOURS = {
+    "carried": "green",
+    "exact": "green",
+    "carried at another size": "yellow",
+    "partly carried": "yellow",
+    "close": "yellow",
+    "distillation": "yellow",
+    "constant shift only": "red",
+    "nothing carried": "red",
+    "nothing": "red",
+    "reversed": "red",
+}
+_ROWS = {
+    "carried": "new adapter",
+    "shuffled": "control: positions shuffled",
+    "flipped": "control: sign flipped",
+    "constant": "control: constant shift",
+}
+
+
+def print_verification(console: Console, result: Verification) -> None:
+    """Prints what was compared, the tables and, last, the verdict."""
+    facts = result.facts
+    console.print(
+        f"{facts['positions']:,} aligned positions in {facts['texts']} texts ({result.options['text']}), "
+        f"{facts['shared_tokens']:,} shared tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if result.effect is not None:
+        _print_effect(console, result.effect)
+        _print_layers(console, result.layers)
+    if result.fit is not None:
+        _print_fit(console, result.fit)
+    if result.bits_per_byte is not None:
+        _print_bits(console, result.bits_per_byte)
+    if result.options["text"] == "shipped" and result.effect is not None:
+        console.print(
+            "[dim]General text was read; the effect shows best on text of the adapter's domain (--text).[/dim]"
+        )
+    colour = _COLOURS.get(result.kind, "default")
+    console.print(f"[bold {colour}]{result.verdict}[/bold {colour}]", highlight=False)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(figure: Interval | None, digits: int = 3) -> str:
+    if figure is None or figure.value is None:
+        return "–"
+    if figure.low is None or figure.high is None:
+        return f"{figure.value:.{digits}f}"
+    return f"{figure.value:.{digits}f} [dim]{figure.low:.{digits}f}…{figure.high:.{digits}f}[/dim]"
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(columns[0])
+    for column in columns[1:]:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _print_effect(console: Console, effect: Effect) -> None:
+    table = _table("Size of the change (95 % intervals over texts)", "", "old", "new")
+    table.add_row("KL(with adapter ‖ without), nats", _interval(effect.old_kl), _interval(effect.new_kl))
+    table.add_row("RMS change of a log-probability", _interval(effect.old_rms), _interval(effect.new_rms))
+    console.print(table)
+    table = _table("Likeness to the old change", "", "cosine", "explained share", "KL share", "top-1")
+    for name, label in _ROWS.items():
+        row = getattr(effect, name)
+        table.add_row(
+            label,
+            _interval(row.cosine, 2),
+            _interval(row.explained_share, 2),
+            _interval(row.kl_share, 2),
+            _interval(row.top1, 2),
+        )
+    table.add_row("no adapter", "", "0.00", "0.00", _interval(effect.top1_alone, 2))
+    table.add_section()
+    content = effect.content
+    table.add_row(
+        "content-dependent part",
+        *(_interval(content[name], 2) for name in ("cosine", "explained_share", "kl_share")),
+        "",
+    )
+    console.print(table)
+    changed, best = effect.top1_changed.value, effect.best_gain.value
+    console.print(
+        f"cosine without each side's constant shift: {_interval(effect.content_cosine)}; new change "
+        f"{_number(effect.size_ratio.value, 2)} times the old, closest at {_number(best, 2)} times its size\n"
+        f"top-1: of the {_number(changed, 2)} of positions where the old adapter changed the best token, the share "
+        "with that token",
+        highlight=False,
+    )
+
+
+def _print_layers(console: Console, layers: list[LayerEffect]) -> None:
+    table = Table(title="Layers (relative to the weights; to the residual stream behind the layer)")
+    table.title_justify = "left"
+    names = ("new", "old", "new update", "old update", "new change", "old change", "CKA of the changes")
+    for name in names:
+        table.add_column(name, justify="right")
+    for layer in layers:
+        table.add_row(
+            str(layer.new_layer),
+            "–" if layer.old_layer is None else str(layer.old_layer),
+            _number(layer.new_update),
+            _number(layer.old_update),
+            _number(layer.new_change),
+            _number(layer.old_change),
+            _number(layer.cka),
+        )
+    console.print(table)
+
+
+def _print_fit(console: Console, fit: BaseFit) -> None:
+    table = _table("Linear maps between the shared tokens' vectors, held-out R²", "", "old to new", "new to old")
+    table.add_row("embeddings", _number(fit.embedding_r2, 4), _number(fit.embedding_r2_back, 4))
+    table.add_row("unembeddings", _number(fit.unembedding_r2, 4), _number(fit.unembedding_r2_back, 4))
+    console.print(table)
+    table = _table("Next token at the aligned positions", "", "as they are", "positions shuffled")
+    table.add_row("same best token", _number(fit.top1_agreement), _number(fit.top1_shuffled))
+    table.add_row("KL(old ‖ new), nats", _number(fit.kl), _number(fit.kl_shuffled))
+    console.print(table)
+    table = _table("Hidden states, layers of equal relative depth", "new layer", "old layer", "held-out R², new to old")
+    for layer in fit.layers:
+        table.add_row(str(layer.new_layer), str(layer.old_layer), _number(layer.r2))
+    console.print(table)
+
+
+def _print_bits(console: Console, bits: BitsPerByte) -> None:
+    table = _table(f"Bits per byte of {bits.examples} labelled examples", "", "alone", "with adapter", "gain")
+    table.add_row("old", _interval(bits.old), _interval(bits.old_adapted), _interval(bits.old_gain))
+    table.add_row("new", _interval(bits.new), _interval(bits.new_adapted), _interval(bits.new_gain))
+    console.print(table)
+    if bits.gain_share is not None:
+        console.print(f"share of the old gain reached: {_interval(bits.gain_share, 2)}", highlight=False)
