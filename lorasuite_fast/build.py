@@ -139,7 +139,10 @@ def build(
         work = _open_work(folder, inputs.identity(options), limits, ranks)
         limits = Limits(work.record["micro_batch"], work.record["chunk_rows"], limits.predicted, limits.budget)
     try:
-        return _steps(inputs, options, limits, clock, ranks, work), work
+        built = _steps(inputs, options, limits, clock, ranks, work)
+        if work is not None and ranks.first:
+            work.complete()
+        return built, work
     except WriteError:
         raise
     except LoraSuiteError:
@@ -147,6 +150,9 @@ def build(
         if work is not None and ranks.first:
             work.discard()
         raise
+    finally:
+        if work is not None:
+            work.close()
 
 
 def _steps(

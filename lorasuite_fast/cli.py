@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +72,41 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 
 @contextmanager
+def _bus_errors() -> Iterator[None]:
+    """A file cut off under its memory map ends in SIGBUS at the next touch; this makes it one line and exit code 2.
+
+    The faulting instruction is tried again and again meanwhile, so a thread of its own has to notice.
+    """
+    if not hasattr(signal, "SIGBUS") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while got := os.read(reader, 1):
+            if got[0] == signal.SIGBUS:
+                message = (
+                    b"error: a model file was cut off while it was being read, or its disk failed; fetch it again\n"
+                )
+                os.write(2, message)
+                os._exit(2)
+
+    before = signal.signal(signal.SIGBUS, lambda *_: None)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGBUS, before)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+
+
+@contextmanager
 def _run(as_json: bool) -> Iterator[Report | None]:
     """Progress on stderr, and every foreseen failure as one line and exit code 2."""
     # What transformers remarks about its own internals is no business of the user's.
@@ -85,7 +122,10 @@ def _run(as_json: bool) -> Iterator[Report | None]:
         TimeElapsedColumn(),
     )
     try:
-        with Progress(*columns, console=console, disable=as_json or not console.is_terminal) as progress:
+        with (
+            _bus_errors(),
+            Progress(*columns, console=console, disable=as_json or not console.is_terminal) as progress,
+        ):
 
             def report(phase: str, done: int, total: int) -> None:
                 if phase not in bars:
@@ -286,8 +326,10 @@ def plan(
         from .families import ATTENTION, MLP, ROLES
         from .output import check_output
         from .plan import TransferPlan
-        from .work import work_folder
+        from .work import clean_up, work_folder
 
+        if ranks.first:
+            clean_up(out)
         check_output(out, overwrite=overwrite)
         named = {"all": ROLES, "attention": ATTENTION, "mlp": MLP}
         built = TransferPlan.build(

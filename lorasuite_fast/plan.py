@@ -28,7 +28,7 @@ from .phases import Phase, PhaseClock, Progress
 from .projection import METHODS, PlannedLayer, balanced
 from .ranks import Ranks
 from .result import LayerResult, Migration
-from .work import Work, work_folder
+from .work import Work, clean_up, work_folder
 
 FORMAT = "lorasuite-fast plan"
 FORMAT_VERSION = 1
@@ -469,6 +469,7 @@ def migrate(
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     start = time.perf_counter()
+    clean_up(out)
     check_output(out, overwrite=overwrite)
     model = Checkpoint(old, "old")
     source = read_adapter(adapter, model.family, model.shape, model.name)
