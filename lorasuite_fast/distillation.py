@@ -74,10 +74,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Distilled:
-    """Fitted updates (scale 1) by (new layer, role), and how well they do on texts held out from the fit.
+    """Updates (scale 1) by (new layer, role), and how well they do on texts held out from the fit.
 
     Attributes:
-        gain: the factor on the fitted updates that held-out texts chose, already in `updates`.
+        updates: what is handed out: `fitted` with B times the gain. fitted: as the regressions gave them.
+        gain: the factor on the fitted updates that held-out texts chose.
         explained: layer -> share of the target explained behind it on held-out positions, before the gain.
         agreement: kl_share (1 - KL(target ‖ new + adapter) / KL(target ‖ new), target: the new model changed as the old
             one was), content_kl_share (the same less the better of two controls: the changes shuffled over positions,
@@ -86,7 +87,7 @@ class Distilled:
         positions, held_positions, texts, tokens: of the text; tokens are those read by either model.
     """
 
-    updates: dict[tuple[int, str], Factors]
+    fitted: dict[tuple[int, str], Factors]
     gain: float
     explained: dict[int, float]
     agreement: dict[str, tuple[float, float, float]]
@@ -97,6 +98,10 @@ class Distilled:
     tokens: tuple[int, int]
     gains: dict[float, float] = field(default_factory=dict)
     """KL share on held-out texts by gain."""
+
+    @property
+    def updates(self) -> dict[tuple[int, str], Factors]:
+        return {key: Factors(self.gain * f.b, f.a) for key, f in self.fitted.items()}
 
     @property
     def warning(self) -> str | None:
@@ -378,7 +383,7 @@ def distill(
         gain = max(GAINS, key=lambda g: (gains[g], -g))
         agreement = _agreement(heads, sides, (found[0.0], found[gain]), of_text[held], device, settings.seed)
     return Distilled(
-        updates={key: Factors(gain * f.b, f.a) for key, f in fit.updates.items()},
+        fitted=fit.updates,
         gain=gain,
         explained=fit.explained,
         agreement=agreement,
