@@ -443,13 +443,14 @@ def apply(
 
             if len(adapters) != 2:
                 raise LoraSuiteError("apply takes PLAN ADAPTER OUT, or PLAN ADAPTER... --out DIR")
-            result = TransferPlan.load(plan_file).apply(
+            loaded = TransferPlan.load(plan_file)
+            result = loaded.apply(
                 adapters[0],
                 adapters[1],
                 old=old,
                 new=new,
                 text=text,
-                settings=_settings(rank, distill_layers, 0),
+                settings=_settings(rank, distill_layers, loaded.options["seed"]),
                 overwrite=overwrite,
                 progress=report,
             )

@@ -201,7 +201,14 @@ def final_gain(model: Checkpoint) -> Tensor:
 
 @contextmanager
 def updated(module: nn.Module, family: Family, factors: dict[str, Factors]) -> Iterator[None]:
-    """Adds `B A x` to the named projections of a layer while the context lasts; the weights stay as they are."""
+    """Adds `B A x` to the named projections of a layer while the context lasts; the weights stay as they are.
+
+    Raises:
+        LoraSuiteError: a projection that is part of a fused one.
+    """
+    fused = [role for role in factors if family.projections[role].part is not None]
+    if fused:
+        raise LoraSuiteError(f"{family.model_type}: distill does not know updates of fused projections ({fused[0]})")
 
     def hook(b: Tensor, a: Tensor) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -363,10 +370,12 @@ def distill(
     with clock.phase("adapter's effect", old.shape.L) as step:
         before, after = _old_states(o, source, dtype, trust_remote_code, step)
     with clock.phase("output map", 1) as step:
-        weights = _token_weights(heads[0], before[~held], after[~held], settings.seed)
+        weights = _token_weights(heads[0], before, after, torch.nonzero(~held).flatten(), settings.seed)
         gained = heads[1].weight * final_gain(new).to(device)
         mapped = fit_output_map(heads[0].weight, gained, weights)
         change = _controlled((after - before) @ mapped.U.T.cpu(), settings)
+        sides = before[held], after[held]
+        del before, after
         step(1)
     start = new.shape.L - (settings.layers or max(1, new.shape.L // 2))
     if not 0 <= start < new.shape.L:
@@ -378,7 +387,6 @@ def distill(
         keep = [k for k in range(len(aligned)) if k in held_texts]
         h = _Side(new, [aligned[k].ids_n for k in keep], [aligned[k].positions_n for k in keep], settings, device)
         found = _new_states(h, fit, start, dtype, trust_remote_code, step)
-        sides = before[held], after[held]
         gains = _kl_shares(heads, sides, found, device)
         gain = max(GAINS, key=lambda g: (gains[g], -g))
         agreement = _agreement(heads, sides, (found[0.0], found[gain]), of_text[held], device, settings.seed)
@@ -446,10 +454,11 @@ def _run(layer: StreamedLayer, hidden: list[Tensor]) -> None:
         pass
 
 
-def _token_weights(head: Head, before: Tensor, after: Tensor, seed: int) -> Tensor:
-    """(s,) mean probability of each token at a sample of the positions, with and without the adapter alike."""
+def _token_weights(head: Head, before: Tensor, after: Tensor, positions: Tensor, seed: int) -> Tensor:
+    """(s,) summed probability of each token at a sample of the positions, with and without the adapter alike."""
     tokens = head.weight.shape[0]
-    sample = torch.randperm(len(before), generator=torch.Generator().manual_seed(seed))[:_WEIGHED]
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
+    sample = positions[order[:_WEIGHED]]
     total = torch.zeros(tokens, dtype=torch.float64, device=head.weight.device)
     for part in sample.split(max(1, _ELEMENTS // tokens)):
         for states in (before, after):
