@@ -54,7 +54,7 @@ class Pair:
         )
 
 
-def make_planted(root: Path, targets: list[str] = ATTENTION) -> Pair:
+def make_planted(root: Path) -> Pair:
     model = tiny_model("llama", 0, d=32, layers=3, vocab=420)
     tokenizer = tiny_tokenizer(420)
     planted = plant(
@@ -70,7 +70,7 @@ def make_planted(root: Path, targets: list[str] = ATTENTION) -> Pair:
     )
     save_folder(model, tokenizer, root / "old")
     planted.save(root / "new")
-    random_adapter(root / "old", root / "adapter", targets=targets, rank=RANK, alpha=8, seed=0, size=0.3)
+    random_adapter(root / "old", root / "adapter", targets=ATTENTION, rank=RANK, alpha=8, seed=0, size=0.3)
     return Pair(root, planted, model)
 
 
@@ -207,19 +207,25 @@ def test_one_micro_batch_or_many_give_the_same(planted: Pair) -> None:
     assert one.gain == many.gain
 
 
-def test_most_of_the_target_is_reached_on_held_out_text_of_a_planted_upgrade(planted: Pair) -> None:
-    # A rank that does not bind, so that what is missing is missing from the inputs.
-    found = planted.distil(Settings(rank=48))
-    assert found.explained[3] > 0.8
-    assert found.agreement["content_kl_share"][1] > 0.5
-    assert found.gain > 0
+def test_the_target_is_reached_on_held_out_text_where_it_is_linear(planted: Pair, tmp_path: Path) -> None:
+    # An update of the last layer's down projection is linear in its input, which a planted upgrade has too. Only what
+    # the final norm makes of it is not: it takes away the part along the state, one direction of 32.
+    old = planted.root / "old"
+    random_adapter(old, tmp_path / "adapter", targets=["down_proj"], rank=RANK, alpha=8, seed=0, layers=[2], size=0.1)
+    for name in ("old", "new"):
+        (tmp_path / name).symlink_to(planted.root / name)
+    found = Pair(tmp_path).distil(Settings(layers=1, roles=("down",), rank=2 * RANK, ridge=1e-4))
+    assert found.explained[3] > 0.9
+    assert found.agreement["content_kl_share"][1] > 0.8
+    assert found.gain == 1
     assert found.warning is None
 
 
 def test_shuffled_targets_leave_only_a_constant_shift(planted: Pair) -> None:
     real, shuffled = (planted.distil(Settings(control=control)) for control in ("none", "shuffled"))
     assert shuffled.agreement["content_kl_share"][0] < 0.05
-    assert real.agreement["content_kl_share"][0] > shuffled.agreement["content_kl_share"][0] + 0.3
+    assert real.agreement["content_kl_share"][1] > shuffled.agreement["content_kl_share"][2]
+    assert real.warning is None
 
 
 def test_flipped_targets_carry_nothing_and_say_so(planted: Pair) -> None:
