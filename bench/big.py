@@ -40,7 +40,7 @@ def whole_plan(folder: Path) -> dict[str, Any]:
         line = "the quick brown fox jumps over the lazy dog and runs far away from here to there " * 2
         text.write_text("".join(json.dumps({"text": f"{i} {line}"}) + "\n" for i in range(64)))
         plan = TransferPlan.build(
-            folder / "minicpm-s-1b", folder / "minicpm-2b", calibration=text, examples=64, memory="4GB"
+            folder / "minicpm-s-1b", folder / "minicpm-2b", calibration=text, examples=64, memory="4GB", method="lstsq"
         )
         plan.save(Path(temporary) / "plan")
         size = (Path(temporary) / "plan").stat().st_size

@@ -22,6 +22,7 @@ from ._version import __version__
 from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
+    from .distillation import Distilled, Settings
     from .phases import Phase
     from .phases import Progress as Report
     from .plan import TransferPlan
@@ -42,7 +43,10 @@ AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT L
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="PEFT LoRA folder to write.")]
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="Unlabelled text for CKA: .jsonl with a field `text`, or .txt. Default: the shipped text."),
+    typer.Option(
+        help="Unlabelled text for CKA and distillation: .jsonl with a field `text`, or .txt. `self`: the old model "
+        "with its adapter writes it. Default: the shipped text."
+    ),
 ]
 Examples = Annotated[int, typer.Option(help="Calibration examples to read, 128 tokens of each.", min=4)]
 Layers = Annotated[Literal["cka", "first", "medium", "last"], typer.Option(help="How layers are mapped.")]
@@ -51,7 +55,15 @@ TransferKind = Annotated[
     Literal["embedding", "identity"], typer.Option(help="Transfer matrix: fitted on shared tokens, or the identity.")
 ]
 MethodName = Annotated[
-    Literal["lstsq", "paper"], typer.Option(help="Least squares, or Eq. (3) of LoRASuite for comparison.")
+    Literal["auto", "lstsq", "distill", "paper"],
+    typer.Option(
+        help="auto: least squares where it is exact, else distillation of the effect. paper: Eq. (3) of LoRASuite."
+    ),
+]
+Rank = Annotated[int | None, typer.Option(help="Of the result, with distill. Default: the adapter's own.", min=1)]
+Fitted = Annotated[
+    int | None,
+    typer.Option(help="How many of the last new layers distill fits. Default: half of them.", min=1),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
 Dtype = Annotated[
@@ -179,13 +191,16 @@ def _print_transfer(console: Console, plan: TransferPlan) -> None:
     facts, old, new = plan.facts, plan.old.shape, plan.new.shape
     console.print(
         f"old: {old.L} layers, d {old.d}, {old.attention}   new: {new.L} layers, d {new.d}, {new.attention}   "
-        f"method: {plan.options['method']}",
+        f"method: {plan.options['method']}, {facts.get('method_reason', 'asked for')}",
         highlight=False,
+        soft_wrap=True,
     )
     if plan.options["transfer"] == "identity":
         vocabulary = "the same vocabulary" if facts["same_vocabulary"] else "[yellow]different vocabularies[/yellow]"
         console.print(f"transfer matrix: the identity, as asked for; the two models have {vocabulary}")
         return
+    from .build import EXACT_R2
+
     r2, back = facts["r2"], facts["r2_back"]
     console.print(
         f"transfer matrix: {facts['shared_tokens']:,} shared tokens"
@@ -193,15 +208,11 @@ def _print_transfer(console: Console, plan: TransferPlan) -> None:
         + f", R² on held-out tokens {_share(r2)} old to new, {_share(back)} new to old",
         highlight=False,
     )
-    if r2 is not None and min(r2, back) < EXACT_R2:
+    if r2 is not None and min(r2, back) < EXACT_R2 and plan.options["method"] != "distill":
         console.print(
             "[yellow]No linear map carries one embedding onto the other (R² below 0.999): between such models the\n"
             "projection alone usually changes little or nothing for the better. Measure before you rely on it.[/yellow]"
         )
-
-
-EXACT_R2 = 0.999
-"""From here on, on held-out tokens, the models' residual streams count as linear images of one another."""
 
 
 def _print_layers(console: Console, result: Migration) -> None:
@@ -217,13 +228,34 @@ def _print_layers(console: Console, result: Migration) -> None:
         sizes = "  ".join(f"{role}\u00a0{size:.3f}" for role, size in layer.update.items()) or "–"
         table.add_row(
             str(j),
-            str(layer.old_layer),
-            f"{layer.cka:.3f}",
+            "–" if layer.old_layer is None else str(layer.old_layer),
+            _share(layer.cka),
             _share(layer.head_similarity),
             _share(layer.neuron_similarity),
             sizes,
         )
     console.print(table)
+
+
+def _settings(rank: int | None, layers: int | None, seed: int) -> Settings | None:
+    if rank is None and layers is None:
+        return None
+    from .distillation import Settings
+
+    return Settings(rank=rank, layers=layers, seed=seed)
+
+
+def _print_distilled(console: Console, distilled: Distilled) -> None:
+    share, content = distilled.agreement["kl_share"], distilled.agreement["content_kl_share"]
+    console.print(
+        f"distilled on {distilled.positions:,} aligned positions of {distilled.texts:,} texts, gain {distilled.gain}\n"
+        f"agreement with the old adapter on held-out text (1: the same change, 0: none): {share[0]:.3f} "
+        f"[{share[1]:.3f}, {share[2]:.3f}], of which {content[0]:.3f} [{content[1]:.3f}, {content[2]:.3f}] depends on "
+        "the text",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _print_result(result: Migration, as_json: bool) -> None:
@@ -234,6 +266,10 @@ def _print_result(result: Migration, as_json: bool) -> None:
     _print_transfer(console, result.plan)
     _print_layers(console, result)
     console.print(_phase_table(result.phases))
+    if result.distilled is not None:
+        _print_distilled(console, result.distilled)
+    if result.warning:
+        console.print(f"[yellow]WARNING: {result.warning}.[/yellow]", soft_wrap=True)
     if result.unused_old_layers:
         console.print(f"old layers without a partner, left out: {', '.join(map(str, result.unused_old_layers))}")
     console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
@@ -250,11 +286,13 @@ def migrate(
     layers: Layers = "cka",
     heads: Heads = "hungarian",
     transfer: TransferKind = "embedding",
-    method: MethodName = "lstsq",
+    method: MethodName = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     ridge: Ridge = 0.0,
+    rank: Rank = None,
+    distill_layers: Fitted = None,
     memory: Memory = None,
     mapped: Mapped = True,
     overwrite: Overwrite = False,
@@ -285,6 +323,7 @@ def migrate(
             ridge=ridge,
             memory=memory,
             mapped=mapped,
+            settings=_settings(rank, distill_layers, seed),
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=report,
@@ -305,7 +344,7 @@ def plan(
     layers: Layers = "cka",
     heads: Heads = "hungarian",
     transfer: TransferKind = "embedding",
-    method: MethodName = "lstsq",
+    method: MethodName = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -384,6 +423,11 @@ def apply(
     ] = None,
     old: Annotated[str | None, typer.Option(help="Where the old model is now; its fingerprint is checked.")] = None,
     new: Annotated[str | None, typer.Option(help="Where the new model is now; its fingerprint is checked.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="For distill, in place of the plan's text: .jsonl, .txt or `self`.")
+    ] = None,
+    rank: Rank = None,
+    distill_layers: Fitted = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -399,8 +443,16 @@ def apply(
 
             if len(adapters) != 2:
                 raise LoraSuiteError("apply takes PLAN ADAPTER OUT, or PLAN ADAPTER... --out DIR")
-            result = TransferPlan.load(plan_file).apply(
-                adapters[0], adapters[1], old=old, new=new, overwrite=overwrite, progress=report
+            loaded = TransferPlan.load(plan_file)
+            result = loaded.apply(
+                adapters[0],
+                adapters[1],
+                old=old,
+                new=new,
+                text=text,
+                settings=_settings(rank, distill_layers, loaded.options["seed"]),
+                overwrite=overwrite,
+                progress=report,
             )
         _print_result(result, as_json)
         return

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, check_base, read_adapter
-from .build import Inputs, Options, build
+from .build import AUTO, Inputs, Options, build
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
@@ -29,6 +29,9 @@ from .projection import METHODS, PlannedLayer, balanced
 from .ranks import Ranks
 from .result import LayerResult, Migration
 from .work import Work, clean_up, work_folder
+
+if TYPE_CHECKING:
+    from .distillation import Settings
 
 FORMAT = "lorasuite-fast plan"
 FORMAT_VERSION = 1
@@ -87,7 +90,7 @@ class TransferPlan:
         layers: str = "cka",
         heads: str = "hungarian",
         transfer: str = "embedding",
-        method: str = "lstsq",
+        method: str = "auto",
         roles: tuple[str, ...] = ROLES,
         device: str = "auto",
         dtype: str = "auto",
@@ -104,10 +107,13 @@ class TransferPlan:
 
         Args:
             old, new: folders in Hugging Face format, or hub ids.
-            calibration: .jsonl or .txt of unlabelled text for CKA; None takes the text shipped with the package.
+            calibration: .jsonl or .txt of unlabelled text for CKA and distillation; None takes the text shipped with
+                the package. "self" has the old model with its adapter write the text to distil from, at `apply`.
             examples: how many calibration examples both models read, split into the same pieces, 128 of each.
             layers: cka, first, medium or last. heads: hungarian or identity. transfer: embedding or identity.
-            method: lstsq (exact wherever the new model computes the old function) or paper (Eq. 3 of LoRASuite).
+            method: lstsq (exact wherever the new model computes the old function), distill (fits the adapter's effect
+                on text, at `apply`), paper (Eq. 3 of LoRASuite) or auto: lstsq where held-out tokens say that it is
+                exact (R² of both transfer matrices at least 0.999), distill elsewhere.
             roles: projections to plan for, of q, k, v, o, gate, up, down; the MLP costs several times the rest.
             device: auto, cpu or cuda. dtype: of the forward passes and the per-layer products; auto is float32.
             ridge: regularises the transfer matrix, as a share of the normal equations' mean diagonal.
@@ -127,7 +133,7 @@ class TransferPlan:
             layers=_check_choice("layer mapping", layers, ("cka", "first", "medium", "last")),
             heads=_check_choice("head mapping", heads, ("hungarian", "identity")),
             transfer=_check_choice("transfer", transfer, ("embedding", "identity")),
-            method=_check_choice("method", method, METHODS),
+            method=_check_choice("method", method, (AUTO, *METHODS)),
             roles=tuple(_check_choice("role", role, ROLES) for role in roles),
             device=pick_device(device),
             dtype=pick_dtype(dtype),
@@ -143,7 +149,7 @@ class TransferPlan:
             records = ModelRecord.of(inputs.old), ModelRecord.of(inputs.new)
             step(2)
         built, unfinished = build(inputs, options, clock, ranks or Ranks(), None if work is None else Path(work))
-        chosen = options.as_dict() | {"examples": built.examples}
+        chosen = options.as_dict() | {"examples": built.examples, "method": built.method}
         plan = cls(*records, chosen, built.mapping, built.tensors, built.facts, clock.phases, built.limits)
         plan._work.append(unfinished)
         return plan
@@ -253,13 +259,19 @@ class TransferPlan:
         *,
         old: str | os.PathLike[str] | None = None,
         new: str | os.PathLike[str] | None = None,
+        text: str | os.PathLike[str] | None = None,
+        settings: Settings | None = None,
+        trust_remote_code: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> Migration:
         """Carries one PEFT LoRA folder to the new model and writes the result as another.
 
         Args:
-            old, new: where the models are now; only then, or where Eq. (3) needs MLP weights, are they opened.
+            old, new: where the models are now. They are opened only then, where Eq. (3) needs MLP weights, and by
+                distill, which runs both.
+            text: for distill, in place of the plan's calibration text: .jsonl, .txt or "self".
+            settings: rank of the result and the rest of distill's settings.
 
         Raises:
             LoraSuiteError: an adapter of another base, or one the plan does not cover; OUT is then untouched.
@@ -271,6 +283,17 @@ class TransferPlan:
             models()
         source = read_adapter(adapter, FAMILIES[self.old.family], self.old.shape, self.old.name)
         check_base(source, self.old.fingerprint, self.old.name)
+        if self.options["method"] == "distill":
+            from .distilled_adapter import distil_adapter
+
+            asked = self.options["calibration"] if text is None else os.fspath(text)
+            result = distil_adapter(self, models(), source, asked, settings, clock, trust_remote_code=trust_remote_code)
+            with clock.phase("write", 1):
+                write_folder(target, result.files, overwrite=overwrite)
+            phases = [*self.phases, *clock.phases]
+            return Migration(self, source.where, str(target), result.layers, phases, [], distilled=result.distilled)
+        if settings is not None and settings.rank is not None:
+            raise LoraSuiteError(f"method {self.options['method']} keeps the adapter's rank; only distill changes it")
         missing = [role for role in source.roles if role not in self.options["roles"]]
         if missing:
             raise LoraSuiteError(
@@ -456,6 +479,7 @@ def migrate(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    settings: Settings | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Migration:
@@ -463,7 +487,7 @@ def migrate(
 
     Args:
         old, new: model folders or hub ids. adapter: a PEFT LoRA folder trained on old. out: the folder to write.
-        options: those of `TransferPlan.build`.
+        settings: rank of the result and the rest of distill's settings. options: those of `TransferPlan.build`.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
@@ -477,7 +501,14 @@ def migrate(
     options.setdefault("work", work_folder(out))
     plan = TransferPlan.build(old, new, roles=source.roles, progress=progress, **options)
     try:
-        result = plan.apply(adapter, out, overwrite=overwrite, progress=progress)
+        result = plan.apply(
+            adapter,
+            out,
+            settings=settings,
+            trust_remote_code=options.get("trust_remote_code", False),
+            overwrite=overwrite,
+            progress=progress,
+        )
     except WriteError:
         raise
     except LoraSuiteError:
