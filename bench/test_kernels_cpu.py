@@ -59,7 +59,7 @@ class Method:
     part: Callable[[Tensor], Tensor] = lambda whole: whole
     """The part of the whole result that `run` returns."""
     scale: int = 1
-    rounds: int = 9
+    rounds: int = 5
 
 
 def normal(*size: int, seed: int) -> Tensor:
@@ -104,8 +104,8 @@ def layer_methods(case: Case) -> list[Method]:
         for count, d in zip(case.layers, case.d, strict=True)
     )
     return [
-        Method("cka", lambda: cka(x, y)),
-        Method("pytorch-cka 1.1.3", lambda: pytorch_cka(x, y)),
+        Method("cka", lambda: cka(x, y), rounds=9),
+        Method("pytorch-cka 1.1.3", lambda: pytorch_cka(x, y), rounds=9),
         # It forms an old layer's Gram matrix once and goes through all the new ones.
         Method("torch-cka 0.21, 1 old layer", lambda: torch_cka(x[:1], y), lambda s: s[:1], len(x), rounds=3),
     ]
@@ -129,7 +129,7 @@ def head_methods(case: Case) -> list[Method]:
 
     return [
         Method("head_similarity", lambda: head_similarity(*carried(), *new, heads=heads, kv_heads=kv_heads)),
-        Method("vectorised PyTorch", lambda: plain_heads(carried(), new, heads, kv_heads)),
+        Method("vectorised PyTorch", lambda: plain_heads(carried(), new, heads, kv_heads), rounds=3),
         Method(
             "published, 1 pair of heads",
             lambda: published_pair(old, new, case.old.h, W_h)[None, None],
@@ -250,13 +250,11 @@ def run() -> Iterator[Run]:
 
 
 @pytest.fixture(scope="module")
-def methods(request: pytest.FixtureRequest, run: Run) -> Iterator[list[Method]]:
+def methods(request: pytest.FixtureRequest, run: Run) -> list[Method]:
     if request.config.getoption("benchmark_disable"):
-        yield OPERATIONS[request.param](SMALL)
-        return
+        return OPERATIONS[request.param](SMALL)
     run.measure_rates()
-    yield OPERATIONS[request.param](FULL)
-    run.measure_rates()
+    return OPERATIONS[request.param](FULL)
 
 
 @pytest.mark.parametrize(("methods", "index"), METHODS, indirect=["methods"])
