@@ -195,7 +195,8 @@ def test_a_deeper_old_model_leaves_some_of_its_layers_out(tmp_path: Path) -> Non
     for name, seed, layers in (("old", 1, 5), ("new", 2, 3)):
         save_folder(tiny_model("llama", seed, layers=layers), tokenizer, tmp_path / name)
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=["q_proj"], rank=2, alpha=2, seed=0)
-    result = migrate(tmp_path / "old", tmp_path / "new", tmp_path / "adapter", tmp_path / "out", examples=8)
+    folders = (tmp_path / name for name in ("old", "new", "adapter", "out"))
+    result = migrate(*folders, examples=8, method="lstsq")
     assert sorted(result.plan.layers) == [0, 1, 2]
     assert len(result.unused_old_layers) == 2
     load_strictly(tmp_path / "new", tmp_path / "out")
