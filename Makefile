@@ -25,7 +25,7 @@ bench: $(READY)
 	$(BIN)/python bench/aot.py
 	$(BIN)/python bench/roofline.py
 	$(BIN)/python -m pip install --quiet --no-deps --target .cache/peers pytorch-cka==1.1.3 torch-cka==0.21
-	$(BIN)/python bench/kernels_cpu.py --peers .cache/peers
+	PEERS=.cache/peers $(BIN)/python -m pytest bench/test_kernels_cpu.py
 
 # Trains the two demo models, the adapter and the baselines again, about an hour on two cores.
 demo-pair: $(READY)

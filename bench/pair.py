@@ -49,7 +49,7 @@ def main() -> None:
         text.write_text("".join(json.dumps({"text": f"{i} example"}) + "\n" for i in range(4)))
         for name in arguments.roles:
             roles = ATTENTION if name == "attention" else ROLES
-            plan = TransferPlan.build(old, new, calibration=text, examples=4, roles=roles)
+            plan = TransferPlan.build(old, new, calibration=text, examples=4, roles=roles, method="lstsq")
             plan.save(root / f"{name}.plan")
             parts = [phase for phase in plan.phases if phase.name not in CALIBRATION]
             build = sum(phase.seconds for phase in parts)

@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lorasuite_fast import refine
-from lorasuite_fast.self_text import self_text
+from lorasuite_fast.checkpoint import Checkpoint
+from lorasuite_fast.self_text import self_written
 
 DEMO = Path(__file__).resolve().parents[1] / "lorasuite_fast" / "demo"
 OLD, NEW, ADAPTER = DEMO / "old", DEMO / "new", DEMO / "adapter"
@@ -46,9 +47,7 @@ ROWS = {
     "both": Row("KL + 0.3 × next token"),
     "both-shuffled": Row("KL + 0.3 × next token, teacher positions shuffled", {"control": "shuffled"}),
     "kl": Row("KL alone", {"next_token_weight": 0.0}),
-    "kl-shuffled": Row(
-        "KL alone, teacher positions shuffled", {"next_token_weight": 0.0, "control": "shuffled"}
-    ),
+    "kl-shuffled": Row("KL alone, teacher positions shuffled", {"next_token_weight": 0.0, "control": "shuffled"}),
     "next-token": Row("next token alone", {"kl_weight": 0.0, "next_token_weight": 1.0}),
     "both-bare-text": Row("KL + 0.3 × next token, text written without the adapter", text="bare"),
     "both-mlp": Row(
@@ -72,7 +71,14 @@ def texts_of(work: Path, kind: str) -> list[str]:
         return taken
     if not path.exists():
         start = time.perf_counter()
-        texts = self_text(OLD, ADAPTER if kind == "self" else None, TEXT_BYTES, seed=0)
+        texts = self_written(
+            Checkpoint(OLD, "old"),
+            ADAPTER if kind == "self" else None,
+            size=TEXT_BYTES,
+            seed=0,
+            tokens=256,
+            device=torch.device("cpu"),
+        )
         seconds = time.perf_counter() - start
         path.write_text(json.dumps({"texts": texts, "seconds": seconds}))
     return json.loads(path.read_text())["texts"]
@@ -175,8 +181,8 @@ def conclusions(work: Path, measured: dict[str, Any], share: Any, full: dict[str
     )
     teacher = both["refinement"]["teacher"]
     lines.append(
-        f"- Targets keep {teacher['k']} of {teacher['shared']} shared tokens: {teacher['rest']:.2%} of the mass is merged, and "
-        f"{teacher['truncation']:.2%} of the divergence lost ({teacher['positions']:,} positions)."
+        f"- Targets keep {teacher['k']} of {teacher['shared']} shared tokens: {teacher['rest']:.2%} of the mass is "
+        f"merged, and {teacher['truncation']:.2%} of the divergence lost ({teacher['positions']:,} positions)."
     )
     kept = json.loads((work / "text-self.json").read_text())["seconds"]
     costs: dict[str, float] = {}
@@ -184,10 +190,10 @@ def conclusions(work: Path, measured: dict[str, Any], share: Any, full: dict[str
         for phase, seconds in figures["refinement"]["costs"].items():
             costs[phase] = max(costs.get(phase, 0.0), seconds)
     training = both["refinement"]["costs"]["train"]
+    passes = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in costs.items() if phase != "train")
     lines.append(
-        f"- Cost in seconds: writing the text {kept:.0f}; "
-        + ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in costs.items() if phase not in ("train", "write text"))
-        + f"; training {training:.0f}, its evaluations included. Rows that found the targets on disk did not work them "
+        f"- Cost in seconds: writing the text {kept:.0f}; {passes}"
+        f"; training {training:.0f}, its evaluations included. Rows that found the targets on disk did not work them "
         "out again."
     )
     return lines

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ from .work import Work, stacked, unstacked
 MAX_TOKENS = 128
 """Of each calibration example."""
 _MINIBATCH = 512
+EXACT_R2 = 0.999
+"""From here on, on held-out tokens, the models' residual streams count as linear images of one another."""
+AUTO = "auto"
+SELF = "self"
+"""As calibration text: what the old model with its adapter writes itself."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,10 @@ class Inputs:
     def open(cls, old: str | os.PathLike[str], new: str | os.PathLike[str], options: Options) -> Inputs:
         models = Checkpoint(old, "old", mapped=options.mapped), Checkpoint(new, "new", mapped=options.mapped)
         tokenizers = tuple(m.tokenizer(trust_remote_code=options.trust_remote_code) for m in models)
-        texts = load_examples(options.calibration, options.examples, options.seed)
+        # Text an adapter writes is not there yet, and CKA compares the models without one.
+        calibration = options.calibration
+        source = None if calibration is not None and os.fspath(calibration) == SELF else calibration
+        texts = load_examples(source, options.examples, options.seed)
         ids = common_ids(tokenizers[0], tokenizers[1], texts, MAX_TOKENS)
         if len(ids[0]) < MIN_EXAMPLES:
             raise LoraSuiteError(
@@ -127,6 +135,19 @@ class Built:
     facts: dict[str, Any]
     examples: int
     limits: Limits
+    method: str
+
+
+def choose_method(asked: str, r2: float | None, r2_back: float | None) -> tuple[str, str]:
+    """The method that is used, and why: `auto` takes lstsq where a linear map between the models fits exactly."""
+    if asked != AUTO:
+        return asked, "asked for"
+    if r2 is None or r2_back is None:
+        return "lstsq", "the transfer matrix is given, not fitted"
+    fit = f"R² of the maps between the embeddings on held-out tokens {r2:.4f} and {r2_back:.4f}"
+    if min(r2, r2_back) >= EXACT_R2:
+        return "lstsq", f"a linear map carries one model onto the other ({fit}, {EXACT_R2} is exact)"
+    return "distill", f"no linear map carries one model onto the other ({fit}, {EXACT_R2} would be exact)"
 
 
 def build(
@@ -139,7 +160,10 @@ def build(
         work = _open_work(folder, inputs.identity(options), limits, ranks)
         limits = Limits(work.record["micro_batch"], work.record["chunk_rows"], limits.predicted, limits.budget)
     try:
-        return _steps(inputs, options, limits, clock, ranks, work), work
+        built = _steps(inputs, options, limits, clock, ranks, work)
+        if work is not None and ranks.first:
+            work.complete()
+        return built, work
     except WriteError:
         raise
     except LoraSuiteError:
@@ -147,6 +171,9 @@ def build(
         if work is not None and ranks.first:
             work.discard()
         raise
+    finally:
+        if work is not None:
+            work.close()
 
 
 def _steps(
@@ -155,6 +182,8 @@ def _steps(
     with clock.phase("transfer matrix", 1, limits.predicted["transfer matrix"]) as step:
         carried = ranks.share(_transfer(inputs, options, limits, work) if ranks.first else None)
         step(1)
+    method, reason = choose_method(options.method, carried.r2, carried.r2_back)
+    options = replace(options, method=method)
     grams = []
     for model, ids in zip((inputs.old, inputs.new), inputs.ids, strict=True):
         phase = f"{model.role} hidden states"
@@ -177,8 +206,9 @@ def _steps(
         "rank": carried.rank,
         "r2": carried.r2,
         "r2_back": carried.r2_back,
+        "method_reason": reason,
     }
-    return Built(mapping, tensors, facts, len(inputs.ids[0]), limits)
+    return Built(mapping, tensors, facts, len(inputs.ids[0]), limits, method)
 
 
 def _limits(inputs: Inputs, options: Options) -> Limits:

@@ -1,10 +1,12 @@
-"""The command line: `lorasuite-fast migrate`, `plan`, `apply` and `verify`."""
+"""The command line: `lorasuite-fast migrate`, `refine`, `plan`, `apply` and `verify`."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +22,7 @@ from ._version import __version__
 from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
+    from .distillation import Distilled, Settings
     from .phases import Phase
     from .phases import Progress as Report
     from .plan import TransferPlan
@@ -40,7 +43,10 @@ AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT L
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="PEFT LoRA folder to write.")]
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="Unlabelled text for CKA: .jsonl with a field `text`, or .txt. Default: the shipped text."),
+    typer.Option(
+        help="Unlabelled text for CKA and distillation: .jsonl with a field `text`, or .txt. `self`: the old model "
+        "with its adapter writes it. Default: the shipped text."
+    ),
 ]
 Examples = Annotated[int, typer.Option(help="Calibration examples to read, 128 tokens of each.", min=4)]
 Layers = Annotated[Literal["cka", "first", "medium", "last"], typer.Option(help="How layers are mapped.")]
@@ -49,7 +55,22 @@ TransferKind = Annotated[
     Literal["embedding", "identity"], typer.Option(help="Transfer matrix: fitted on shared tokens, or the identity.")
 ]
 MethodName = Annotated[
-    Literal["lstsq", "paper"], typer.Option(help="Least squares, or Eq. (3) of LoRASuite for comparison.")
+    Literal["auto", "lstsq", "distill", "paper"],
+    typer.Option(
+        help="auto: least squares where it is exact, else distillation of the effect. paper: Eq. (3) of LoRASuite."
+    ),
+]
+Rank = Annotated[int | None, typer.Option(help="Of the result, with distill. Default: the adapter's own.", min=1)]
+Fitted = Annotated[
+    int | None,
+    typer.Option(help="How many of the last new layers distill fits. Default: half of them.", min=1),
+]
+RefineText = Annotated[
+    Path | None,
+    typer.Option(
+        help="Unlabelled text to refine on: .jsonl with a field `text`, or .txt. Default, `self`: the old model with "
+        "its adapter writes it."
+    ),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
 Dtype = Annotated[
@@ -70,6 +91,41 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 
 @contextmanager
+def _bus_errors() -> Iterator[None]:
+    """A file cut off under its memory map ends in SIGBUS at the next touch; this makes it one line and exit code 2.
+
+    The faulting instruction is tried again and again meanwhile, so a thread of its own has to notice.
+    """
+    if not hasattr(signal, "SIGBUS") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def watch() -> None:
+        while got := os.read(reader, 1):
+            if got[0] == signal.SIGBUS:
+                message = (
+                    b"error: a model file was cut off while it was being read, or its disk failed; fetch it again\n"
+                )
+                os.write(2, message)
+                os._exit(2)
+
+    before = signal.signal(signal.SIGBUS, lambda *_: None)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGBUS, before)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+
+
+@contextmanager
 def _run(as_json: bool) -> Iterator[Report | None]:
     """Progress on stderr, and every foreseen failure as one line and exit code 2."""
     # What transformers remarks about its own internals is no business of the user's.
@@ -85,7 +141,10 @@ def _run(as_json: bool) -> Iterator[Report | None]:
         TimeElapsedColumn(),
     )
     try:
-        with Progress(*columns, console=console, disable=as_json or not console.is_terminal) as progress:
+        with (
+            _bus_errors(),
+            Progress(*columns, console=console, disable=as_json or not console.is_terminal) as progress,
+        ):
 
             def report(phase: str, done: int, total: int) -> None:
                 if phase not in bars:
@@ -139,13 +198,16 @@ def _print_transfer(console: Console, plan: TransferPlan) -> None:
     facts, old, new = plan.facts, plan.old.shape, plan.new.shape
     console.print(
         f"old: {old.L} layers, d {old.d}, {old.attention}   new: {new.L} layers, d {new.d}, {new.attention}   "
-        f"method: {plan.options['method']}",
+        f"method: {plan.options['method']}, {facts.get('method_reason', 'asked for')}",
         highlight=False,
+        soft_wrap=True,
     )
     if plan.options["transfer"] == "identity":
         vocabulary = "the same vocabulary" if facts["same_vocabulary"] else "[yellow]different vocabularies[/yellow]"
         console.print(f"transfer matrix: the identity, as asked for; the two models have {vocabulary}")
         return
+    from .build import EXACT_R2
+
     r2, back = facts["r2"], facts["r2_back"]
     console.print(
         f"transfer matrix: {facts['shared_tokens']:,} shared tokens"
@@ -153,15 +215,11 @@ def _print_transfer(console: Console, plan: TransferPlan) -> None:
         + f", R² on held-out tokens {_share(r2)} old to new, {_share(back)} new to old",
         highlight=False,
     )
-    if r2 is not None and min(r2, back) < EXACT_R2:
+    if r2 is not None and min(r2, back) < EXACT_R2 and plan.options["method"] != "distill":
         console.print(
             "[yellow]No linear map carries one embedding onto the other (R² below 0.999): between such models the\n"
             "projection alone usually changes little or nothing for the better. Measure before you rely on it.[/yellow]"
         )
-
-
-EXACT_R2 = 0.999
-"""From here on, on held-out tokens, the models' residual streams count as linear images of one another."""
 
 
 def _print_layers(console: Console, result: Migration) -> None:
@@ -177,13 +235,54 @@ def _print_layers(console: Console, result: Migration) -> None:
         sizes = "  ".join(f"{role}\u00a0{size:.3f}" for role, size in layer.update.items()) or "–"
         table.add_row(
             str(j),
-            str(layer.old_layer),
-            f"{layer.cka:.3f}",
+            "–" if layer.old_layer is None else str(layer.old_layer),
+            _share(layer.cka),
             _share(layer.head_similarity),
             _share(layer.neuron_similarity),
             sizes,
         )
     console.print(table)
+
+
+def _steps(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise LoraSuiteError(f"--refine {text}: expected auto or a number of steps, 0 for none") from None
+
+
+def _default_refinement(device: str) -> int | str:
+    """Without a GPU a refinement can take hours, so it has to be asked for."""
+    import torch
+
+    return "auto" if device != "cpu" and torch.cuda.is_available() else 0
+
+
+def _say(sentence: str) -> None:
+    typer.echo(sentence, err=True)
+
+
+def _settings(rank: int | None, layers: int | None, seed: int) -> Settings | None:
+    if rank is None and layers is None:
+        return None
+    from .distillation import Settings
+
+    return Settings(rank=rank, layers=layers, seed=seed)
+
+
+def _print_distilled(console: Console, distilled: Distilled) -> None:
+    share, content = distilled.agreement["kl_share"], distilled.agreement["content_kl_share"]
+    console.print(
+        f"distilled on {distilled.positions:,} aligned positions of {distilled.texts:,} texts, gain {distilled.gain}\n"
+        f"agreement with the old adapter on held-out text (1: the same change, 0: none): {share[0]:.3f} "
+        f"[{share[1]:.3f}, {share[2]:.3f}], of which {content[0]:.3f} [{content[1]:.3f}, {content[2]:.3f}] depends on "
+        "the text",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _print_result(result: Migration, as_json: bool) -> None:
@@ -194,6 +293,12 @@ def _print_result(result: Migration, as_json: bool) -> None:
     _print_transfer(console, result.plan)
     _print_layers(console, result)
     console.print(_phase_table(result.phases))
+    if result.distilled is not None:
+        _print_distilled(console, result.distilled)
+    if result.refined is not None:
+        console.print(result.refined.summary, highlight=False, markup=False, soft_wrap=True)
+    if result.warning:
+        console.print(f"[yellow]WARNING: {result.warning}.[/yellow]", soft_wrap=True)
     if result.unused_old_layers:
         console.print(f"old layers without a partner, left out: {', '.join(map(str, result.unused_old_layers))}")
     console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
@@ -210,11 +315,21 @@ def migrate(
     layers: Layers = "cka",
     heads: Heads = "hungarian",
     transfer: TransferKind = "embedding",
-    method: MethodName = "lstsq",
+    method: MethodName = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
     ridge: Ridge = 0.0,
+    rank: Rank = None,
+    distill_layers: Fitted = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Then train the result without labels: STEPS, auto, or 0. Default: auto on a GPU, else 0.",
+        ),
+    ] = None,
+    refine_text: RefineText = None,
     memory: Memory = None,
     mapped: Mapped = True,
     overwrite: Overwrite = False,
@@ -245,9 +360,13 @@ def migrate(
             ridge=ridge,
             memory=memory,
             mapped=mapped,
+            settings=_settings(rank, distill_layers, seed),
+            refine=_steps(refine) if refine is not None else _default_refinement(device),
+            refine_text=refine_text,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=report,
+            say=_say,
         )
     _print_result(result, as_json)
 
@@ -265,7 +384,7 @@ def plan(
     layers: Layers = "cka",
     heads: Heads = "hungarian",
     transfer: TransferKind = "embedding",
-    method: MethodName = "lstsq",
+    method: MethodName = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
@@ -286,8 +405,10 @@ def plan(
         from .families import ATTENTION, MLP, ROLES
         from .output import check_output
         from .plan import TransferPlan
-        from .work import work_folder
+        from .work import clean_up, work_folder
 
+        if ranks.first:
+            clean_up(out)
         check_output(out, overwrite=overwrite)
         named = {"all": ROLES, "attention": ATTENTION, "mlp": MLP}
         built = TransferPlan.build(
@@ -342,6 +463,11 @@ def apply(
     ] = None,
     old: Annotated[str | None, typer.Option(help="Where the old model is now; its fingerprint is checked.")] = None,
     new: Annotated[str | None, typer.Option(help="Where the new model is now; its fingerprint is checked.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="For distill, in place of the plan's text: .jsonl, .txt or `self`.")
+    ] = None,
+    rank: Rank = None,
+    distill_layers: Fitted = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -357,8 +483,16 @@ def apply(
 
             if len(adapters) != 2:
                 raise LoraSuiteError("apply takes PLAN ADAPTER OUT, or PLAN ADAPTER... --out DIR")
-            result = TransferPlan.load(plan_file).apply(
-                adapters[0], adapters[1], old=old, new=new, overwrite=overwrite, progress=report
+            loaded = TransferPlan.load(plan_file)
+            result = loaded.apply(
+                adapters[0],
+                adapters[1],
+                old=old,
+                new=new,
+                text=text,
+                settings=_settings(rank, distill_layers, loaded.options["seed"]),
+                overwrite=overwrite,
+                progress=report,
             )
         _print_result(result, as_json)
         return
@@ -457,6 +591,101 @@ def verify(
     console = Console()
     print_verification(console, result)
     console.print(_phase_table(result.phases))
+
+
+@app.command()
+def refine(
+    old: OldArgument,
+    old_adapter: Annotated[str, typer.Argument(metavar="OLD_ADAPTER", help="PEFT LoRA folder trained on OLD.")],
+    new: NewArgument,
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="PEFT LoRA folder for NEW to start from, or `none`.")
+    ],
+    out: OutArgument,
+    text: RefineText = None,
+    text_bytes: Annotated[int, typer.Option(help="Bytes of text the old model writes.", min=1000)] = 600_000,
+    steps: Annotated[str, typer.Option(help="Optimizer steps, or auto: as many as the text is worth.")] = "auto",
+    learning_rate: Annotated[float, typer.Option(help="At the first step; falls to 0. Large models need less.")] = 1e-2,
+    rank: Annotated[int | None, typer.Option(help="Of a new adapter, 8 by default; widens ADAPTER.", min=1)] = None,
+    roles: Annotated[
+        str | None, typer.Option(help="Projections to train, like q,v; by default those of ADAPTER, or q,k,v,o.")
+    ] = None,
+    kl_weight: Annotated[float, typer.Option(help="Of the divergence from the teacher.", min=0.0)] = 1.0,
+    next_token_weight: Annotated[float, typer.Option(help="Of the next-token loss.", min=0.0)] = 0.3,
+    batch_bytes: Annotated[int, typer.Option(help="Text a step reads.", min=1)] = 2000,
+    top_k: Annotated[int, typer.Option(help="Most probable tokens kept of each target; 0 keeps all.", min=0)] = 64,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out text.", min=1)] = 25,
+    patience: Annotated[int, typer.Option(help="Evaluations without a better one before it stops; 0: never.")] = 6,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Of the text, its order and a new adapter.")] = 0,
+    memory: Memory = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps the targets for further runs.")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter of NEW, without labels, to do what OLD_ADAPTER does on OLD.
+
+    Interrupted, the same command goes on from its last checkpoint.
+
+    Example: lorasuite-fast refine old-model my-adapter new-model my-adapter-new my-adapter-refined
+    """
+    with _run(as_json) as report:
+        from .refinement import refine as run
+
+        result = run(
+            old,
+            old_adapter,
+            new,
+            None if adapter == "none" else adapter,
+            out,
+            text=text,
+            text_bytes=text_bytes,
+            steps=_steps(steps),
+            learning_rate=learning_rate,
+            rank=rank,
+            roles=None if roles is None else [role.strip() for role in roles.split(",")],
+            kl_weight=kl_weight,
+            next_token_weight=next_token_weight,
+            batch_bytes=batch_bytes,
+            top_k=top_k or None,
+            eval_every=eval_every,
+            patience=patience or None,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            memory=memory,
+            gradient_checkpointing=gradient_checkpointing,
+            cache=cache,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=report,
+            say=_say,
+        )
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+        return
+    console = Console()
+    table = Table(title="Evaluations on held-out text", title_justify="left")
+    for name in ("step", "agreement", "KL, nats", "next token, nats"):
+        table.add_column(name, justify="right")
+    for e in result.evaluations:
+        table.add_row(str(e.step), f"{e.agreement:.3f}", _share(e.kl), _share(e.next_token))
+    console.print(table)
+    console.print(_phase_table(result.phases))
+    facts = result.teacher
+    console.print(
+        f"targets: {facts.k:,} of {facts.shared:,} shared tokens kept at {facts.positions:,} positions; the rest holds "
+        f"{facts.rest:.2%} of the mass, and merging it loses {facts.as_dict()['truncation']:.2%} of the divergence",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(result.summary, highlight=False, soft_wrap=True)
+    console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
 
 
 def _version(value: bool) -> None:

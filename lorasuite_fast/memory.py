@@ -26,7 +26,8 @@ _LIBRARIES = 160 << 20
 """What transformers' model code and the products' own buffers add once a forward pass runs."""
 _PER_TOKEN = 700
 """Bytes of the tables that say which token of one vocabulary is which of the other, per token."""
-_NEURON_WORKSPACE = 160 << 20
+_NEURON_PRODUCTS = 8_000_000
+_CANDIDATE_BYTES = 16 * 120
 _MIB = 2**20
 
 
@@ -77,11 +78,12 @@ class Demand:
     def predict(self, micro_batch: int, chunk_rows: int) -> dict[str, int]:
         """Peak bytes by phase."""
         carried = self._carried()
+        libraries = _LIBRARIES if self.device.type == "cpu" else 0
         return {
             "transfer matrix": self.base + (self._transfer(chunk_rows) if self.device.type == "cpu" else 0),
-            "old hidden states": self.base + carried + self._forward(self.old, micro_batch),
-            "new hidden states": self.base + carried + self._forward(self.new, micro_batch),
-            "heads and projections": self.base + carried + self._pair() + self._stored(),
+            "old hidden states": self.base + libraries + carried + self._forward(self.old, micro_batch),
+            "new hidden states": self.base + libraries + carried + self._forward(self.new, micro_batch),
+            "heads and projections": self.base + libraries + carried + self._pair() + self._stored(),
         }
 
     def fit(self, budget: int | None) -> Limits:
@@ -152,7 +154,7 @@ class Demand:
         # Masks are kept for all micro-batches; scores of attention only where a fused kernel does not apply.
         masks = self.examples * self.tokens * self.tokens * 4
         scores = min(micro_batch, self.examples) * self.tokens * self.tokens * s.H * e
-        return weights + hidden + tokens * widest * e + masks + scores + (_LIBRARIES if on_cpu else 0)
+        return weights + hidden + tokens * widest * e + masks + scores
 
     def _pair(self) -> int:
         """Both layers of a pair in the compute dtype with the old one carried, and the workspaces of the matching."""
@@ -167,7 +169,8 @@ class Demand:
             attention = weights + max(products, whitened) + e * max(rows_o, rows_n) * n.d
             stored += sum(self._layer_bytes(m, ATTENTION)[0] for m in (self.old, self.new))
         if set(self.roles) & set(MLP):
-            mlp = e * (2 * o.f * o.d + 3 * o.f * n.d + 5 * n.f * n.d) + _NEURON_WORKSPACE
+            mlp = e * (2 * o.f * o.d + 3 * o.f * n.d + 5 * n.f * n.d)
+            mlp += 3 * e * min(_NEURON_PRODUCTS, o.f * n.f) + _CANDIDATE_BYTES * (o.f + n.f)
             stored += sum(self._layer_bytes(m, MLP)[0] for m in (self.old, self.new))
         return max(attention, mlp) + 2 * stored
 

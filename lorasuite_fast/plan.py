@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, check_base, read_adapter
-from .build import Inputs, Options, build
+from .build import AUTO, EXACT_R2, Inputs, Options, build
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
@@ -28,7 +28,10 @@ from .phases import Phase, PhaseClock, Progress
 from .projection import METHODS, PlannedLayer, balanced
 from .ranks import Ranks
 from .result import LayerResult, Migration
-from .work import Work, work_folder
+from .work import Work, clean_up, work_folder
+
+if TYPE_CHECKING:
+    from .distillation import Settings
 
 FORMAT = "lorasuite-fast plan"
 FORMAT_VERSION = 1
@@ -87,7 +90,7 @@ class TransferPlan:
         layers: str = "cka",
         heads: str = "hungarian",
         transfer: str = "embedding",
-        method: str = "lstsq",
+        method: str = "auto",
         roles: tuple[str, ...] = ROLES,
         device: str = "auto",
         dtype: str = "auto",
@@ -104,10 +107,13 @@ class TransferPlan:
 
         Args:
             old, new: folders in Hugging Face format, or hub ids.
-            calibration: .jsonl or .txt of unlabelled text for CKA; None takes the text shipped with the package.
+            calibration: .jsonl or .txt of unlabelled text for CKA and distillation; None takes the text shipped with
+                the package. "self" has the old model with its adapter write the text to distil from, at `apply`.
             examples: how many calibration examples both models read, split into the same pieces, 128 of each.
             layers: cka, first, medium or last. heads: hungarian or identity. transfer: embedding or identity.
-            method: lstsq (exact wherever the new model computes the old function) or paper (Eq. 3 of LoRASuite).
+            method: lstsq (exact wherever the new model computes the old function), distill (fits the adapter's effect
+                on text, at `apply`), paper (Eq. 3 of LoRASuite) or auto: lstsq where held-out tokens say that it is
+                exact (R² of both transfer matrices at least 0.999), distill elsewhere.
             roles: projections to plan for, of q, k, v, o, gate, up, down; the MLP costs several times the rest.
             device: auto, cpu or cuda. dtype: of the forward passes and the per-layer products; auto is float32.
             ridge: regularises the transfer matrix, as a share of the normal equations' mean diagonal.
@@ -127,7 +133,7 @@ class TransferPlan:
             layers=_check_choice("layer mapping", layers, ("cka", "first", "medium", "last")),
             heads=_check_choice("head mapping", heads, ("hungarian", "identity")),
             transfer=_check_choice("transfer", transfer, ("embedding", "identity")),
-            method=_check_choice("method", method, METHODS),
+            method=_check_choice("method", method, (AUTO, *METHODS)),
             roles=tuple(_check_choice("role", role, ROLES) for role in roles),
             device=pick_device(device),
             dtype=pick_dtype(dtype),
@@ -143,7 +149,7 @@ class TransferPlan:
             records = ModelRecord.of(inputs.old), ModelRecord.of(inputs.new)
             step(2)
         built, unfinished = build(inputs, options, clock, ranks or Ranks(), None if work is None else Path(work))
-        chosen = options.as_dict() | {"examples": built.examples}
+        chosen = options.as_dict() | {"examples": built.examples, "method": built.method}
         plan = cls(*records, chosen, built.mapping, built.tensors, built.facts, clock.phases, built.limits)
         plan._work.append(unfinished)
         return plan
@@ -253,13 +259,19 @@ class TransferPlan:
         *,
         old: str | os.PathLike[str] | None = None,
         new: str | os.PathLike[str] | None = None,
+        text: str | os.PathLike[str] | None = None,
+        settings: Settings | None = None,
+        trust_remote_code: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> Migration:
         """Carries one PEFT LoRA folder to the new model and writes the result as another.
 
         Args:
-            old, new: where the models are now; only then, or where Eq. (3) needs MLP weights, are they opened.
+            old, new: where the models are now. They are opened only then, where Eq. (3) needs MLP weights, and by
+                distill, which runs both.
+            text: for distill, in place of the plan's calibration text: .jsonl, .txt or "self".
+            settings: rank of the result and the rest of distill's settings.
 
         Raises:
             LoraSuiteError: an adapter of another base, or one the plan does not cover; OUT is then untouched.
@@ -271,6 +283,17 @@ class TransferPlan:
             models()
         source = read_adapter(adapter, FAMILIES[self.old.family], self.old.shape, self.old.name)
         check_base(source, self.old.fingerprint, self.old.name)
+        if self.options["method"] == "distill":
+            from .distilled_adapter import distil_adapter
+
+            asked = self.options["calibration"] if text is None else os.fspath(text)
+            result = distil_adapter(self, models(), source, asked, settings, clock, trust_remote_code=trust_remote_code)
+            with clock.phase("write", 1):
+                write_folder(target, result.files, overwrite=overwrite)
+            phases = [*self.phases, *clock.phases]
+            return Migration(self, source.where, str(target), result.layers, phases, [], distilled=result.distilled)
+        if settings is not None and settings.rank is not None:
+            raise LoraSuiteError(f"method {self.options['method']} keeps the adapter's rank; only distill changes it")
         missing = [role for role in source.roles if role not in self.options["roles"]]
         if missing:
             raise LoraSuiteError(
@@ -374,6 +397,12 @@ class TransferPlan:
             update=sizes,
         )
 
+    @property
+    def exact(self) -> bool:
+        """Whether a linear map fits both ways so well that least squares carry an adapter as it is."""
+        fits = self.facts.get("r2"), self.facts.get("r2_back")
+        return self.options["method"] == "lstsq" and all(r2 is not None and r2 >= EXACT_R2 for r2 in fits)
+
     def summary(self) -> dict[str, Any]:
         """The plan without its tensors, as plain data."""
         cka = self.tensors["cka"]
@@ -456,31 +485,80 @@ def migrate(
     out: str | os.PathLike[str],
     *,
     overwrite: bool = False,
+    settings: Settings | None = None,
+    refine: int | str = 0,
+    refine_text: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Migration:
     """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
 
+    With `refine` the result is then the start of a training without labels (`refinement.refine`) of as many steps;
+    "auto" takes as many as the text is worth, and none where least squares are exact.
+
     Args:
         old, new: model folders or hub ids. adapter: a PEFT LoRA folder trained on old. out: the folder to write.
-        options: those of `TransferPlan.build`.
+        settings: rank of the result and the rest of distill's settings. options: those of `TransferPlan.build`.
+        refine_text: None has the old model write it with its adapter; else a .jsonl or .txt file.
+        say: called with one sentence, the steps planned, before a refinement starts.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     start = time.perf_counter()
-    check_output(out, overwrite=overwrite)
+    if refine != "auto" and (isinstance(refine, str) or refine < 0):
+        raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
+    clean_up(out)
+    path = check_output(out, overwrite=overwrite)
     model = Checkpoint(old, "old")
     source = read_adapter(adapter, model.family, model.shape, model.name)
     check_base(source, model.fingerprint(), model.name)
     options.setdefault("work", work_folder(out))
     plan = TransferPlan.build(old, new, roles=source.roles, progress=progress, **options)
+    if refine == "auto" and plan.exact:
+        refine = 0
+    unrefined = path
+    if refine:
+        from .refinement import refinement_folder
+
+        unrefined = refinement_folder(out) / "migrated"
+        unrefined.parent.mkdir(exist_ok=True)
     try:
-        result = plan.apply(adapter, out, overwrite=overwrite, progress=progress)
+        result = plan.apply(
+            adapter,
+            unrefined if refine else out,
+            settings=settings,
+            trust_remote_code=options.get("trust_remote_code", False),
+            overwrite=overwrite or bool(refine),
+            progress=progress,
+        )
     except WriteError:
         raise
     except LoraSuiteError:
         plan.finish()
         raise
+    if refine:
+        from .refinement import refine as run
+
+        refined = run(
+            old,
+            adapter,
+            new,
+            unrefined,
+            out,
+            text=refine_text,
+            steps=refine,
+            roles=source.roles,
+            rank=int(source.config["r"]),
+            seed=plan.options["seed"],
+            device=plan.options["device"],
+            memory=options.get("memory"),
+            trust_remote_code=options.get("trust_remote_code", False),
+            overwrite=overwrite,
+            progress=progress,
+            say=say,
+        )
+        result = replace(result, out=os.fspath(out), refined=refined, phases=[*result.phases, *refined.phases])
     plan.finish()
     return result.with_seconds(time.perf_counter() - start)

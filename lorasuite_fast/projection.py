@@ -227,7 +227,20 @@ class LeastSquares:
         return x[match.clamp_min(0)] * (scale * (match >= 0))[:, None]
 
 
-METHODS: dict[str, Method] = {method.name: method for method in (LeastSquares(), Paper())}
+class Distill:
+    """Carries nothing layer by layer: what an adapter does is fitted anew from text (`distillation.distill`)."""
+
+    name = "distill"
+    needs_text = True
+
+    def build(self, pair: Pair, roles: tuple[str, ...]) -> dict[str, Tensor]:
+        return {}
+
+    def project(self, layer: PlannedLayer, role: str, update: Factors) -> Factors:
+        raise NotImplementedError("distill fits a whole adapter at once")
+
+
+METHODS: dict[str, Method] = {method.name: method for method in (LeastSquares(), Paper(), Distill())}
 
 
 def whiten(m: Tensor, heads: int) -> Tensor:

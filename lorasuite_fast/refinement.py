@@ -17,7 +17,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from .memory import parse_memory
 from .output import check_output, write_folder
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
-from .self_text import adapter_digest, self_text
+from .self_text import adapter_digest, self_written
 from .teacher import Target, Targets, TeacherFacts, divergence, write_targets
 from .work import Work
 
@@ -111,6 +111,12 @@ class Refinement:
         """Plain data, what `--json` prints."""
         costs = {phase.name: phase.seconds for phase in self.phases}
         return asdict(self) | {"teacher": self.teacher.as_dict(), "peak_memory": self.peak_memory, "costs": costs}
+
+
+def refinement_folder(out: str | os.PathLike[str]) -> Path:
+    """Where a refinement that is to write `out` keeps its work: a hidden sibling."""
+    path = Path(out).expanduser().absolute()
+    return path.with_name(f".{path.name}.refine")
 
 
 def step_budget(size: int, batch_bytes: int = BATCH_BYTES) -> int:
@@ -393,12 +399,13 @@ def refine(
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Refinement:
     """Trains an adapter for NEW to do what OLD's adapter does, without labels.
 
-    The old model writes the text unless one is given; the teacher's targets are worked out and kept on disk, one model
-    in memory at a time; then the adapter is trained. Text, targets and training are kept beside OUT until it is
-    complete, and the same call goes on from them after an interruption.
+    The old model writes the text unless one is given, once for all successors; the teacher's targets are worked out and
+    kept on disk, one model in memory at a time; then the adapter is trained. Targets and training are kept beside OUT
+    until it is complete, and the same call goes on from them after an interruption.
 
     Args:
         old, new: model folders or hub ids. old_adapter: PEFT folder trained on old.
@@ -418,7 +425,8 @@ def refine(
             to stop; None never stops.
         dtype: auto is bfloat16 on a GPU that has it, else float32; the adapter is float32 always.
         memory: what may be resident on the device, e.g. "6GB"; turns gradient checkpointing on where needed.
-        cache: folder that keeps text and targets for further runs; by default they go when OUT is complete.
+        cache: folder that keeps the targets for further runs; by default they go when OUT is complete.
+        say: called with one sentence, what will be done, before the training starts.
         control: "shuffled" trains on targets whose change belongs to another position, which has no business working.
 
     Raises:
@@ -438,23 +446,22 @@ def refine(
     clock = PhaseClock(progress, run_device)
     checkpoint_o, checkpoint_n = Checkpoint(old, "old"), Checkpoint(new, "new")
     start = None if adapter is None else Path(adapter).expanduser()
-    folder = path.with_name(f".{path.name}.refine")
+    folder = refinement_folder(out)
     kept = folder if cache is None else Path(cache).expanduser()
     for place in {folder, kept}:
         place.mkdir(parents=True, exist_ok=True)
 
-    if text is None or text == "self":
+    if text is None or (isinstance(text, str | os.PathLike) and os.fspath(text) == "self"):
         source = "self"
         with clock.phase("write text", text_bytes) as report:
-            texts = self_text(
-                old,
+            texts = self_written(
+                checkpoint_o,
                 old_adapter,
-                text_bytes,
+                size=text_bytes,
                 seed=seed,
-                max_tokens=max_tokens,
+                tokens=max_tokens,
                 device=run_device,
                 dtype=run_dtype,
-                cache=kept,
                 trust_remote_code=trust_remote_code,
                 report=report,
             )
@@ -510,6 +517,12 @@ def refine(
         started = {"start": None if start is None else adapter_digest(start), "steps": budget}
         works.append(Work(folder / "training", teaching | options | started))
         works[1].start()
+        if say:
+            facts = targets.facts
+            say(
+                f"refining: {budget} steps of about {batch_bytes:,} bytes, from {facts.bytes / 1000:,.0f} KB of "
+                f"{'text the old model wrote' if source == 'self' else 'text'} with {facts.positions:,} positions"
+            )
         course = _train(
             works[1].folder,
             checkpoint_o,

@@ -8,30 +8,38 @@ from typing import TYPE_CHECKING, Any
 from .phases import Phase
 
 if TYPE_CHECKING:
+    from .distillation import Distilled
     from .plan import TransferPlan
+    from .refinement import Refinement
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One new layer that has a partner.
+    """One new layer that has a partner, or that distillation has fitted; the partner is None where it has none.
 
     Attributes:
         cka: of the partner's hidden states with this layer's. head_similarity, neuron_similarity: mean cosine over the
             matched heads and neurons, None where the adapter does not touch them.
+        explained: share of distillation's target reached behind this layer on held-out text, None with other methods.
         update: role -> Frobenius norm of s·B A over that of the new weight.
     """
 
     new_layer: int
-    old_layer: int
-    cka: float
+    old_layer: int | None
+    cka: float | None
     head_similarity: float | None
     neuron_similarity: float | None
     update: dict[str, float]
+    explained: float | None = None
 
 
 @dataclass(frozen=True)
 class Migration:
-    """The outcome of `migrate` or `TransferPlan.apply`; the adapter itself is in the folder `out`."""
+    """The outcome of `migrate` or `TransferPlan.apply`; the adapter itself is in the folder `out`.
+
+    `distilled` is there where the adapter was distilled, `refined` where it was then refined; `warning` says if
+    held-out text speaks against the result.
+    """
 
     plan: TransferPlan
     adapter: str
@@ -40,6 +48,15 @@ class Migration:
     phases: list[Phase]
     unused_old_layers: list[int]
     seconds: float | None = None
+    distilled: Distilled | None = None
+    refined: Refinement | None = None
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence for the user where held-out text shows that the result cannot be trusted; None elsewhere."""
+        if self.refined is not None:
+            return None if self.refined.agreement > 0 else self.refined.summary.rstrip(".")
+        return None if self.distilled is None else self.distilled.warning
 
     def with_seconds(self, seconds: float) -> Migration:
         return replace(self, seconds=seconds)
@@ -59,4 +76,7 @@ class Migration:
             "unused_old_layers": self.unused_old_layers,
             "phases": [phase.as_dict() for phase in self.phases],
             "seconds": self.seconds,
+            "distillation": None if self.distilled is None else self.distilled.as_dict(),
+            "refinement": None if self.refined is None else self.refined.as_dict(),
+            "warning": self.warning,
         }

@@ -1,4 +1,4 @@
-"""Text a model writes itself, with its adapter: what the adapter was trained for, without any of the user's data."""
+"""Text an adapted model writes itself: unlabelled text of the adapter's own domain, without any of the user's data."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from typing import Any
 
 import torch
 
-from .aligned_states import LoadedModel, load_tokenizer
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
-from .output import write_file
 
 TEMPERATURE = 0.9
-MAX_TOKENS = 256
-BATCH = 64
+_TOKENS = 128
+_BATCH = 64
+_LEAST_CHARACTERS = 16
 _EMPTY = 3
-"""Batches in a row without a single byte of text before a model counts as one that writes nothing."""
+"""Batches in a row without one usable text, after which a model counts as one that writes none."""
 
 Report = Callable[[int], None]
 
 
 def adapter_digest(folder: str | os.PathLike[str]) -> str:
-    """SHA-256 over an adapter's configuration and weights, 32 hex digits."""
+    """SHA-256 over an adapter's configuration and weights, 32 hex digits.
+
+    Raises:
+        LoraSuiteError: if either cannot be read.
+    """
     digest = hashlib.sha256()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         try:
@@ -36,98 +39,113 @@ def adapter_digest(folder: str | os.PathLike[str]) -> str:
     return digest.hexdigest()[:32]
 
 
-def self_text(
-    old: str | os.PathLike[str],
+def self_written(
+    model: Checkpoint,
     adapter: str | os.PathLike[str] | None,
-    size: int,
     *,
-    temperature: float = TEMPERATURE,
-    max_tokens: int = MAX_TOKENS,
-    batch: int = BATCH,
-    seed: int = 0,
-    device: torch.device | None = None,
+    count: int | None = None,
+    size: int | None = None,
+    seed: int,
+    device: torch.device,
+    tokens: int = _TOKENS,
     dtype: torch.dtype = torch.float32,
-    cache: Path | None = None,
     trust_remote_code: bool = False,
     report: Report | None = None,
 ) -> list[str]:
-    """Samples texts from the old model with its adapter until they hold `size` bytes.
+    """Texts of up to `tokens` tokens, sampled from the model with its adapter at temperature 0.9.
 
-    Every text begins behind the beginning-of-text token and ends at the model's end-of-text token or after
-    `max_tokens` tokens, or what the model's context holds. The same seed, batch and device give the same texts.
+    The model is loaded whole, through transformers. The texts depend on the adapter, not on the new model, and are kept
+    in the user's cache (XDG_CACHE_HOME, else ~/.cache) under what they depend on, so that another successor or
+    another run needs no second writing.
 
     Args:
-        old: model folder or hub id. adapter: PEFT folder; None lets the bare model write, which is a control.
-        size: UTF-8 bytes wanted. temperature: of the sampling, which leaves no token out. batch: texts written at once.
-        cache: a folder in which the texts are kept as .jsonl under a name that says all they depend on.
-        report: called with the bytes written so far.
+        adapter: PEFT folder; None lets the bare model write, which is a control.
+        count, size: texts wanted, or UTF-8 bytes; one of the two.
+        report: called with the texts or bytes written so far.
 
     Raises:
-        LoraSuiteError: for a model or adapter that cannot be used, or a model that writes nothing.
+        LoraSuiteError: a model or adapter that cannot be loaded, or that writes (next to) nothing.
     """
-    device = device or torch.device("cpu")
-    path = None
-    if cache is not None:
-        depends = [
-            Checkpoint(old, "old").fingerprint(),
-            None if adapter is None else adapter_digest(adapter),
-            *(size, temperature, max_tokens, batch, seed, device.type, str(dtype)),
-        ]
-        path = cache / f"text-{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:16]}.jsonl"
-        if path.exists():
-            return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
-    model = LoadedModel(old, "OLD", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-    if adapter is not None:
-        model.attach(adapter)
-    tokenizer = load_tokenizer(old, "OLD", trust_remote_code=trust_remote_code)
-    texts = _sample(model, tokenizer, size, temperature, max_tokens, batch, seed, report)
-    if path is not None:
-        lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
-        write_file(path, lambda temporary: temporary.write_text(lines, "utf-8"), overwrite=True)
+    depends = [
+        model.fingerprint(),
+        None if adapter is None else adapter_digest(adapter),
+        *(count, size, seed, tokens, device.type, str(dtype), torch.__version__),
+    ]
+    path = _cache_folder() / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.jsonl"
+    if path.is_file():
+        return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+    texts = _write(model, adapter, count, size, seed, device, tokens, dtype, trust_remote_code, report)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+        temporary.replace(path)
+    except OSError:
+        # A cache that cannot be written only costs the time to write the text again.
+        pass
     return texts
 
 
-def _sample(
-    model: LoadedModel,
-    tokenizer: Any,
-    size: int,
-    temperature: float,
-    max_tokens: int,
-    batch: int,
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(root).expanduser() / "lorasuite-fast" / "self-written"
+
+
+def _write(
+    model: Checkpoint,
+    adapter: str | os.PathLike[str] | None,
+    count: int | None,
+    size: int | None,
     seed: int,
+    device: torch.device,
+    tokens: int,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
     report: Report | None,
 ) -> list[str]:
-    config = model.model.config.get_text_config()
-    start = next((i for i in (tokenizer.bos_token_id, config.bos_token_id, tokenizer.eos_token_id) if i is not None), 0)
-    context = getattr(config, "max_position_embeddings", None) or max_tokens + 1
-    ids = torch.full((batch, 1), start, device=model.device)
+    from .aligned_states import LoadedModel
+
+    loaded = LoadedModel(model.folder, "OLD", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        loaded.attach(adapter)
+    tokenizer: Any = model.tokenizer(trust_remote_code=trust_remote_code)
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise LoraSuiteError(f"{model.folder}: its tokenizer has neither BOS nor EOS, with which a text could begin")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or tokens + 1
     texts: list[str] = []
     written = empty = 0
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.inference_mode():
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
-        while written < size:
-            rows = (model.peft or model.model).generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
+        while len(texts) < count if count is not None else written < (size or 0):
+            wanted = _BATCH if count is None else min(_BATCH, count - len(texts))
+            prompt = torch.full((wanted, 1), start, device=device)
+            rows = (loaded.peft or loaded.model).generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
                 do_sample=True,
-                temperature=temperature,
+                temperature=TEMPERATURE,
                 top_k=0,
                 top_p=1.0,
-                max_new_tokens=min(max_tokens, context - 1),
-                use_cache=True,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                max_new_tokens=min(tokens, context - 1),
+                pad_token_id=pad,
             )
-            # A character cut in two by the last token decodes to U+FFFD.
-            decoded = tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-            new = [text for row in decoded if (text := row.rstrip("\ufffd")).strip()]
+            new = tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
+            # A character the last token cuts in two decodes to U+FFFD.
+            new = [text.rstrip("\ufffd") for text in new]
+            new = [text for text in new if len(text.strip()) >= _LEAST_CHARACTERS]
             empty = 0 if new else empty + 1
             if empty == _EMPTY:
-                raise LoraSuiteError(f"{model.name}: with {model.adapter or 'no adapter'} it writes no text; give some")
+                raise LoraSuiteError(
+                    f"{model.folder}: with {adapter or 'no adapter'} it writes no usable text; give text of the "
+                    "adapter's domain"
+                )
             for text in new:
-                if written < size:
+                if size is None or written < size:
                     texts.append(text)
                     written += len(text.encode("utf-8", "surrogatepass"))
             if report:
-                report(min(written, size))
+                report(len(texts) if size is None else min(written, size))
     return texts

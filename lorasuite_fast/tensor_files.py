@@ -8,6 +8,7 @@ import json
 import mmap
 import os
 import struct
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -172,6 +173,7 @@ class TensorFiles:
         """Bytes handed out so far."""
         self.entries: dict[str, Entry] = {}
         self._open: dict[Path, _File] = {}
+        self._opening = threading.Lock()
         for file in files:
             header = read_header(file)
             base = file.stat().st_size - max((e["data_offsets"][1] for e in header.values()), default=0)
@@ -198,9 +200,11 @@ class TensorFiles:
         return found
 
     def file(self, entry: Entry) -> _File:
-        if entry.file not in self._open:
-            self._open[entry.file] = _File(entry.file)
-        return self._open[entry.file]
+        # The loader's thread and its caller both ask.
+        with self._opening:
+            if entry.file not in self._open:
+                self._open[entry.file] = _File(entry.file)
+            return self._open[entry.file]
 
     def view(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU."""
@@ -243,7 +247,7 @@ class TensorFiles:
 
     def check_unchanged(self) -> None:
         """Raises LoraSuiteError if the size or time of an open file is not what it was."""
-        for file in self._open.values():
+        for file in list(self._open.values()):
             file.check_unchanged()
 
     def close(self) -> None:

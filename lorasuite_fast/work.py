@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import LoraSuiteError, WriteError
 
-_RUN = "run.json"
+_RUN, _COMPLETE = "run.json", "complete"
 _STATE_SHARE = 20
 """Resumable states are written so seldom that they take at most this fraction of the time, one in 20."""
 
@@ -26,6 +26,13 @@ def work_folder(out: str | os.PathLike[str]) -> Path:
     """Where a build that is to write `out` keeps its work: a hidden sibling."""
     path = Path(out).expanduser().absolute()
     return path.with_name(f".{path.name}.work")
+
+
+def clean_up(out: str | os.PathLike[str]) -> None:
+    """Removes work whose output was written, where the process ended before it could do so itself."""
+    path, note = Path(out).expanduser().absolute(), work_folder(out) / _COMPLETE
+    if path.exists() and note.exists() and path.stat().st_mtime_ns >= note.stat().st_mtime_ns:
+        shutil.rmtree(note.parent, ignore_errors=True)
 
 
 class Work:
@@ -124,12 +131,16 @@ class Work:
             reason = getattr(error, "strerror", None) or error
             raise WriteError(f"{self.folder / name}: cannot be written ({reason})") from None
 
+    def complete(self) -> None:
+        """Notes that all parts are there; an output younger than this note was made from them."""
+        (self.folder / _COMPLETE).touch()
+
     def discard(self) -> None:
         """Removes the folder, once its output is in place."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self.close()
 
     def close(self) -> None:
+        """Lets others claim the folder."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

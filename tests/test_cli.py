@@ -36,7 +36,8 @@ def invoke(*arguments: object) -> str:
 
 
 def test_migrate_prints_every_new_layer_and_phase(root: Path, tmp_path: Path) -> None:
-    text = invoke("migrate", root / "old", root / "new", root / "adapter", tmp_path / "out", "--examples", 8)
+    arguments = (root / "old", root / "new", root / "adapter", tmp_path / "out", "--method", "lstsq", "--examples", 8)
+    text = invoke("migrate", *arguments)
     assert "no partner, no update" in text
     assert text.count("down\u00a0") == 2
     for phase in (
@@ -54,7 +55,7 @@ def test_migrate_prints_every_new_layer_and_phase(root: Path, tmp_path: Path) ->
 
 def test_json_is_one_object_with_the_same_facts(root: Path, tmp_path: Path) -> None:
     arguments = (root / "old", root / "new", root / "adapter", tmp_path / "out", "--examples", 8, "--json")
-    result = json.loads(invoke("migrate", *arguments))
+    result = json.loads(invoke("migrate", *arguments, "--method", "lstsq"))
     assert len(result["layers"]) == 2
     assert len(result["unpartnered_new_layers"]) == 1
     for layer in result["layers"]:
@@ -67,6 +68,15 @@ def test_json_is_one_object_with_the_same_facts(root: Path, tmp_path: Path) -> N
         result["phases"][0]
     )
     assert result["new"]["shape"]["L"] == 3
+
+
+def test_auto_says_which_method_it_takes_why_and_what_arrived(root: Path, tmp_path: Path) -> None:
+    arguments = (root / "old", root / "new", root / "adapter", tmp_path / "out", "--rank", 3)
+    text = " ".join(invoke("migrate", *arguments).split())
+    assert "method: distill, no linear map carries one model onto the other" in text
+    assert "agreement with the old adapter on held-out text" in text
+    assert "WARNING: " in text
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 3
 
 
 def test_plan_then_apply_gives_what_migrate_gives(root: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -20,6 +21,19 @@ def build(folder: Path) -> Path:
     command = [sys.executable, str(KERNELS / "build_variants.py"), "--output", str(folder / "build")]
     subprocess.run(command, check=True, capture_output=True)
     return folder / "build"
+
+
+def run_beside_build(folder: Path, *arguments: str) -> str:
+    """Output of Python in a process that can import the package `kernels`, but nothing of the repository."""
+    spec = importlib.util.find_spec("kernels")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package `kernels` is not installed")
+    site = str(Path(spec.origin).parent.parent)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": site}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_the_folder_cannot_be_imported_in_place_of_the_hub_package() -> None:
@@ -45,9 +59,6 @@ def test_every_backend_of_build_toml_becomes_a_variant(tmp_path: Path) -> None:
 
 
 def test_the_built_kernel_loads_through_the_hub_package_and_gives_the_same_numbers(tmp_path: Path) -> None:
-    spec = importlib.util.find_spec("kernels")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package `kernels` is not installed")
     build(tmp_path)
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(2, 9, 5, generator=generator), torch.randn(3, 9, 4, generator=generator)
@@ -64,14 +75,15 @@ assert "lorasuite_kernels" not in sys.modules
 torch.save((k.cka(x, y), k.project_heads(*heads, *match, blocks=(2, 1))), "outputs.pt")
 print(k.__file__)
 """
-    # Only the package's own folder is on the path: neither the repository nor the folder this test runs in.
-    site = str(Path(spec.origin).parent.parent)
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": site}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert str(tmp_path) in done.stdout
+    assert str(tmp_path) in run_beside_build(tmp_path, "-c", code)
     similarity, projected = torch.load(tmp_path / "outputs.pt")
     assert torch.equal(similarity, cka(x, y))
     assert torch.equal(projected, project_heads(*heads, *match, blocks=(2, 1)))
+
+
+def test_the_example_runs_from_the_assembled_build(tmp_path: Path) -> None:
+    build(tmp_path)
+    shutil.copy(KERNELS / "example.py", tmp_path)
+    printed = run_beside_build(tmp_path, "example.py")
+    assert "CKA (6, 8)" in printed
+    assert "projected factors (64, 8)" in printed

@@ -182,6 +182,7 @@ def test_empty_and_single_dimensions_are_defined(path: str) -> None:
     with running(path):
         assert cka(*on(path, x, x[:0])).shape == (2, 0)
         assert cka(*on(path, x[:0], x)).shape == (0, 2)
+        assert hsic(gram(*on(path, x[:0])), gram(*on(path, x))).shape == (0, 2)
         assert not cka(*on(path, x[:, :, :0], x)).any()
         assert gram(*on(path, x[:, :1])).totals.tolist() == [0.0, 0.0]
         assert gram(*on(path, x[:0])).packed.shape == (0, 1, PACKED_TILE, PACKED_TILE)

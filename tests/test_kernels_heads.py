@@ -156,6 +156,9 @@ def test_empty_dimensions_are_defined(path: str) -> None:
         assert project_heads(left, right, x[:, :0], match, weight, **shape).shape == (8, 0)
         assert not project_heads(left[:, :0], right[:, :0], x, match, weight, **shape).any()
         assert not project_heads(left, right, x, torch.full_like(match, -1), weight, **shape).any()
+        assert project_heads(left, right, x, match[:0], weight[:0], **shape).tolist() == [[0.0] * 3] * 8
+        assert head_blocks(left, right, match[:0], **shape).shape == (0, 4, 4)
+        assert head_similarity(*(w[:0] for w in zero[:3]), zero[3][:, :0], *zero, heads=(1, 1), kv_heads=(1, 1)) == 0
         nothing = [torch.zeros_like(w) for w in zero]
         assert not head_similarity(*zero, *nothing, heads=(1, 1), kv_heads=(1, 1)).any()
 
@@ -172,6 +175,8 @@ def test_wrong_shapes_are_named() -> None:
     (left, right, x, match, weight), projection = drawn_projection((2, 1, 4), (2, 1, 4), 8, 3, 0, torch.float32)
     with pytest.raises(ValueError, match=r"share their width; got \(8, 7\) and \(8, 8\)"):
         project_heads(left[:, :7], right, x, match, weight, **projection)
+    with pytest.raises(ValueError, match=r"left and right must be floating; got torch.int64"):
+        project_heads(left.long(), right, x, match, weight, **projection)
     with pytest.raises(ValueError, match=r"x must be \(2·4, r\)"):
         project_heads(left, right, x[:5], match, weight, **projection)
     with pytest.raises(ValueError, match=r"one entry per query head"):
@@ -183,5 +188,8 @@ def test_a_match_past_the_old_heads_is_refused(path: str) -> None:
     (left, right, x, match, weight), shape = drawn_projection((2, 1, 4), (2, 1, 4), 8, 3, 0, torch.float32)
     if path == "gpu":
         left, right, x = left.cuda(), right.cuda(), x.cuda()
-    with running(path), pytest.raises(IndexError):
-        project_heads(left, right, x, torch.full_like(match, 2), weight, **shape)
+    match = torch.full_like(match, 2)
+    with running(path), pytest.raises(IndexError, match=r"query head 2 of 2"):
+        project_heads(left, right, x, match, weight, **shape)
+    with pytest.raises(IndexError, match=r"query head 2 of 2"):
+        head_blocks(left, right, match, **shape)

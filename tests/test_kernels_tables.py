@@ -59,6 +59,29 @@ def test_shared_gram_takes_any_strides_and_skips_what_was_not_asked(path: str) -
 def test_shared_gram_refuses_an_index_past_the_table(path: str) -> None:
     with running(path), pytest.raises(IndexError):
         shared_gram(*on(path, random(0, 5, 3), random(1, 5, 3), torch.tensor([5]), torch.tensor([0])))
+    with running(path), pytest.raises(IndexError, match=r"indices must be in 0 … 4; got -1 … -1"):
+        shared_gram(*on(path, random(0, 5, 3), random(1, 5, 3), torch.tensor([0]), torch.tensor([-1])))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_tables_without_rows_or_columns_have_empty_or_zero_sums(path: str) -> None:
+    none, pair = torch.tensor([], dtype=torch.int64), torch.tensor([0, 1])
+    with running(path):
+        empty = shared_gram(*on(path, random(0, 5, 1), random(1, 5, 3), none, none), both=True)
+        narrow = shared_gram(*on(path, random(0, 5, 0), random(1, 5, 3), pair, pair), both=True)
+    assert empty.nn is not None
+    assert narrow.nn is not None
+    assert [tuple(t.shape) for t in empty] == [(1, 1), (1, 3), (3, 3)]
+    assert not any(t.any() for t in empty)
+    assert [tuple(t.shape) for t in narrow] == [(0, 0), (0, 3), (3, 3)]
+    assert narrow.nn.any()
+
+
+def test_no_neurons_have_no_candidates() -> None:
+    none, some = [random(0, 0, 2)] * 3, [random(1, 3, 2)] * 3
+    assert neuron_candidates(*none, *some, k=2).indices.shape == (0, 2)
+    assert neuron_candidates(*some, *none, k=2).indices.shape == (3, 0)
+    assert not neuron_candidates(*(w[:, :0] for w in some), *(w[:, :0] for w in some), k=1).similarity.any()
 
 
 def test_wrong_tables_are_named() -> None:
@@ -71,8 +94,14 @@ def test_wrong_tables_are_named() -> None:
         neuron_candidates(e, e, e, e, e, e[:, :2], k=1)
     with pytest.raises(ValueError, match=r"row neurons' weights must agree in their number"):
         neuron_candidates(e[:2], e, e, e, e, e, k=1)
+    with pytest.raises(ValueError, match=r"weights must be \(neurons, width\) and k at least 0; got k = -1"):
+        neuron_candidates(e, e, e, e, e, e, k=-1)
+    with pytest.raises(ValueError, match=r"must be integer; got torch.float32"):
+        shared_gram(e, e, torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match=r"do not fit; got \(5, 3\) and \(5, 3\)"):
         balance(e, e)
+    with pytest.raises(ValueError, match=r"do not fit; got \(3,\) and \(3,\)"):
+        balance(e[0], e[0])
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -120,3 +149,5 @@ def test_balance_takes_batches_and_ranks_past_the_width() -> None:
     torch.testing.assert_close(b_new @ a_new, b @ a)
     assert not sigma[:, 3:].any()
     assert balance(b[..., :0], a[:, :0])[2].shape == (2, 0)
+    assert [tuple(t.shape) for t in balance(b[:, :0], a)] == [(2, 0, 5), (2, 5, 4), (2, 5)]
+    assert [tuple(t.shape) for t in balance(b[:0], a[:0])] == [(0, 3, 5), (0, 5, 4), (0, 5)]

@@ -21,7 +21,7 @@ def balance(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Raises:
         ValueError: if b and a do not share their rank and leading dimensions.
     """
-    if b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-2]:
+    if min(b.ndim, a.ndim) < 2 or b.shape[:-2] != a.shape[:-2] or b.shape[-1] != a.shape[-2]:
         raise ValueError(f"b (..., out, r) and a (..., r, in) do not fit; got {tuple(b.shape)} and {tuple(a.shape)}")
     result: tuple[Tensor, Tensor, Tensor] = _balance_op(b, a)
     return result

@@ -22,7 +22,7 @@ from .dispatch import check_one_device, define, wide
 
 _TILE_ROWS = 256
 _DIAGONAL = 32
-_LAYERS_CENTRED = 4
+_LAYERS_CENTRED = 2
 _CHUNK_TILES = 16
 
 
@@ -111,49 +111,59 @@ def cka_terms_twin(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mean_x, mean_y = x.mean(1, keepdim=True, dtype=wide(x)), y.mean(1, keepdim=True, dtype=wide(y))
     xy, xx, yy = _zero_terms(x, L_x, L_y)
     rows_x, rows_y = xx.new_zeros(L_x, m), yy.new_zeros(L_y, m)
+    dtype = wide(x, y)
     for start in range(0, m, _TILE_ROWS):
-        kx = _upper_rows(x, mean_x, start, rows_x)
-        ky = _upper_rows(y, mean_y, start, rows_y)
-        # One product per row of the Gram matrices, summed over rows in float64.
-        dtype = torch.promote_types(kx.dtype, ky.dtype)
-        products = torch.bmm(kx.transpose(0, 1).to(dtype), ky.permute(1, 2, 0).to(dtype))
-        xy += products.sum(0, dtype=torch.float64)
-        xx += torch.linalg.vecdot(kx, kx).sum(1, dtype=torch.float64)
-        yy += torch.linalg.vecdot(ky, ky).sum(1, dtype=torch.float64)
+        blocks_x, blocks_y = _upper_blocks(x, mean_x, start, rows_x), _upper_blocks(y, mean_y, start, rows_y)
+        for kx, ky in zip(blocks_x, blocks_y, strict=True):
+            # One product per run of entries; the runs are summed in float64.
+            products = torch.bmm(kx.transpose(0, 1).to(dtype), ky.permute(1, 2, 0).to(dtype))
+            xy += products.sum(0, dtype=torch.float64)
+            xx += torch.linalg.vecdot(kx, kx).sum(1, dtype=torch.float64)
+            yy += torch.linalg.vecdot(ky, ky).sum(1, dtype=torch.float64)
     return _terms(xy, xx, yy, rows_x, rows_y, rows_x.sum(1), rows_y.sum(1))
 
 
-def _upper_rows(x: Tensor, mean: Tensor, start: int, rows: Tensor) -> Tensor:
-    """(L, up to _TILE_ROWS, m - start): the strict upper triangle of each centred Gram matrix, from row `start`.
+def _upper_blocks(x: Tensor, mean: Tensor, start: int, rows: Tensor) -> list[Tensor]:
+    """The strict upper triangle of each centred Gram matrix, rows `start` to `start` + _TILE_ROWS, as (L, runs, run).
 
-    Adds the entries to the row sums they belong to. A few layers are centred at a time, in memory that stays in cache.
+    First what lies right of the tile on the diagonal, then that tile by halves: its upper right quarter, those of its
+    two diagonal quarters, and so on; last the smallest diagonal blocks, in full. All blocks of one size are one batched
+    product, over a few layers at a time that are centred in memory that stays in cache. Adds the entries to `rows`.
     """
     L, m, d = x.shape
-    stop = min(start + _TILE_ROWS, m)
-    k = mean.new_empty(L, stop - start, m - start)
-    scratch = mean.new_empty(min(L, _LAYERS_CENTRED), m - start, d)
+    n = min(_TILE_ROWS, m - start)
+    side = max(_DIAGONAL, 1 << (n - 1).bit_length())
+    halves = [side >> i for i in range(1, side.bit_length()) if side >> i >= _DIAGONAL]
+    right = mean.new_empty(L, side, m - start - n)
+    quarters = [mean.new_empty(L, side // (2 * half), half, half) for half in halves]
+    diagonal = mean.new_empty(L, side // _DIAGONAL, _DIAGONAL, _DIAGONAL)
+    # Rows past the last example stay zero.
+    tile, beyond = mean.new_zeros(_LAYERS_CENTRED, side, d), mean.new_empty(_LAYERS_CENTRED, m - start - n, d)
     for first in range(0, L, _LAYERS_CENTRED):
         part = slice(first, min(first + _LAYERS_CENTRED, L))
-        centred = torch.sub(x[part, start:], mean[part], out=scratch[: part.stop - first])
-        square = stop - start
-        k[part, :, square:] = torch.bmm(centred[:, :square], centred[:, square:].transpose(1, 2))
-        _fill_upper(k[part, :, :square], centred[:, :square])
-    rows[:, start:stop] += k.sum(2)
-    rows[:, start:] += k.sum(1)
-    return k
+        count = part.stop - first
+        centred = tile[:count]
+        torch.sub(x[part, start : start + n], mean[part], out=centred[:, :n])
+        torch.sub(x[part, start + n :], mean[part], out=beyond[:count])
+        torch.bmm(centred, beyond[:count].mT, out=right[part])
+        for half, quarter in zip(halves, quarters, strict=True):
+            pairs = centred.view(count * quarter.shape[1], 2, half, d)
+            torch.bmm(pairs[:, 0], pairs[:, 1].mT, out=quarter[part].flatten(0, 1))
+        blocks = centred.view(count * diagonal.shape[1], _DIAGONAL, d)
+        torch.bmm(blocks, blocks.mT, out=diagonal[part].flatten(0, 1))
+    diagonal.triu_(1)
 
-
-def _fill_upper(k: Tensor, x: Tensor) -> None:
-    """Writes x x^T into the square k above its diagonal, and zeros below: by halves, the small blocks in full."""
-    n = x.shape[1]
-    if n <= _DIAGONAL:
-        k.copy_(torch.bmm(x, x.transpose(1, 2)).triu_(1))
-        return
-    half = n // 2
-    k[:, :half, half:] = torch.bmm(x[:, :half], x[:, half:].transpose(1, 2))
-    k[:, half:, :half] = 0
-    _fill_upper(k[:, :half, :half], x[:, :half])
-    _fill_upper(k[:, half:, half:], x[:, half:])
+    sums = rows.new_zeros(L, side)
+    sums += right.sum(2)
+    for half, quarter in zip(halves, quarters, strict=True):
+        pair = sums.view(L, quarter.shape[1], 2, half)
+        pair[:, :, 0] += quarter.sum(3)
+        pair[:, :, 1] += quarter.sum(2)
+    sums.view(diagonal.shape[:3]).add_(diagonal.sum(3)).add_(diagonal.sum(2))
+    rows[:, start : start + n] += sums[:, :n]
+    rows[:, start + n :] += right.sum(1)
+    run = _DIAGONAL**2
+    return [right, *(k.view(L, k.shape[1:].numel() // run, run) for k in (*quarters, diagonal))]
 
 
 _cka_terms_op = define(

@@ -48,6 +48,8 @@ def neuron_candidates(
     """
     if (gate_r is None) != (gate_c is None):
         raise ValueError("both sides need gate weights, or neither")
+    if k < 0 or any(w is not None and w.ndim != 2 for w in (gate_r, up_r, down_r, gate_c, up_c, down_c)):
+        raise ValueError(f"weights must be (neurons, width) and k at least 0; got k = {k}, up {tuple(up_r.shape)}")
     widths = {w.shape[1] for w in (gate_r, up_r, down_r, gate_c, up_c, down_c) if w is not None}
     if len(widths) != 1:
         raise ValueError(f"all neuron weights must have one width; got {sorted(widths)}")

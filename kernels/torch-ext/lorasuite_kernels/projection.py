@@ -20,6 +20,8 @@ from .dispatch import define, wide
 def _check(left: Tensor, right: Tensor, match: Tensor, blocks: tuple[int, int], old_share: int) -> None:
     if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[1]:
         raise ValueError(f"left and right must share their width; got {tuple(left.shape)} and {tuple(right.shape)}")
+    if not (left.is_floating_point() and right.is_floating_point()):
+        raise ValueError(f"left and right must be floating; got {left.dtype} and {right.dtype}")
     for name, weight, count in (("left", left, blocks[0]), ("right", right, blocks[1])):
         if count < 1 or weight.shape[0] % count:
             raise ValueError(f"{name} {tuple(weight.shape)} does not split into {count} heads")
@@ -45,14 +47,22 @@ def head_blocks(left: Tensor, right: Tensor, match: Tensor, *, blocks: tuple[int
     return result
 
 
+def partners(match: Tensor, blocks_o: int, old_share: int) -> Tensor:
+    """The old block of each new query head, 0 where there is none. Raises IndexError on a match past the last."""
+    if match.numel() and int(match.max()) >= blocks_o * old_share:
+        raise IndexError(f"match points to query head {int(match.max())} of {blocks_o * old_share}")
+    return match.clamp_min(0) // old_share
+
+
 def _blocks(left: Tensor, right: Tensor, match: Tensor, blocks_o: int, blocks_n: int, old_share: int) -> Tensor:
     """The matched blocks in the dtype the twin computes in."""
     dtype = wide(left, right)
-    new_share = match.shape[0] // blocks_n
-    old = (match.clamp_min(0) // old_share).to(left.device)
-    left = left.reshape(blocks_o, left.shape[0] // blocks_o, left.shape[1])[old].to(dtype)
-    right = right.reshape(blocks_n, right.shape[0] // blocks_n, right.shape[1]).to(dtype)
-    c = left @ right.repeat_interleave(new_share, 0).transpose(1, 2)
+    (rows, d), H_n = left.shape, match.shape[0]
+    h_o, h_n = rows // blocks_o, right.shape[0] // blocks_n
+    old = partners(match, blocks_o, old_share).to(left.device)
+    # The query heads of one new group stand below each other, so that the group's rows are read where they are.
+    matched = left.reshape(blocks_o, h_o, d)[old].to(dtype).view(blocks_n, H_n // blocks_n * h_o, d)
+    c = (matched @ right.reshape(blocks_n, h_n, d).to(dtype).transpose(1, 2)).view(H_n, h_o, h_n)
     return c * (match >= 0).to(c.device, c.dtype)[:, None, None]
 
 
@@ -75,7 +85,7 @@ def apply_head_blocks(
     Returns:
         (blocks[1]·h_n, r) in the dtype of x.
     """
-    if c.ndim != 3 or c.shape[0] != match.shape[0] or match.shape[0] % max(blocks[1], 1):
+    if min(blocks) < 1 or c.ndim != 3 or c.shape[0] != match.shape[0] or match.shape[0] % blocks[1]:
         raise ValueError(f"c {tuple(c.shape)} must hold one block per entry of match {tuple(match.shape)}")
     _check_factor(x, match, weight, blocks[0], c.shape[1])
     result: Tensor = _apply_head_blocks_op(c, x, match, weight, *blocks, old_share)
@@ -92,7 +102,7 @@ def _check_factor(x: Tensor, match: Tensor, weight: Tensor, blocks_o: int, h_o: 
 def _apply(c: Tensor, x: Tensor, match: Tensor, weight: Tensor, blocks_o: int, blocks_n: int, old_share: int) -> Tensor:
     H_n, h_o, h_n = c.shape
     dtype = wide(x)
-    old = (match.clamp_min(0) // old_share).to(x.device)
+    old = partners(match, blocks_o, old_share).to(x.device)
     factors = x.reshape(blocks_o, h_o, x.shape[1])[old].to(dtype)
     y = c.to(dtype).transpose(1, 2) @ factors * weight.to(x.device, dtype)[:, None, None]
     return y.view(blocks_n, H_n // blocks_n, h_n, x.shape[1]).sum(1).flatten(0, 1).to(x.dtype)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import choose, precision
+from .projection import partners
 from .tiles import load_tile, multiply_add, rounded, row_products
 
 _PROGRAMS = 264  # two per multiprocessor of an H100
@@ -92,13 +93,14 @@ def project_heads(
     left: Tensor, right: Tensor, x: Tensor, match: Tensor, weight: Tensor, blocks_o: int, blocks_n: int, old_share: int
 ) -> Tensor:
     """Kernel of `projection.project_heads`."""
-    if match.numel() and int(match.max()) >= blocks_o * old_share:
-        raise IndexError(f"match points to query head {int(match.max())} of {blocks_o * old_share}")
+    partners(match, blocks_o, old_share)
     if left.dtype != right.dtype:
         left, right = left.float(), right.float()
     size_o, size_n, width, ranks = left.shape[0] // blocks_o, right.shape[0] // blocks_n, left.shape[1], x.shape[1]
     # One precision constant serves both products: float32 anywhere sets it.
-    config = choose("project", torch.promote_types(left.dtype, x.dtype), x.device, ranks)
+    dtype = torch.promote_types(left.dtype, x.dtype)
+    factor = x.to(dtype)
+    config = choose("project", dtype, x.device, ranks)
     sizes = config.blocks
     tiles_n, tiles_r = triton.cdiv(size_n, sizes["BLOCK_N"]), triton.cdiv(ranks, sizes["BLOCK_R"])
     steps = triton.cdiv(width, sizes["BLOCK_K"])
@@ -111,13 +113,13 @@ def project_heads(
     project_heads_kernel[(blocks_n * tiles_n, tiles_r, splits)](
         left,
         right,
-        x,
+        factor,
         match.to(x.device),
         weight.to(x.device, torch.float32),
         out,
         *left.stride(),
         *right.stride(),
-        *x.stride(),
+        *factor.stride(),
         size_o,
         size_n,
         width,
@@ -125,7 +127,7 @@ def project_heads(
         old_share,
         match.shape[0] // blocks_n,
         split_width,
-        **precision(torch.promote_types(left.dtype, x.dtype)),
+        **precision(dtype),
         **config.keywords,
     )
     return out.sum(0).to(x.dtype)

@@ -53,6 +53,8 @@ def shared_gram(
         raise ValueError(f"idx_o and idx_n must pair rows; got {tuple(idx_o.shape)} and {tuple(idx_n.shape)}")
     if e_o.ndim != 2 or e_n.ndim != 2:
         raise ValueError(f"e_o and e_n must be (rows, width); got {tuple(e_o.shape)} and {tuple(e_n.shape)}")
+    if idx_o.is_floating_point() or idx_n.is_floating_point():
+        raise ValueError(f"idx_o and idx_n must be integer; got {idx_o.dtype} and {idx_n.dtype}")
     if products not in (torch.float32, torch.float64):
         raise ValueError(f"products must be torch.float32 or torch.float64; got {products}")
     if chunk < 1:
@@ -65,6 +67,8 @@ def shared_gram(
 def _twin(
     e_o: Tensor, e_n: Tensor, idx_o: Tensor, idx_n: Tensor, both: bool, single: bool, chunk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_rows(e_o, idx_o)
+    check_rows(e_n, idx_n)
     d_o, d_n = e_o.shape[1], e_n.shape[1]
     wide = e_o.new_empty(0, dtype=torch.float64)
     products = torch.float32 if single else torch.float64
@@ -79,6 +83,12 @@ def _twin(
     mirror_upper(oo)
     mirror_upper(nn)
     return oo, on, nn
+
+
+def check_rows(table: Tensor, index: Tensor) -> None:
+    """Raises IndexError unless every index is a row of the table."""
+    if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < table.shape[0]):
+        raise IndexError(f"indices must be in 0 … {table.shape[0] - 1}; got {int(index.min())} … {int(index.max())}")
 
 
 def _fake(

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import SUMMED_ROWS, choose, precision
-from .shared_gram import mirror_upper
+from .shared_gram import check_rows, mirror_upper
 from .tiles import load_tile, multiply_add, packed_tile
 
 
@@ -87,11 +87,8 @@ def shared_gram(
     e_o: Tensor, e_n: Tensor, idx_o: Tensor, idx_n: Tensor, both: bool, single: bool, chunk: int
 ) -> tuple[Tensor, ...]:
     """Kernel of `shared_gram.shared_gram`; `single` and `chunk` are the twin's."""
-    for table, index in ((e_o, idx_o), (e_n, idx_n)):
-        if index.numel() and not (int(index.min()) >= 0 and int(index.max()) < table.shape[0]):
-            raise IndexError(
-                f"indices must be in 0 … {table.shape[0] - 1}; got {int(index.min())} … {int(index.max())}"
-            )
+    check_rows(e_o, idx_o)
+    check_rows(e_n, idx_n)
     if e_o.dtype != e_n.dtype:
         e_o, e_n = e_o.float(), e_n.float()
     idx_o, idx_n = idx_o.to(e_o.device).contiguous(), idx_n.to(e_o.device).contiguous()

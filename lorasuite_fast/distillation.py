@@ -1,0 +1,618 @@
+"""Output-side distillation in closed form: the effect of an adapter, carried without labels and without gradients.
+
+Old model, old model with adapter and new model read the same unlabelled text, each in its own tokenization. Where both
+tokenizers end a token at the same byte, the adapter's change of what the old head reads is carried to the new residual
+stream: U (d_n, d_o) with `Un U ≈ Eo` over the rows of the shared tokens (Un: new unembedding with the final norm's gain
+folded in, Eo: old unembedding), each token weighted by how probable the old models find it. Then the last new layers
+are fitted one after the other, each to what the ones before it have not achieved yet: the attention's output projection
+first, then the MLP's, by reduced-rank ridge regression from its input to the target.
+
+Both models are streamed layer by layer, the old one first. Sums of products are taken in float32 within a micro-batch
+and added up in float64; besides the hidden states of the streamed pass only the old last states at the aligned
+positions are kept.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .adapter import Adapter
+from .aligned_states import Head, States
+from .alignment import AlignedText, Alignment
+from .checkpoint import Checkpoint
+from .effect import effect_sums, resamples, statistics
+from .errors import LoraSuiteError
+from .families import Family
+from .hidden_states import MICRO_BATCH, LayerStream, StreamedLayer, padded
+from .phases import PhaseClock
+from .projection import Factors
+
+GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+"""Factors on the fitted updates from which held-out positions choose."""
+OUTPUT_RIDGE = 1e-2
+"""Of the output map, as a share of the mean diagonal."""
+_HELD_OUT = 10
+_WEIGHED = 4096
+_ROWS = 8192
+_ELEMENTS = 2**24
+_BOOTSTRAP = 500
+_LEAST_TEXTS = 8
+_LEAST_POSITIONS = 256
+CONTROLS = ("none", "shuffled", "flipped", "rotated")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an adapter is distilled.
+
+    Attributes:
+        rank: of the result; None takes the adapter's largest. layers: how many of the last new layers are fitted; None
+            takes half of them, and 1 is the cheap variant. roles: which projections, in this order.
+        ridge: of each regression, as a share of its Gram matrix's mean diagonal.
+        max_tokens: of each text, for each model, special tokens not counted.
+        control: "none", or a control that has no business working: target positions "shuffled", targets "flipped" in
+            sign, U followed by a random rotation ("rotated").
+    """
+
+    rank: int | None = None
+    layers: int | None = None
+    roles: tuple[str, ...] = ("o", "down")
+    ridge: float = 1e-2
+    max_tokens: int = 128
+    micro_batch: int = MICRO_BATCH
+    seed: int = 0
+    control: str = "none"
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Updates (scale 1) by (new layer, role), and how well they do on texts held out from the fit.
+
+    Attributes:
+        updates: what is handed out: `fitted` with B times the gain. fitted: as the regressions gave them.
+        gain: the factor on the fitted updates that held-out texts chose.
+        explained: layer -> share of the target explained behind it on held-out positions, before the gain.
+        agreement: kl_share (1 - KL(target ‖ new + adapter) / KL(target ‖ new), target: the new model changed as the old
+            one was), content_kl_share (the same less the better of two controls: the changes shuffled over positions,
+            and their mean), cosine; each (value, low, high) with a 95 % bootstrap interval over texts.
+        output_r2: of U on held-out tokens.
+        positions, held_positions, texts, tokens: of the text; tokens are those read by either model.
+    """
+
+    fitted: dict[tuple[int, str], Factors]
+    gain: float
+    explained: dict[int, float]
+    agreement: dict[str, tuple[float, float, float]]
+    output_r2: float
+    positions: int
+    held_positions: int
+    texts: int
+    tokens: tuple[int, int]
+    gains: dict[float, float] = field(default_factory=dict)
+    """KL share on held-out texts by gain."""
+
+    @property
+    def updates(self) -> dict[tuple[int, str], Factors]:
+        return {key: Factors(self.gain * f.b, f.a) for key, f in self.fitted.items()}
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence for the user where the result cannot be trusted, None elsewhere."""
+        share, content = self.agreement["kl_share"], self.agreement["content_kl_share"]
+        if self.gain == 0:
+            return (
+                "no part of the adapter's effect could be carried: on held-out text every size of the fitted update "
+                "makes the new model agree less with the adapted old one, so the written adapter changes nothing"
+            )
+        if not share[1] > 0:
+            return (
+                "on held-out text the migrated adapter agrees with the old one no better than no adapter at all; do "
+                "not use it without measuring"
+            )
+        if not content[1] > 0:
+            return (
+                "on held-out text the migrated adapter only shifts the new model's predictions by a constant; what the "
+                "old adapter does depending on the text was not carried"
+            )
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for results and reports."""
+        return {
+            "gain": self.gain,
+            "explained": {str(j): share for j, share in self.explained.items()},
+            "agreement": {name: list(figures) for name, figures in self.agreement.items()},
+            "output_r2": self.output_r2,
+            "positions": self.positions,
+            "held_positions": self.held_positions,
+            "texts": self.texts,
+            "tokens": list(self.tokens),
+        }
+
+
+class _Side:
+    """One model's half of the aligned texts."""
+
+    def __init__(
+        self, model: Checkpoint, ids: list[list[int]], positions: list[Tensor], settings: Settings, device: torch.device
+    ) -> None:
+        self.model, self.ids, self.device = model, ids, device
+        self.micro_batch = settings.micro_batch
+        self.at: list[tuple[Tensor, Tensor]] = []
+        for start in range(0, len(ids), self.micro_batch):
+            part = positions[start : start + self.micro_batch]
+            row = torch.cat([torch.full_like(p, n) for n, p in enumerate(part)])
+            self.at.append((row.to(device), torch.cat(part).to(device)))
+
+    def stream(self, dtype: torch.dtype, *, first: int = 0, trust_remote_code: bool = False) -> LayerStream:
+        return LayerStream(
+            self.model,
+            *padded(self.model, self.ids),
+            device=self.device,
+            dtype=dtype,
+            micro_batch=self.micro_batch,
+            first=first,
+            trust_remote_code=trust_remote_code,
+        )
+
+    def take(self, n: int, hidden: Tensor) -> Tensor:
+        """Micro-batch n's states (examples, tokens, d) at its aligned positions, (positions, d) float32."""
+        row, column = self.at[n]
+        return hidden[row, column].float()
+
+    @property
+    def eps(self) -> float:
+        return float(self.model.config.get("rms_norm_eps", 1e-6))
+
+    def last(self, states: Tensor) -> Tensor:
+        """(n, d) residual states -> what the head reads: RMSNorm with the final norm's gain."""
+        return states / self.rms(states) * final_gain(self.model).to(states)
+
+    def rms(self, states: Tensor) -> Tensor:
+        return (states.square().mean(-1, keepdim=True) + self.eps).sqrt()
+
+    def head(self, tokens: Tensor) -> Head:
+        name = f"{self.model.family.head}.bias"
+        stored = name in self.model.tensors.entries
+        bias = self.model.tensors.view(name)[tokens].float().to(self.device) if stored else None
+        return Head(unembedding(self.model)[tokens].float().to(self.device), bias)
+
+
+def unembedding(model: Checkpoint) -> Tensor:
+    """(V, d), a view: the head's own weight, or the embedding it is tied to."""
+    name = f"{model.family.head}.weight"
+    tied = model.config.get("tie_word_embeddings", False) or name not in model.tensors.entries
+    return model.tensors.view(model.embedding_name if tied else name)
+
+
+def final_gain(model: Checkpoint) -> Tensor:
+    """(d,) float32 gain of the norm in front of the head."""
+    stored = model.tensors.view(f"{model.family.prefix}{model.family.final_norm}.weight")
+    return stored.float() + model.family.gain_offset
+
+
+@contextmanager
+def updated(module: nn.Module, family: Family, factors: dict[str, Factors]) -> Iterator[None]:
+    """Adds `B A x` to the named projections of a layer while the context lasts; the weights stay as they are.
+
+    Raises:
+        LoraSuiteError: a projection that is part of a fused one.
+    """
+    fused = [role for role in factors if family.projections[role].part is not None]
+    if fused:
+        raise LoraSuiteError(f"{family.model_type}: distill does not know updates of fused projections ({fused[0]})")
+
+    def hook(b: Tensor, a: Tensor) -> Any:
+        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return output + inputs[0] @ a.T.to(output) @ b.T.to(output)
+
+        return add
+
+    handles = [
+        module.get_submodule(family.projections[role].module).register_forward_hook(hook(b, a))
+        for role, (b, a) in factors.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def inputs_of(module: nn.Module, family: Family, role: str) -> Iterator[list[Tensor]]:
+    """What a projection of a layer read in the latest call, as the one element of a list."""
+    seen: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[:] = inputs[:1]
+
+    handle = module.get_submodule(family.projections[role].module).register_forward_pre_hook(keep)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class OutputMap:
+    """U (d_n, d_o) float32; the metric (d_n, d_n) float64 in which a change of the new stream counts; R² of U.
+
+    The metric is `Un^T diag(w) Un`, centred: the weighted variance of the logits a change brings about.
+    """
+
+    U: Tensor
+    metric: Tensor
+    r2: float
+
+
+def fit_output_map(rows_o: Tensor, rows_n: Tensor, weights: Tensor, ridge: float = OUTPUT_RIDGE) -> OutputMap:
+    """Ridge regression `rows_n U ≈ rows_o`, tokens weighted, rows centred by the weighted mean.
+
+    Args:
+        rows_o: (s, d_o), rows_n: (s, d_n), of the shared tokens, gains folded in where wanted. weights: (s,), ≥ 0.
+
+    R² is measured on every 20th token, with a map fitted on the others.
+    """
+    w = weights.double() / weights.double().sum()
+    held = torch.zeros(len(w), dtype=torch.bool, device=w.device)
+    held[19::20] = True
+    mean_o, mean_n = (
+        sum((w[i : i + _ROWS, None] * rows[i : i + _ROWS].double()).sum(0) for i in range(0, len(w), _ROWS))
+        for rows in (rows_o, rows_n)
+    )
+
+    def centred(part: slice) -> tuple[Tensor, Tensor]:
+        scale = w[part, None].sqrt()
+        return (rows_o[part].double() - mean_o) * scale, (rows_n[part].double() - mean_n) * scale
+
+    d_o, d_n = rows_o.shape[1], rows_n.shape[1]
+    grams = [torch.zeros(d_n, d_n, dtype=torch.float64, device=w.device) for _ in range(2)]
+    crosses = [torch.zeros(d_n, d_o, dtype=torch.float64, device=w.device) for _ in range(2)]
+    parts = [slice(i, i + _ROWS) for i in range(0, len(w), _ROWS)]
+    for part in parts:
+        x_o, x_n = centred(part)
+        for k, chosen in enumerate((~held[part], held[part])):
+            grams[k] += x_n[chosen].T @ x_n[chosen]
+            crosses[k] += x_n[chosen].T @ x_o[chosen]
+
+    def solve(gram: Tensor, cross: Tensor) -> Tensor:
+        return torch.linalg.solve(_ridged(gram, ridge), cross)
+
+    trained = solve(grams[0], crosses[0])
+    error = spread = 0.0
+    for part in parts:
+        x_o, x_n = centred(part)
+        error += float((x_o - x_n @ trained)[held[part]].square().sum())
+        spread += float(x_o[held[part]].square().sum())
+    metric = grams[0] + grams[1]
+    return OutputMap(solve(metric, crosses[0] + crosses[1]).float(), metric, 1 - error / spread if spread else 0.0)
+
+
+def _ridged(gram: Tensor, ridge: float) -> Tensor:
+    mean = gram.diagonal().mean().clamp_min(torch.finfo(gram.dtype).tiny)
+    return gram + ridge * mean * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+
+
+def reduced_rank_ridge(gram: Tensor, cross: Tensor, rank: int, ridge: float, metric: Tensor | None = None) -> Factors:
+    """The rank-r map from x to t, `t ≈ B A x`, from the sums over positions alone.
+
+    With the ridge solution W, V holds the top eigenvectors of the fitted values' covariance in the metric L^T L:
+    `B = L^{-1} V`, `A = V^T L W` (L = I without a metric).
+
+    Args:
+        gram: (d_in, d_in), Σ x x^T. cross: (d_out, d_in), Σ t x^T. Both float64.
+        ridge: a share of gram's mean diagonal.
+        metric: (d_out, d_out), in which errors of t are measured; a thousandth of its mean diagonal is added to it.
+
+    Returns:
+        B (d_out, r), A (r, d_in), float32.
+    """
+    W = torch.cholesky_solve(cross.T, torch.linalg.cholesky(_ridged(gram, ridge))).T
+    fitted = W @ gram @ W.T
+    r = min(rank, len(cross), len(gram))
+    if metric is None:
+        V = torch.linalg.eigh(fitted).eigenvectors[:, -r:]
+        return Factors(V.float(), (V.T @ W).float())
+    L = torch.linalg.cholesky(_ridged(metric, 1e-3)).T
+    V = torch.linalg.eigh(L @ fitted @ L.T).eigenvectors[:, -r:]
+    return Factors(torch.linalg.solve_triangular(L, V, upper=True).float(), (V.T @ L @ W).float())
+
+
+class _Sums:
+    """Σ x x^T and Σ t x^T over training positions, and Σ |t|² over held-out ones."""
+
+    def __init__(self, d_in: int, d_out: int, device: torch.device) -> None:
+        self.gram = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(d_out, d_in, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, t: Tensor) -> None:
+        self.gram += (x.T @ x).double()
+        self.cross += (t.T @ x).double()
+
+
+def distill(
+    old: Checkpoint,
+    new: Checkpoint,
+    source: Adapter,
+    tokenizers: tuple[Any, Any],
+    texts: list[str],
+    settings: Settings,
+    clock: PhaseClock,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+) -> Distilled:
+    """Carries an adapter's effect from the old to the new model, from unlabelled text.
+
+    Args:
+        source: the adapter, read for `old`. tokenizers: of both models. texts: at least 8.
+
+    Raises:
+        LoraSuiteError: too little text, models that share too few tokens, NaN or infinity in a forward pass.
+    """
+    aligned, shared = _align(old, new, tokenizers, texts, settings)
+    of_text = torch.cat([torch.full((len(a.ends),), n) for n, a in enumerate(aligned)])
+    held_texts = set(range(_HELD_OUT - 1, len(aligned), _HELD_OUT)) or {len(aligned) - 1}
+    held = torch.tensor([n in held_texts for n in range(len(aligned))])[of_text]
+    o = _Side(old, [a.ids_o for a in aligned], [a.positions_o for a in aligned], settings, device)
+    n = _Side(new, [a.ids_n for a in aligned], [a.positions_n for a in aligned], settings, device)
+    heads = o.head(shared[0]), n.head(shared[1])
+    with clock.phase("adapter's effect", old.shape.L) as step:
+        before, after = _old_states(o, source, dtype, trust_remote_code, step)
+    with clock.phase("output map", 1) as step:
+        weights = _token_weights(heads[0], before, after, torch.nonzero(~held).flatten(), settings.seed)
+        gained = heads[1].weight * final_gain(new).to(device)
+        mapped = fit_output_map(heads[0].weight, gained, weights)
+        change = _controlled((after - before) @ mapped.U.T.cpu(), settings)
+        sides = before[held], after[held]
+        del before, after
+        step(1)
+    start = new.shape.L - (settings.layers or max(1, new.shape.L // 2))
+    if not 0 <= start < new.shape.L:
+        raise LoraSuiteError(f"{settings.layers} layers are to be fitted, the new model has {new.shape.L}")
+    fit = _Fit(n, change, held, mapped, settings, max(u.rank for u in source.updates.values()))
+    with clock.phase("fit", new.shape.L) as step:
+        fit.run(start, dtype, trust_remote_code, step)
+    with clock.phase("held-out agreement", new.shape.L - start) as step:
+        keep = [k for k in range(len(aligned)) if k in held_texts]
+        h = _Side(new, [aligned[k].ids_n for k in keep], [aligned[k].positions_n for k in keep], settings, device)
+        found = _new_states(h, fit, start, dtype, trust_remote_code, step)
+        gains = _kl_shares(heads, sides, found, device)
+        gain = max(GAINS, key=lambda g: (gains[g], -g))
+        agreement = _agreement(heads, sides, (found[0.0], found[gain]), of_text[held], device, settings.seed)
+    return Distilled(
+        fitted=fit.updates,
+        gain=gain,
+        explained=fit.explained,
+        agreement=agreement,
+        output_r2=mapped.r2,
+        positions=len(of_text),
+        held_positions=int(held.sum()),
+        texts=len(aligned),
+        tokens=(sum(map(len, o.ids)), sum(map(len, n.ids))),
+        gains=gains,
+    )
+
+
+def _align(
+    old: Checkpoint, new: Checkpoint, tokenizers: tuple[Any, Any], texts: list[str], settings: Settings
+) -> tuple[list[AlignedText], tuple[Tensor, Tensor]]:
+    """Texts in random order with their aligned positions, and the ids of the shared ordinary tokens."""
+    alignment = Alignment(*tokenizers)
+    texts = list(texts)
+    random.Random(settings.seed).shuffle(texts)
+    aligned = alignment.align_all(texts, settings.max_tokens)
+    positions = sum(len(a.ends) for a in aligned)
+    both = alignment.ordinary
+    inside = (both.old < old.shape.V) & (both.new < new.shape.V)
+    if len(aligned) < _LEAST_TEXTS or positions < _LEAST_POSITIONS or int(inside.sum()) < 2:
+        raise LoraSuiteError(
+            f"distillation found {positions} aligned positions in {len(aligned)} texts and {int(inside.sum())} shared "
+            f"tokens; it needs {_LEAST_POSITIONS} positions in {_LEAST_TEXTS} texts. Pass more text with --calibration"
+        )
+    return aligned, (both.old[inside], both.new[inside])
+
+
+def _check_finite(model: Checkpoint, states: Tensor) -> Tensor:
+    if not torch.isfinite(states).all():
+        raise LoraSuiteError(f"{model.folder}: gives NaN or infinity on the text; try --dtype float32")
+    return states
+
+
+def _old_states(
+    side: _Side, source: Adapter, dtype: torch.dtype, trust_remote_code: bool, step: Any
+) -> tuple[Tensor, Tensor]:
+    """What the old head reads at the aligned positions, without the adapter and with it; (positions, d_o) each."""
+    stream = side.stream(dtype, trust_remote_code=trust_remote_code)
+    before, after = stream.hidden, list(stream.hidden)
+    for layer in stream:
+        factors = {
+            role: Factors(u.factors.b.float().to(side.device) * u.scale, u.factors.a.float().to(side.device))
+            for (i, role), u in source.updates.items()
+            if i == layer.index
+        }
+        _run(layer, before)
+        with updated(layer.module, side.model.family, factors):
+            _run(layer, after)
+        step(layer.index + 1)
+    taken = [torch.cat([side.last(side.take(n, h)).cpu() for n, h in enumerate(hidden)]) for hidden in (before, after)]
+    return _check_finite(side.model, taken[0]), _check_finite(side.model, taken[1])
+
+
+def _run(layer: StreamedLayer, hidden: list[Tensor]) -> None:
+    for _ in layer.run(hidden):
+        pass
+
+
+def _token_weights(head: Head, before: Tensor, after: Tensor, positions: Tensor, seed: int) -> Tensor:
+    """(s,) summed probability of each token at a sample of the positions, with and without the adapter alike."""
+    tokens = head.weight.shape[0]
+    order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
+    sample = positions[order[:_WEIGHED]]
+    total = torch.zeros(tokens, dtype=torch.float64, device=head.weight.device)
+    for part in sample.split(max(1, _ELEMENTS // tokens)):
+        for states in (before, after):
+            total += head.log_probs(states[part].to(head.weight.device)).exp().double().sum(0)
+    return total
+
+
+def _controlled(change: Tensor, settings: Settings) -> Tensor:
+    """(positions, d_n) targets, or what a control makes of them."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    if settings.control == "shuffled":
+        return change[torch.randperm(len(change), generator=generator)]
+    if settings.control == "flipped":
+        return -change
+    if settings.control == "rotated":
+        return change @ torch.linalg.qr(torch.randn(change.shape[1], change.shape[1], generator=generator)).Q
+    if settings.control != "none":
+        raise ValueError(f"control {settings.control!r} is not one of {', '.join(CONTROLS)}")
+    return change
+
+
+class _Fit:
+    """The pass over the new model that fits its last layers.
+
+    Attributes:
+        updates: (layer, role) -> factors on the CPU. explained: see `Distilled`. entering: the held-out examples'
+            hidden states in front of the first fitted layer.
+    """
+
+    def __init__(
+        self, side: _Side, change: Tensor, held: Tensor, mapped: OutputMap, settings: Settings, rank: int
+    ) -> None:
+        self.side, self.settings, self.rank = side, settings, settings.rank or rank
+        sizes = [len(row) for row, _ in side.at]
+        self.change, self.held = change.split(sizes), held.split(sizes)
+        self.metric = mapped.metric
+        self.updates: dict[tuple[int, str], Factors] = {}
+        self.explained: dict[int, float] = {}
+        self.entering: list[Tensor] = []
+
+    def run(self, start: int, dtype: torch.dtype, trust_remote_code: bool, step: Any) -> None:
+        stream = self.side.stream(dtype, trust_remote_code=trust_remote_code)
+        base = stream.hidden
+        adapted: list[Tensor] = []
+        for layer in stream:
+            if layer.index == start:
+                adapted = list(base)
+                self.entering = list(base)
+            _run(layer, base)
+            if layer.index >= start:
+                self._layer(layer, base, adapted)
+            step(layer.index + 1)
+        _check_finite(self.side.model, torch.cat([self.side.take(n, h) for n, h in enumerate(base)]))
+
+    def _layer(self, layer: StreamedLayer, base: list[Tensor], adapted: list[Tensor]) -> None:
+        family, device = self.side.model.family, self.side.device
+        found: dict[str, Factors] = {}
+        for role in self.settings.roles:
+            hidden = list(adapted)
+            out, into = self.side.model.shape.expected(role)
+            sums = _Sums(into, out, device)
+            with updated(layer.module, family, found), inputs_of(layer.module, family, role) as seen:
+                for n, output in enumerate(layer.run(hidden)):
+                    train = ~self.held[n].to(device)
+                    x = self.side.take(n, seen[0])
+                    sums.add(x[train], self._left(n, base[n], output)[0][train])
+            found[role] = reduced_rank_ridge(
+                sums.gram, sums.cross, self.rank, self.settings.ridge, self.metric.to(device)
+            )
+            self.updates[layer.index, role] = Factors(found[role].b.cpu(), found[role].a.cpu())
+        left = wanted = 0.0
+        with updated(layer.module, family, found):
+            for n, output in enumerate(layer.run(adapted)):
+                held = self.held[n].to(device)
+                rest, target = self._left(n, base[n], output)
+                left += float(rest[held].double().square().sum())
+                wanted += float(target[held].double().square().sum())
+        self.explained[layer.index] = 1 - left / wanted if wanted else 0.0
+
+    def _left(self, n: int, base: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """What is left of the target at micro-batch n's positions, and the target; (positions, d_n) each.
+
+        RMSNorm in front of the head divides by the size of the state, so the target is multiplied by it.
+        """
+        reference = self.side.take(n, base)
+        target = self.side.rms(reference) * self.change[n].to(reference)
+        return target - (self.side.take(n, output) - reference), target
+
+
+def _new_states(
+    side: _Side, fit: _Fit, start: int, dtype: torch.dtype, trust_remote_code: bool, step: Any
+) -> dict[float, Tensor]:
+    """What the new head reads at the held-out positions with each gain on the fitted updates, by gain."""
+    stream = side.stream(dtype, first=start, trust_remote_code=trust_remote_code)
+    rows = torch.cat([_held_examples(fit, n, h) for n, h in enumerate(fit.entering)])[:, : stream.hidden[0].shape[1]]
+    fit.entering = []
+    entering = list(rows.split(side.micro_batch))
+    hidden = {gain: list(entering) for gain in GAINS}
+    family, device = side.model.family, side.device
+    for done, layer in enumerate(stream, 1):
+        found = {role: f for (j, role), f in fit.updates.items() if j == layer.index}
+        for gain in GAINS:
+            factors = {role: Factors(gain * f.b.to(device), f.a.to(device)) for role, f in found.items()}
+            with updated(layer.module, family, factors if gain else {}):
+                _run(layer, hidden[gain])
+        step(done)
+    return {
+        gain: torch.cat([side.last(side.take(n, h)).cpu() for n, h in enumerate(states)])
+        for gain, states in hidden.items()
+    }
+
+
+def _held_examples(fit: _Fit, n: int, hidden: Tensor) -> Tensor:
+    row, _ = fit.side.at[n]
+    return hidden[torch.unique(row[fit.held[n].to(row.device)])]
+
+
+def _kl_shares(
+    heads: tuple[Head, Head], old: tuple[Tensor, Tensor], new: dict[float, Tensor], device: torch.device
+) -> dict[float, float]:
+    """By gain, 1 - KL(target ‖ new + update) / KL(target ‖ new), the target being softmax(log p_n + change of old)."""
+    totals = dict.fromkeys(new, 0.0)
+    for part in torch.arange(len(old[0])).split(max(1, _ELEMENTS // heads[0].weight.shape[0])):
+        o_0, o_1 = (heads[0].log_probs(states[part].to(device)) for states in old)
+        target = functional.log_softmax(heads[1].log_probs(new[0.0][part].to(device)) + o_1 - o_0, dim=-1)
+        for gain, states in new.items():
+            reached = heads[1].log_probs(states[part].to(device))
+            totals[gain] += float((target.exp() * (target - reached)).sum())
+    return {gain: 1 - total / totals[0.0] if totals[0.0] > 0 else 0.0 for gain, total in totals.items()}
+
+
+def _agreement(
+    heads: tuple[Head, Head],
+    old: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    text: Tensor,
+    device: torch.device,
+    seed: int,
+) -> dict[str, tuple[float, float, float]]:
+    """The figures of `Distilled.agreement`."""
+    empty = torch.empty(0)
+    sides = [
+        tuple(States(last, empty, replace(head)) for last in pair) for head, pair in zip(heads, (old, new), strict=True)
+    ]
+    of_text = torch.unique(text, return_inverse=True)[1]
+    sums = effect_sums(sides[0], sides[1], of_text, device=device, seed=seed)  # type: ignore[arg-type]
+    columns = sums.gram, sums.plain, sums.scalars
+    once = statistics(*(c.sum(0) for c in columns))
+    drawn = resamples(len(sums.scalars), _BOOTSTRAP, seed)
+    often = statistics(*(torch.einsum("bt,t...->b...", drawn, c) for c in columns))
+    names = {"kl_share": "carried_kl_share", "content_kl_share": "content_kl_share_gain", "cosine": "carried_cosine"}
+    figures = {}
+    for name, column in names.items():
+        values = often[column].nan_to_num(0.0)
+        low, high = (float(values.quantile(q)) for q in (0.025, 0.975))
+        figures[name] = float(once[column].nan_to_num(0.0)), low, high
+    return figures

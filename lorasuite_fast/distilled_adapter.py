@@ -1,0 +1,121 @@
+"""A distilled update as a PEFT LoRA folder: the text it is fitted on, the fit, the files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .adapter import Adapter, Update, adapter_files
+from .build import SELF
+from .calibration import load_examples
+from .checkpoint import Checkpoint
+from .distillation import Distilled, Settings, distill
+from .errors import LoraSuiteError
+from .loader import Layer
+from .phases import PhaseClock
+from .projection import Factors, balanced
+from .result import LayerResult
+from .self_text import self_written
+
+if TYPE_CHECKING:
+    from .plan import TransferPlan
+
+TEXTS = 1024
+"""Examples of the text that are read at most."""
+
+
+@dataclass(frozen=True)
+class DistilledAdapter:
+    """The files of a PEFT LoRA folder for the new model, and how they came about."""
+
+    files: dict[str, bytes]
+    layers: list[LayerResult]
+    distilled: Distilled
+
+
+def distil_adapter(
+    plan: TransferPlan,
+    models: tuple[Checkpoint, Checkpoint],
+    source: Adapter,
+    text: str,
+    settings: Settings | None,
+    clock: PhaseClock,
+    *,
+    trust_remote_code: bool = False,
+) -> DistilledAdapter:
+    """Distils an adapter with a plan's options.
+
+    Args:
+        text: "shipped", "self", or a .jsonl or .txt file.
+
+    Raises:
+        LoraSuiteError: text that cannot be used, models that share too little.
+    """
+    old, new = models
+    settings = settings or Settings(seed=plan.options["seed"])
+    if settings.rank is not None and settings.rank < 1:
+        raise LoraSuiteError(f"rank {settings.rank}: the result needs a rank of at least 1")
+    device, dtype = torch.device(plan.options["device"]), getattr(torch, plan.options["dtype"])
+    if text == SELF:
+        with clock.phase("self-written text", TEXTS) as step:
+            texts = self_written(
+                old,
+                source.where,
+                count=TEXTS,
+                seed=settings.seed,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                report=step,
+            )
+    else:
+        texts = load_examples(None if text == "shipped" else text, TEXTS, settings.seed)
+    tokenizers = old.tokenizer(trust_remote_code=trust_remote_code), new.tokenizer(trust_remote_code=trust_remote_code)
+    distilled = distill(
+        old,
+        new,
+        source,
+        tokenizers,
+        texts,
+        settings,
+        clock,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    dtype = next(iter(source.updates.values())).factors.a.dtype
+    updates: dict[tuple[int, str], Update] = {}
+    sizes: dict[int, dict[str, float]] = {}
+    for (j, role), factors in sorted(distilled.updates.items()):
+        rank = factors.a.shape[0]
+        size = 0.0
+        if distilled.gain:
+            factors, sigma = balanced(factors)
+            size = float(torch.linalg.vector_norm(sigma))
+        updates[j, role] = Update(Factors(factors.b.to(dtype), factors.a.to(dtype)), float(rank), rslora=False)
+        sizes.setdefault(j, {})[role] = size / float(_norm(new, j, role))
+    rank = max(update.rank for update in updates.values())
+    # The scale is in the factors: alpha = r.
+    config = source.config | {"r": rank, "lora_alpha": rank, "use_rslora": False}
+    files = adapter_files(updates, replace(source, config=config), new.family.model_type, new.shape.L, new.name)
+    cka = plan.tensors["cka"]
+    layers = [
+        LayerResult(
+            new_layer=j,
+            old_layer=plan.layers.get(j),
+            cka=float(cka[plan.layers[j], j]) if j in plan.layers else None,
+            head_similarity=None,
+            neuron_similarity=None,
+            update=sizes[j],
+            explained=distilled.explained[j],
+        )
+        for j in sorted(sizes)
+    ]
+    return DistilledAdapter(files, layers, distilled)
+
+
+def _norm(model: Checkpoint, layer: int, role: str) -> Tensor:
+    weight = Layer.of(model, layer, (role,)).weight(role, torch.float32)
+    return torch.linalg.vector_norm(weight).clamp_min(torch.finfo(torch.float32).tiny)

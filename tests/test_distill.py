@@ -1,0 +1,314 @@
+"""Distillation in closed form: the streamed fit is the dense one, and what it hands out says how good it is."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast.adapter import read_adapter
+from lorasuite_fast.alignment import Alignment
+from lorasuite_fast.calibration import load_examples
+from lorasuite_fast.checkpoint import Checkpoint
+from lorasuite_fast.distillation import Distilled, Settings, distill, reduced_rank_ridge, updated
+from lorasuite_fast.families import FAMILIES
+from lorasuite_fast.phases import PhaseClock
+from lorasuite_fast.self_text import self_written
+
+from planted import Planted, effect, plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+RIDGE, RANK, MAX_TOKENS = 1e-2, 4, 64
+
+
+@dataclass
+class Pair:
+    root: Path
+    planted: Planted | None = None
+    model: Any = None
+
+    def distil(self, settings: Settings, texts: list[str] | None = None) -> Distilled:
+        old, new = Checkpoint(self.root / "old", "old"), Checkpoint(self.root / "new", "new")
+        source = read_adapter(self.root / "adapter", old.family, old.shape, old.name)
+        return distill(
+            old,
+            new,
+            source,
+            (old.tokenizer(), new.tokenizer()),
+            load_examples(None, 72, 0) if texts is None else texts,
+            replace(settings, max_tokens=MAX_TOKENS),
+            PhaseClock(),
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+        )
+
+
+def make_planted(root: Path, targets: list[str] = ATTENTION) -> Pair:
+    model = tiny_model("llama", 0, d=32, layers=3, vocab=420)
+    tokenizer = tiny_tokenizer(420)
+    planted = plant(
+        model,
+        tokenizer,
+        d_new=48,
+        layers_new=4,
+        heads_new=6,
+        intermediate_new=80,
+        added_tokens=30,
+        seed=0,
+        identity_at=[1],
+    )
+    save_folder(model, tokenizer, root / "old")
+    planted.save(root / "new")
+    random_adapter(root / "old", root / "adapter", targets=targets, rank=RANK, alpha=8, seed=0, size=0.3)
+    return Pair(root, planted, model)
+
+
+def make_unrelated(root: Path) -> Pair:
+    for name, seed, d, layers, vocab in (("old", 0, 32, 3, 420), ("new", 1, 48, 4, 480)):
+        save_folder(tiny_model("llama", seed, d=d, layers=layers, vocab=vocab), tiny_tokenizer(vocab), root / name)
+    random_adapter(root / "old", root / "adapter", targets=ATTENTION, rank=RANK, alpha=8, seed=0, size=0.3)
+    return Pair(root)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_planted(tmp_path_factory.mktemp("planted"))
+
+
+@pytest.fixture(scope="module")
+def unrelated(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    return make_unrelated(tmp_path_factory.mktemp("unrelated"))
+
+
+def dense_reduced_rank(x: Tensor, t: Tensor, rank: int, ridge: float, root: Tensor) -> Tensor:
+    """B A (d_out, d_in) from all positions at once: augmented least squares, then an SVD of the fitted values.
+
+    `root` is L of the metric L^T L.
+    """
+    shrink = (ridge * x.square().sum() / x.shape[1]).sqrt()
+    rows = torch.cat([x, shrink * torch.eye(x.shape[1], dtype=x.dtype)])
+    wanted = torch.cat([t, torch.zeros(x.shape[1], t.shape[1], dtype=t.dtype)])
+    W = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution.T
+    V = torch.linalg.svd(x @ W.T @ root.T, full_matrices=False)[2][:rank].T
+    return torch.linalg.solve(root, V @ V.T @ root @ W)
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("with_metric", [False, True])
+def test_the_regression_equals_a_dense_svd(with_metric: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 24, generator=rng, dtype=torch.float64) @ torch.randn(24, 24, generator=rng).double()
+    t = x @ torch.randn(24, 10, generator=rng).double() + torch.randn(300, 10, generator=rng).double()
+    half = torch.randn(40, 10, generator=rng).double()
+    metric = half.T @ half
+    ridged = metric + 1e-3 * metric.diagonal().mean() * torch.eye(10)
+    root = torch.linalg.cholesky(ridged).T if with_metric else torch.eye(10, dtype=torch.float64)
+    found = reduced_rank_ridge(x.T @ x, t.T @ x, 3, RIDGE, metric if with_metric else None)
+    assert found.b.shape == (10, 3)
+    assert found.a.shape == (3, 24)
+    assert relative(found.b @ found.a, dense_reduced_rank(x, t, 3, RIDGE, root)) < 1e-5
+
+
+class Dense:
+    """Everything the last layer's fit needs, from whole transformers models in float64, all positions in memory."""
+
+    def __init__(self, root: Path) -> None:
+        old, new = Checkpoint(root / "old", "old"), Checkpoint(root / "new", "new")
+        texts = load_examples(None, 40, 0)
+        random.Random(0).shuffle(texts)
+        alignment = Alignment(old.tokenizer(), new.tokenizer())
+        self.aligned = alignment.align_all(texts, MAX_TOKENS)
+        self.tokens = alignment.ordinary
+        self.old, self.new = (
+            AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.float64).eval() for name in ("old", "new")
+        )
+        self.adapted = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(root / "old", dtype=torch.float64), root / "adapter"
+        ).to(torch.float64)
+
+    @torch.no_grad()
+    def read(self, model: Any, side: str, modules: tuple[str, ...] = ()) -> dict[str, Tensor]:
+        """At the aligned positions of all texts: the state behind the last layer, what the head reads, and the inputs
+        of the named modules."""
+        backbone = model.get_submodule("base_model.model.model") if side == "adapted" else model.model
+        kept: dict[str, list[Tensor]] = {name: [] for name in ("state", "last", *modules)}
+        seen: dict[str, Tensor] = {}
+        handles = [backbone.norm.register_forward_pre_hook(lambda _, i: seen.update(state=i[0]))]
+        for name in modules:
+            module = backbone.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(lambda _, i, name=name: seen.update({name: i[0]})))
+        for text in self.aligned:
+            new = side == "new"
+            ids, at = (text.ids_n, text.positions_n) if new else (text.ids_o, text.positions_o)
+            seen["last"] = backbone(torch.tensor([ids])).last_hidden_state
+            for name, parts in kept.items():
+                parts.append(seen[name][0, at])
+        for handle in handles:
+            handle.remove()
+        return {name: torch.cat(parts) for name, parts in kept.items()}
+
+    def updates(self) -> dict[str, Tensor]:
+        """B A of the last new layer's output projections."""
+        held = torch.cat([torch.full((len(a.ends),), n % 10 == 9) for n, a in enumerate(self.aligned)])
+        before, after = self.read(self.old, "old")["last"], self.read(self.adapted, "adapted")["last"]
+        rows_o = self.old.lm_head.weight.detach()[self.tokens.old]
+        rows_n = (self.new.lm_head.weight * self.new.model.norm.weight).detach()[self.tokens.new]
+        w = sum((x[~held] @ rows_o.T).softmax(-1).sum(0) for x in (before, after))
+        w = w / w.sum()
+        rows_o, rows_n = rows_o - w @ rows_o, rows_n - w @ rows_n
+        metric = rows_n.T @ (w[:, None] * rows_n)
+        eye = torch.eye(len(metric), dtype=torch.float64)
+        U = torch.linalg.inv(metric + 1e-2 * metric.diagonal().mean() * eye) @ rows_n.T @ (w[:, None] * rows_o)
+        root = torch.linalg.cholesky(metric + 1e-3 * metric.diagonal().mean() * eye).T
+        layer = f"layers.{len(self.new.model.layers) - 1}"
+        names = {"o": f"{layer}.self_attn.o_proj", "down": f"{layer}.mlp.down_proj"}
+        base = self.read(self.new, "new")["state"]
+        size = (base.square().mean(-1, keepdim=True) + self.new.config.rms_norm_eps).sqrt()
+        target = size * ((after - before) @ U.T)
+        found: dict[str, Tensor] = {}
+        for role, name in names.items():
+            now = self.read(self.new, "new", (name,))
+            left = target - (now["state"] - base)
+            found[role] = dense_reduced_rank(now[name][~held], left[~held], RANK, RIDGE, root)
+            with torch.no_grad():
+                self.new.model.get_submodule(name).weight += found[role]
+        return found
+
+
+def test_the_streamed_fit_equals_a_dense_float64_one(unrelated: Pair) -> None:
+    # So few that every position counts for the tokens' weights; with more they are taken from a sample.
+    found = unrelated.distil(Settings(layers=1, micro_batch=7), load_examples(None, 40, 0))
+    assert found.positions - found.held_positions <= 4096
+    wanted = Dense(unrelated.root).updates()
+    assert set(found.fitted) == {(3, "o"), (3, "down")}
+    for role, update in wanted.items():
+        factors = found.fitted[3, role]
+        assert relative(factors.b @ factors.a, update) < 1e-4
+
+
+def test_one_micro_batch_or_many_give_the_same(planted: Pair) -> None:
+    one, many = (planted.distil(Settings(micro_batch=size)) for size in (128, 5))
+    for key, factors in one.fitted.items():
+        assert relative(many.fitted[key].b @ many.fitted[key].a, (factors.b @ factors.a).double()) < 1e-3
+    assert one.gain == many.gain
+
+
+def test_most_of_the_target_is_reached_on_held_out_text_of_a_planted_upgrade(planted: Pair) -> None:
+    # A rank that does not bind, so that what is missing is missing from the inputs.
+    found = planted.distil(Settings(rank=48))
+    assert found.explained[3] > 0.8
+    assert found.agreement["content_kl_share"][1] > 0.5
+    assert found.gain > 0
+    assert found.warning is None
+
+
+def test_shuffled_targets_leave_only_a_constant_shift(planted: Pair) -> None:
+    real, shuffled = (planted.distil(Settings(control=control)) for control in ("none", "shuffled"))
+    assert shuffled.agreement["content_kl_share"][0] < 0.05
+    assert real.agreement["content_kl_share"][0] > shuffled.agreement["content_kl_share"][0] + 0.3
+
+
+def test_flipped_targets_carry_nothing_and_say_so(planted: Pair) -> None:
+    found = planted.distil(Settings(control="flipped"))
+    assert found.gain == 0
+    assert all(not factors.b.any() for factors in found.updates.values())
+    assert found.warning is not None
+    assert "changes nothing" in found.warning
+
+
+def test_auto_takes_least_squares_on_a_planted_upgrade_and_is_exact(planted: Pair, tmp_path: Path) -> None:
+    root = planted.root
+    result = migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", examples=48)
+    assert result.plan.options["method"] == "lstsq"
+    assert "a linear map carries" in result.plan.facts["method_reason"]
+    assert result.warning is None
+    assert planted.planted is not None
+    ids_o, ids_n = planted.planted.random_ids(4, 24, 0)
+    old = effect(planted.model, root / "adapter", ids_o)[..., planted.planted.shared_old].flatten()
+    new = effect(planted.planted.model, tmp_path / "out", ids_n)[..., planted.planted.shared_new].flatten()
+    assert float(torch.nn.functional.cosine_similarity(old, new, dim=0)) >= 0.9999
+
+
+def test_auto_distils_between_unrelated_models_and_warns(unrelated: Pair, tmp_path: Path) -> None:
+    root = unrelated.root
+    result = migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", layers="last")
+    assert result.plan.options["method"] == "distill"
+    assert "no linear map" in result.plan.facts["method_reason"]
+    assert result.warning is not None
+    assert result.as_dict()["warning"] == result.warning
+
+
+@pytest.mark.parametrize("rank", [None, 2, 7])
+def test_the_result_is_a_peft_adapter_of_the_rank_asked_for(rank: int | None, planted: Pair, tmp_path: Path) -> None:
+    root = planted.root
+    settings = Settings(rank=rank, max_tokens=MAX_TOKENS)
+    migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", method="distill", settings=settings)
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == (rank or RANK)
+    assert sorted(config["target_modules"]) == ["down_proj", "o_proj"]
+    assert config["layers_to_transform"] == [2, 3]
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "new"), tmp_path / "out")
+    stored = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {n.replace(".default.", ".") for n, _ in model.named_parameters() if "lora_" in n} == set(stored)
+    assert all(tensor.shape[0 if "lora_A" in name else 1] == (rank or RANK) for name, tensor in stored.items())
+
+
+def test_a_saved_plan_distils_with_other_text(planted: Pair, tmp_path: Path) -> None:
+    root = planted.root
+    TransferPlan.build(root / "old", root / "new", method="distill").save(tmp_path / "plan")
+    text = tmp_path / "text.jsonl"
+    lines = load_examples(None, 40, 3)
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    result = TransferPlan.load(tmp_path / "plan").apply(root / "adapter", tmp_path / "out", text=text)
+    assert result.distilled is not None
+    assert result.distilled.texts == 40
+
+
+def test_too_little_text_is_refused(planted: Pair) -> None:
+    with pytest.raises(LoraSuiteError, match=r"needs 256 positions in 8 texts.*--calibration"):
+        planted.distil(Settings(), texts=["one", "two", "three"])
+
+
+def test_a_rank_is_refused_where_the_method_keeps_the_adapters(planted: Pair, tmp_path: Path) -> None:
+    root = planted.root
+    with pytest.raises(LoraSuiteError, match="only distill changes it"):
+        migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", settings=Settings(rank=2))
+
+
+def test_updates_are_gone_with_their_context() -> None:
+    layer = tiny_model("llama", 0).model.layers[0]
+    x = torch.randn(2, layer.self_attn.o_proj.in_features)
+    plain = layer.self_attn.o_proj(x)
+    b, a = torch.ones(plain.shape[-1], 1), torch.ones(1, x.shape[-1])
+    with updated(layer, FAMILIES["llama"], {"o": (b, a)}):  # type: ignore[dict-item]
+        assert torch.allclose(layer.self_attn.o_proj(x), plain + x.sum(-1, keepdim=True), atol=1e-4)
+    assert torch.equal(layer.self_attn.o_proj(x), plain)
+
+
+def test_self_written_text_is_seeded_and_kept(planted: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    old = Checkpoint(planted.root / "old", "old")
+
+    def write(seed: int) -> list[str]:
+        return self_written(old, planted.root / "adapter", count=6, seed=seed, device=torch.device("cpu"))
+
+    first = write(0)
+    assert write(1) != first
+    shutil.rmtree(tmp_path / "lorasuite-fast")
+    assert write(0) == first
+    monkeypatch.setattr("lorasuite_fast.aligned_states.LoadedModel", None)
+    assert write(0) == first
