@@ -31,6 +31,8 @@ from lorasuite_fast.self_text import self_written
 DEMO = Path(__file__).resolve().parents[1] / "lorasuite_fast" / "demo"
 OLD, NEW, ADAPTER = DEMO / "old", DEMO / "new", DEMO / "adapter"
 TEXT_BYTES = 600_000
+PARTS = {"half": 300_000, "small": 75_000}
+"""Bytes from the front of the text the adapted model wrote."""
 TESTS = ("domain_test", "general_test")
 
 
@@ -40,7 +42,7 @@ class Row:
 
     label: str
     options: dict[str, Any] = field(default_factory=dict)
-    text: str = "self"
+    text: str = "half"
 
 
 ROWS = {
@@ -53,6 +55,7 @@ ROWS = {
     "both-mlp": Row(
         "KL + 0.3 × next token, also gate, up and down", {"roles": ["q", "k", "v", "o", "gate", "up", "down"]}
     ),
+    "both-long-text": Row("KL + 0.3 × next token, 600 KB of text", text="self"),
     "both-small-text": Row("KL + 0.3 × next token, 75 KB of text", text="small"),
     "both-seed-1": Row("KL + 0.3 × next token, another seed", {"seed": 1}),
 }
@@ -60,21 +63,20 @@ ROWS = {
 
 def texts_of(work: Path, kind: str) -> list[str]:
     """The text of a row, written once; what writing it took is kept beside it."""
-    path = work / f"text-{kind}.json"
-    if kind == "small":
-        texts, taken, size = texts_of(work, "self"), [], 0
-        for text in texts:
-            if size >= 75_000:
+    if kind in PARTS:
+        taken: list[str] = []
+        for text in texts_of(work, "self"):
+            if sum(len(t.encode()) for t in taken) >= PARTS[kind]:
                 break
             taken.append(text)
-            size += len(text.encode())
         return taken
+    path = work / f"text-{kind}.json"
     if not path.exists():
         start = time.perf_counter()
         texts = self_written(
             Checkpoint(OLD, "old"),
             ADAPTER if kind == "self" else None,
-            size=TEXT_BYTES,
+            size=TEXT_BYTES if kind == "self" else PARTS["half"],
             seed=0,
             tokens=256,
             device=torch.device("cpu"),
@@ -100,12 +102,12 @@ def measure(work: Path, name: str) -> dict[str, Any]:
     texts = texts_of(work, row.text)
 
     def progress(phase: str, done: int, total: int) -> None:
-        if phase == "train" and done % 25 == 0:
+        if phase == "train" and done % 50 == 0:
             print(f"{name}: {done} of {total} steps", flush=True)
 
     result = refine(
         OLD, ADAPTER, NEW, None, work / name, text=texts, cache=work, overwrite=True, progress=progress,
-        **({"steps": 300, "patience": None} | row.options),
+        **({"steps": 300, "patience": None, "eval_every": 50} | row.options),
     )  # fmt: skip
     figures = {"bits": score(work / name), "refinement": result.as_dict()}
     path.write_text(json.dumps(figures))
@@ -192,7 +194,7 @@ def conclusions(work: Path, measured: dict[str, Any], share: Any, full: dict[str
     training = both["refinement"]["costs"]["train"]
     passes = ", ".join(f"{phase} {seconds:.0f}" for phase, seconds in costs.items() if phase != "train")
     lines.append(
-        f"- Cost in seconds: writing the text {kept:.0f}; {passes}"
+        f"- Cost in seconds: writing {TEXT_BYTES / 1000:.0f} KB of text {kept:.0f}; {passes}"
         f"; training {training:.0f}, its evaluations included. Rows that found the targets on disk did not work them "
         "out again."
     )

@@ -301,7 +301,8 @@ def _new_peft(
         return model.peft
     family = checkpoint.family
     source = None if start is None else read_adapter(start, family, checkpoint.shape, checkpoint.name)
-    wanted = set(roles or ATTENTION) | (set(source.roles) if source else set())
+    known = source.roles if source else ()
+    wanted = {*(roles or known or ATTENTION), *known}
     largest = max((u.rank for u in source.updates.values()), default=1) if source else 1
     r = max(rank or 8, largest)
     torch.manual_seed(seed)
@@ -713,6 +714,9 @@ def _train(
             use_cpu=device.type == "cpu",
             dataloader_pin_memory=device.type == "cuda",
         )
+        if device.type == "cuda":
+            # Trainer would split the one batch over every GPU it sees.
+            arguments._n_gpu = 1
         course = course_class(report)
         callbacks: list[Any] = [course]
         if options["patience"] is not None:
