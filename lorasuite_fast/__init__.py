@@ -13,6 +13,7 @@ from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
     from .plan import TransferPlan, migrate
+    from .refinement import Refinement, refine
     from .result import LayerResult, Migration
     from .verification import Verification, verify
 
@@ -20,10 +21,12 @@ __all__ = [
     "LayerResult",
     "LoraSuiteError",
     "Migration",
+    "Refinement",
     "TransferPlan",
     "Verification",
     "__version__",
     "migrate",
+    "refine",
     "verify",
 ]
 
@@ -32,6 +35,8 @@ _HOMES = {
     "migrate": "plan",
     "Migration": "result",
     "LayerResult": "result",
+    "Refinement": "refinement",
+    "refine": "refinement",
     "Verification": "verification",
     "verify": "verification",
 }

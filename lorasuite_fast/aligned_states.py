@@ -144,8 +144,8 @@ class LoadedModel:
                 return list(module)
         raise LoraSuiteError(f"{self.folder}: no list of {count} decoder layers in {type(self.model).__name__}")
 
-    def attach(self, adapter: str | os.PathLike[str]) -> None:
-        """Puts a PEFT adapter on the model.
+    def attach(self, adapter: str | os.PathLike[str], *, trainable: bool = False) -> None:
+        """Puts a PEFT adapter on the model, frozen unless it is to be `trainable`.
 
         Raises:
             LoraSuiteError: for a folder PEFT cannot read, weights the model has no place for, places the folder has no
@@ -164,7 +164,7 @@ class LoadedModel:
                 raise LoraSuiteError(f"{folder}: prompt tuning changes the text, not the model; it cannot be verified")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                self.peft = PeftModel.from_pretrained(self.model, folder).eval()
+                self.peft = PeftModel.from_pretrained(self.model, folder, is_trainable=trainable).eval()
             with safe_open(weights, framework="pt") as file:
                 stored = set(file.keys())
             placed = set(get_peft_model_state_dict(self.peft, save_embedding_layers=False))

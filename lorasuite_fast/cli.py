@@ -1,4 +1,4 @@
-"""The command line: `lorasuite-fast migrate`, `plan`, `apply` and `verify`."""
+"""The command line: `lorasuite-fast migrate`, `refine`, `plan`, `apply` and `verify`."""
 
 from __future__ import annotations
 
@@ -64,6 +64,13 @@ Rank = Annotated[int | None, typer.Option(help="Of the result, with distill. Def
 Fitted = Annotated[
     int | None,
     typer.Option(help="How many of the last new layers distill fits. Default: half of them.", min=1),
+]
+RefineText = Annotated[
+    Path | None,
+    typer.Option(
+        help="Unlabelled text to refine on: .jsonl with a field `text`, or .txt. Default, `self`: the old model with "
+        "its adapter writes it."
+    ),
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
 Dtype = Annotated[
@@ -237,6 +244,26 @@ def _print_layers(console: Console, result: Migration) -> None:
     console.print(table)
 
 
+def _steps(text: str) -> int | str:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise LoraSuiteError(f"--refine {text}: expected auto or a number of steps, 0 for none") from None
+
+
+def _default_refinement(device: str) -> int | str:
+    """Without a GPU a refinement can take hours, so it has to be asked for."""
+    import torch
+
+    return "auto" if device != "cpu" and torch.cuda.is_available() else 0
+
+
+def _say(sentence: str) -> None:
+    typer.echo(sentence, err=True)
+
+
 def _settings(rank: int | None, layers: int | None, seed: int) -> Settings | None:
     if rank is None and layers is None:
         return None
@@ -268,6 +295,8 @@ def _print_result(result: Migration, as_json: bool) -> None:
     console.print(_phase_table(result.phases))
     if result.distilled is not None:
         _print_distilled(console, result.distilled)
+    if result.refined is not None:
+        console.print(result.refined.summary, highlight=False, markup=False, soft_wrap=True)
     if result.warning:
         console.print(f"[yellow]WARNING: {result.warning}.[/yellow]", soft_wrap=True)
     if result.unused_old_layers:
@@ -293,6 +322,14 @@ def migrate(
     ridge: Ridge = 0.0,
     rank: Rank = None,
     distill_layers: Fitted = None,
+    refine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Then train the result without labels: STEPS, auto, or 0. Default: auto on a GPU, else 0.",
+        ),
+    ] = None,
+    refine_text: RefineText = None,
     memory: Memory = None,
     mapped: Mapped = True,
     overwrite: Overwrite = False,
@@ -324,9 +361,12 @@ def migrate(
             memory=memory,
             mapped=mapped,
             settings=_settings(rank, distill_layers, seed),
+            refine=_steps(refine) if refine is not None else _default_refinement(device),
+            refine_text=refine_text,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=report,
+            say=_say,
         )
     _print_result(result, as_json)
 
@@ -551,6 +591,101 @@ def verify(
     console = Console()
     print_verification(console, result)
     console.print(_phase_table(result.phases))
+
+
+@app.command()
+def refine(
+    old: OldArgument,
+    old_adapter: Annotated[str, typer.Argument(metavar="OLD_ADAPTER", help="PEFT LoRA folder trained on OLD.")],
+    new: NewArgument,
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="PEFT LoRA folder for NEW to start from, or `none`.")
+    ],
+    out: OutArgument,
+    text: RefineText = None,
+    text_bytes: Annotated[int, typer.Option(help="Bytes of text the old model writes.", min=1000)] = 600_000,
+    steps: Annotated[str, typer.Option(help="Optimizer steps, or auto: as many as the text is worth.")] = "auto",
+    learning_rate: Annotated[float, typer.Option(help="At the first step; falls to 0. Large models need less.")] = 1e-2,
+    rank: Annotated[int | None, typer.Option(help="Of a new adapter, 8 by default; widens ADAPTER.", min=1)] = None,
+    roles: Annotated[
+        str | None, typer.Option(help="Projections to train, like q,v; by default those of ADAPTER, or q,k,v,o.")
+    ] = None,
+    kl_weight: Annotated[float, typer.Option(help="Of the divergence from the teacher.", min=0.0)] = 1.0,
+    next_token_weight: Annotated[float, typer.Option(help="Of the next-token loss.", min=0.0)] = 0.3,
+    batch_bytes: Annotated[int, typer.Option(help="Text a step reads.", min=1)] = 2000,
+    top_k: Annotated[int, typer.Option(help="Most probable tokens kept of each target; 0 keeps all.", min=0)] = 64,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out text.", min=1)] = 25,
+    patience: Annotated[int, typer.Option(help="Evaluations without a better one before it stops; 0: never.")] = 6,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(help="Of the text, its order and a new adapter.")] = 0,
+    memory: Memory = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
+    ] = False,
+    cache: Annotated[Path | None, typer.Option(help="Folder that keeps the targets for further runs.")] = None,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter of NEW, without labels, to do what OLD_ADAPTER does on OLD.
+
+    Interrupted, the same command goes on from its last checkpoint.
+
+    Example: lorasuite-fast refine old-model my-adapter new-model my-adapter-new my-adapter-refined
+    """
+    with _run(as_json) as report:
+        from .refinement import refine as run
+
+        result = run(
+            old,
+            old_adapter,
+            new,
+            None if adapter == "none" else adapter,
+            out,
+            text=text,
+            text_bytes=text_bytes,
+            steps=_steps(steps),
+            learning_rate=learning_rate,
+            rank=rank,
+            roles=None if roles is None else [role.strip() for role in roles.split(",")],
+            kl_weight=kl_weight,
+            next_token_weight=next_token_weight,
+            batch_bytes=batch_bytes,
+            top_k=top_k or None,
+            eval_every=eval_every,
+            patience=patience or None,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            memory=memory,
+            gradient_checkpointing=gradient_checkpointing,
+            cache=cache,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=report,
+            say=_say,
+        )
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+        return
+    console = Console()
+    table = Table(title="Evaluations on held-out text", title_justify="left")
+    for name in ("step", "agreement", "KL, nats", "next token, nats"):
+        table.add_column(name, justify="right")
+    for e in result.evaluations:
+        table.add_row(str(e.step), f"{e.agreement:.3f}", _share(e.kl), _share(e.next_token))
+    console.print(table)
+    console.print(_phase_table(result.phases))
+    facts = result.teacher
+    console.print(
+        f"targets: {facts.k:,} of {facts.shared:,} shared tokens kept at {facts.positions:,} positions; the rest holds "
+        f"{facts.rest:.2%} of the mass, and merging it loses {facts.as_dict()['truncation']:.2%} of the divergence",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(result.summary, highlight=False, soft_wrap=True)
+    console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
 
 
 def _version(value: bool) -> None:

@@ -62,7 +62,13 @@ def distil_adapter(
     if text == SELF:
         with clock.phase("self-written text", TEXTS) as step:
             texts = self_written(
-                old, source, TEXTS, settings.seed, device=device, trust_remote_code=trust_remote_code, report=step
+                old,
+                source.where,
+                count=TEXTS,
+                seed=settings.seed,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                report=step,
             )
     else:
         texts = load_examples(None if text == "shipped" else text, TEXTS, settings.seed)

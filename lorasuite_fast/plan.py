@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, check_base, read_adapter
-from .build import AUTO, Inputs, Options, build
+from .build import AUTO, EXACT_R2, Inputs, Options, build
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
@@ -397,6 +397,12 @@ class TransferPlan:
             update=sizes,
         )
 
+    @property
+    def exact(self) -> bool:
+        """Whether a linear map fits both ways so well that least squares carry an adapter as it is."""
+        fits = self.facts.get("r2"), self.facts.get("r2_back")
+        return self.options["method"] == "lstsq" and all(r2 is not None and r2 >= EXACT_R2 for r2 in fits)
+
     def summary(self) -> dict[str, Any]:
         """The plan without its tensors, as plain data."""
         cka = self.tensors["cka"]
@@ -480,33 +486,51 @@ def migrate(
     *,
     overwrite: bool = False,
     settings: Settings | None = None,
+    refine: int | str = 0,
+    refine_text: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Migration:
     """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
 
+    With `refine` the result is then the start of a training without labels (`refinement.refine`) of as many steps;
+    "auto" takes as many as the text is worth, and none where least squares are exact.
+
     Args:
         old, new: model folders or hub ids. adapter: a PEFT LoRA folder trained on old. out: the folder to write.
         settings: rank of the result and the rest of distill's settings. options: those of `TransferPlan.build`.
+        refine_text: None has the old model write it with its adapter; else a .jsonl or .txt file.
+        say: called with one sentence, the steps planned, before a refinement starts.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     start = time.perf_counter()
+    if refine != "auto" and (isinstance(refine, str) or refine < 0):
+        raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
     clean_up(out)
-    check_output(out, overwrite=overwrite)
+    path = check_output(out, overwrite=overwrite)
     model = Checkpoint(old, "old")
     source = read_adapter(adapter, model.family, model.shape, model.name)
     check_base(source, model.fingerprint(), model.name)
     options.setdefault("work", work_folder(out))
     plan = TransferPlan.build(old, new, roles=source.roles, progress=progress, **options)
+    if refine == "auto" and plan.exact:
+        refine = 0
+    unrefined = path
+    if refine:
+        from .refinement import refinement_folder
+
+        unrefined = refinement_folder(out) / "migrated"
+        unrefined.parent.mkdir(exist_ok=True)
     try:
         result = plan.apply(
             adapter,
-            out,
+            unrefined if refine else out,
             settings=settings,
             trust_remote_code=options.get("trust_remote_code", False),
-            overwrite=overwrite,
+            overwrite=overwrite or bool(refine),
             progress=progress,
         )
     except WriteError:
@@ -514,5 +538,27 @@ def migrate(
     except LoraSuiteError:
         plan.finish()
         raise
+    if refine:
+        from .refinement import refine as run
+
+        refined = run(
+            old,
+            adapter,
+            new,
+            unrefined,
+            out,
+            text=refine_text,
+            steps=refine,
+            roles=source.roles,
+            rank=int(source.config["r"]),
+            seed=plan.options["seed"],
+            device=plan.options["device"],
+            memory=options.get("memory"),
+            trust_remote_code=options.get("trust_remote_code", False),
+            overwrite=overwrite,
+            progress=progress,
+            say=say,
+        )
+        result = replace(result, out=os.fspath(out), refined=refined, phases=[*result.phases, *refined.phases])
     plan.finish()
     return result.with_seconds(time.perf_counter() - start)

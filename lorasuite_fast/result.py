@@ -10,6 +10,7 @@ from .phases import Phase
 if TYPE_CHECKING:
     from .distillation import Distilled
     from .plan import TransferPlan
+    from .refinement import Refinement
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class LayerResult:
 class Migration:
     """The outcome of `migrate` or `TransferPlan.apply`; the adapter itself is in the folder `out`.
 
-    `distilled` is there where the adapter was distilled; `warning` then says if held-out text speaks against it.
+    `distilled` is there where the adapter was distilled, `refined` where it was then refined; `warning` says if
+    held-out text speaks against the result.
     """
 
     plan: TransferPlan
@@ -47,10 +49,13 @@ class Migration:
     unused_old_layers: list[int]
     seconds: float | None = None
     distilled: Distilled | None = None
+    refined: Refinement | None = None
 
     @property
     def warning(self) -> str | None:
         """A sentence for the user where held-out text shows that the result cannot be trusted; None elsewhere."""
+        if self.refined is not None:
+            return None if self.refined.agreement > 0 else self.refined.summary.rstrip(".")
         return None if self.distilled is None else self.distilled.warning
 
     def with_seconds(self, seconds: float) -> Migration:
@@ -72,5 +77,6 @@ class Migration:
             "phases": [phase.as_dict() for phase in self.phases],
             "seconds": self.seconds,
             "distillation": None if self.distilled is None else self.distilled.as_dict(),
+            "refinement": None if self.refined is None else self.refined.as_dict(),
             "warning": self.warning,
         }

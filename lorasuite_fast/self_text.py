@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from .adapter import WEIGHTS, Adapter
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
 
@@ -19,37 +18,63 @@ TEMPERATURE = 0.9
 _TOKENS = 128
 _BATCH = 64
 _LEAST_CHARACTERS = 16
+_EMPTY = 3
+"""Batches in a row without one usable text, after which a model counts as one that writes none."""
+
+Report = Callable[[int], None]
+
+
+def adapter_digest(folder: str | os.PathLike[str]) -> str:
+    """SHA-256 over an adapter's configuration and weights, 32 hex digits.
+
+    Raises:
+        LoraSuiteError: if either cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        try:
+            digest.update((Path(folder).expanduser() / name).read_bytes())
+        except OSError as error:
+            raise LoraSuiteError(f"{folder}: {name} cannot be read ({error.strerror or error})") from None
+    return digest.hexdigest()[:32]
 
 
 def self_written(
     model: Checkpoint,
-    adapter: Adapter,
-    count: int,
-    seed: int,
+    adapter: str | os.PathLike[str] | None,
     *,
+    count: int | None = None,
+    size: int | None = None,
+    seed: int,
     device: torch.device,
+    tokens: int = _TOKENS,
+    dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
-    report: Callable[[int], None] | None = None,
+    report: Report | None = None,
 ) -> list[str]:
-    """`count` texts of up to 128 tokens, sampled from the model with its adapter at temperature 0.9.
+    """Texts of up to `tokens` tokens, sampled from the model with its adapter at temperature 0.9.
 
     The model is loaded whole, through transformers. The texts depend on the adapter, not on the new model, and are kept
     in the user's cache (XDG_CACHE_HOME, else ~/.cache) under what they depend on, so that another successor or
     another run needs no second writing.
 
+    Args:
+        adapter: PEFT folder; None lets the bare model write, which is a control.
+        count, size: texts wanted, or UTF-8 bytes; one of the two.
+        report: called with the texts or bytes written so far.
+
     Raises:
-        LoraSuiteError: a model or adapter that cannot be loaded, or that writes nothing.
+        LoraSuiteError: a model or adapter that cannot be loaded, or that writes (next to) nothing.
     """
-    path = _cache_folder() / f"{_key(model, adapter, count, seed, device)}.jsonl"
+    depends = [
+        model.fingerprint(),
+        None if adapter is None else adapter_digest(adapter),
+        *(count, size, seed, tokens, device.type, str(dtype), torch.__version__),
+    ]
+    path = _cache_folder() / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.jsonl"
     if path.is_file():
         return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
-    texts = _write(model, adapter, count, seed, device, trust_remote_code, report)
-    texts = [text for text in texts if len(text.strip()) >= _LEAST_CHARACTERS]
-    if len(texts) < count // 4:
-        raise LoraSuiteError(
-            f"{model.folder}: with {adapter.where} it wrote only {len(texts)} usable texts of {count}; pass text "
-            "of the adapter's domain with --calibration"
-        )
+    texts = _write(model, adapter, count, size, seed, device, tokens, dtype, trust_remote_code, report)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
@@ -66,48 +91,61 @@ def _cache_folder() -> Path:
     return Path(root).expanduser() / "lorasuite-fast" / "self-written"
 
 
-def _key(model: Checkpoint, adapter: Adapter, count: int, seed: int, device: torch.device) -> str:
-    digest = hashlib.sha256(f"{model.fingerprint()} {count} {seed} {device.type} {torch.__version__}".encode())
-    digest.update(json.dumps(adapter.config, sort_keys=True, default=str).encode())
-    digest.update((Path(adapter.where) / WEIGHTS).read_bytes())
-    return digest.hexdigest()[:32]
-
-
 def _write(
     model: Checkpoint,
-    adapter: Adapter,
-    count: int,
+    adapter: str | os.PathLike[str] | None,
+    count: int | None,
+    size: int | None,
     seed: int,
     device: torch.device,
+    tokens: int,
+    dtype: torch.dtype,
     trust_remote_code: bool,
-    report: Callable[[int], None] | None,
+    report: Report | None,
 ) -> list[str]:
     from .aligned_states import LoadedModel
 
-    loaded = LoadedModel(model.folder, "OLD", device=device, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    loaded.attach(adapter.where)
+    loaded = LoadedModel(model.folder, "OLD", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    if adapter is not None:
+        loaded.attach(adapter)
     tokenizer: Any = model.tokenizer(trust_remote_code=trust_remote_code)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise LoraSuiteError(f"{model.folder}: its tokenizer has neither BOS nor EOS, with which a text could begin")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or tokens + 1
     texts: list[str] = []
+    written = empty = 0
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
-        while len(texts) < count:
-            prompt = torch.full((min(_BATCH, count - len(texts)), 1), start, device=device)
-            written = loaded.peft.generate(
+        while len(texts) < count if count is not None else written < (size or 0):
+            wanted = _BATCH if count is None else min(_BATCH, count - len(texts))
+            prompt = torch.full((wanted, 1), start, device=device)
+            rows = (loaded.peft or loaded.model).generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
                 temperature=TEMPERATURE,
                 top_k=0,
                 top_p=1.0,
-                max_new_tokens=_TOKENS,
+                max_new_tokens=min(tokens, context - 1),
                 pad_token_id=pad,
             )
-            texts += tokenizer.batch_decode(written[:, 1:], skip_special_tokens=True)
+            new = tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
+            # A character the last token cuts in two decodes to U+FFFD.
+            new = [text.rstrip("\ufffd") for text in new]
+            new = [text for text in new if len(text.strip()) >= _LEAST_CHARACTERS]
+            empty = 0 if new else empty + 1
+            if empty == _EMPTY:
+                raise LoraSuiteError(
+                    f"{model.folder}: with {adapter or 'no adapter'} it writes no usable text; give text of the "
+                    "adapter's domain"
+                )
+            for text in new:
+                if size is None or written < size:
+                    texts.append(text)
+                    written += len(text.encode("utf-8", "surrogatepass"))
             if report:
-                report(len(texts))
+                report(len(texts) if size is None else min(written, size))
     return texts

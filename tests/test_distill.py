@@ -324,10 +324,9 @@ def test_updates_are_gone_with_their_context() -> None:
 def test_self_written_text_is_seeded_and_kept(planted: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     old = Checkpoint(planted.root / "old", "old")
-    source = read_adapter(planted.root / "adapter", old.family, old.shape, old.name)
 
     def write(seed: int) -> list[str]:
-        return self_written(old, source, 6, seed, device=torch.device("cpu"))
+        return self_written(old, planted.root / "adapter", count=6, seed=seed, device=torch.device("cpu"))
 
     first = write(0)
     assert write(1) != first

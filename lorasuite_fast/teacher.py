@@ -1,0 +1,327 @@
+"""What the new model should predict: its own predictions, changed as the adapter changed the old model's.
+
+At every aligned position, over the s tokens both vocabularies share, the adapter changes the old model's
+log-probabilities by d. The target is `softmax(logits_n + d)`, logits_n those of the bare new model. Three passes run
+one after the other, old, old with adapter, new, and never two models at once: of the old one its last hidden states at
+the aligned positions go to disk, and in the end only the targets are left there: the k most probable tokens of each,
+and the mass of all others.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn import functional
+
+from .aligned_states import Head, LoadedModel, load_tokenizer, read_sizes
+from .alignment import AlignedText, Alignment
+from .errors import LoraSuiteError
+from .phases import PhaseClock, release_memory
+from .work import Work
+
+CHUNK = 64
+"""Texts whose states and targets are one file."""
+_ELEMENTS = 2**24
+"""Log-probabilities formed at once."""
+_LEAST_TEXTS = 8
+_LEAST_POSITIONS = 64
+
+
+@dataclass(frozen=True)
+class Target:
+    """Targets of n positions.
+
+    Attributes:
+        log_probs: (n, k) float32. index: (n, k) int64, which of the shared tokens they belong to; None where k is s and
+            they are in the order of the shared tokens.
+        log_rest: (n,) float32, of the mass of all other shared tokens; -inf where there are none.
+    """
+
+    log_probs: Tensor
+    index: Tensor | None
+    log_rest: Tensor
+
+
+def target(logits: Tensor, before: Tensor, after: Tensor, k: int | None = None) -> Target:
+    """The k most probable tokens of `softmax(logits + log_softmax(after) - log_softmax(before))`.
+
+    Args:
+        logits: (n, s), the bare new model's. before, after: (n, s), the old model's, without and with its adapter.
+        k: tokens to keep of each; None, or s and more, keeps all.
+    """
+    change = functional.log_softmax(after, -1) - functional.log_softmax(before, -1)
+    log_probs = functional.log_softmax(logits + change, dim=-1)
+    if k is None or k >= log_probs.shape[1]:
+        return Target(log_probs, None, torch.full(log_probs.shape[:1], -math.inf, device=log_probs.device))
+    kept, index = log_probs.topk(k, dim=-1)
+    return Target(kept, index, log_probs.scatter(1, index, -math.inf).logsumexp(-1))
+
+
+def divergence(wanted: Target, logits: Tensor) -> Tensor:
+    """KL(target ‖ softmax(logits)) of each position in nats, the tokens not kept counted as one; (n,).
+
+    Merging tokens can only lower it: it equals the full divergence where all tokens are kept.
+
+    Args:
+        logits: (n, s) float32, over the shared tokens.
+    """
+    found = functional.log_softmax(logits, dim=-1)
+    p = wanted.log_probs.exp()
+    if wanted.index is None:
+        # What is impossible in the target adds nothing, whatever is found there.
+        return torch.where(p > 0, p * (wanted.log_probs - found), 0).sum(-1)
+    kept = torch.where(p > 0, p * (wanted.log_probs - found.gather(1, wanted.index)), 0).sum(-1)
+    rest = found.scatter(1, wanted.index, -math.inf).logsumexp(-1)
+    return kept + wanted.log_rest.exp() * (wanted.log_rest - rest)
+
+
+@dataclass(frozen=True)
+class TeacherFacts:
+    """What the teacher pass saw.
+
+    Attributes:
+        texts, positions: aligned ones. shared: s. k: tokens kept of each target.
+        rest: mean mass of the tokens not kept. kl: mean KL(target ‖ bare new model) in nats, over all shared tokens;
+            kl_kept: the same from the kept tokens and the merged rest, so that `1 - kl_kept / kl` is what keeping k
+            tokens loses of it.
+    """
+
+    texts: int
+    positions: int
+    bytes: int
+    tokens_old: int
+    tokens_new: int
+    shared: int
+    k: int
+    rest: float
+    kl: float
+    kl_kept: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"truncation": 1 - self.kl_kept / self.kl if self.kl > 0 else 0.0}
+
+
+class Targets:
+    """The targets of all texts, on disk, read text by text through the memory map."""
+
+    def __init__(self, folder: Path, aligned: list[AlignedText], tokens: Tensor, facts: TeacherFacts) -> None:
+        self.aligned, self.tokens, self.facts = aligned, tokens, facts
+        self._files = [
+            safe_open(folder / f"target-{c:05d}.safetensors", framework="pt") for c in range(-(-len(aligned) // CHUNK))
+        ]
+        self._starts = [0]
+        for n, text in enumerate(aligned):
+            begins = (n + 1) % CHUNK == 0
+            self._starts.append(0 if begins else self._starts[-1] + len(text.ends))
+
+    def __len__(self) -> int:
+        return len(self.aligned)
+
+    def __getitem__(self, n: int) -> Target:
+        file, start = self._files[n // CHUNK], self._starts[n]
+        rows = slice(start, start + len(self.aligned[n].ends))
+        index = file.get_slice("index")[rows].long() if "index" in file.keys() else None  # noqa: SIM118
+        return Target(file.get_slice("log_probs")[rows], index, file.get_slice("log_rest")[rows])
+
+
+def _chunks(aligned: list[AlignedText]) -> Iterator[tuple[int, list[AlignedText]]]:
+    for c, start in enumerate(range(0, len(aligned), CHUNK)):
+        yield c, aligned[start : start + CHUNK]
+
+
+def write_targets(
+    work: Work,
+    old: str | os.PathLike[str],
+    old_adapter: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    texts: list[str],
+    clock: PhaseClock,
+    *,
+    top_k: int | None,
+    max_tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    shuffled: bool = False,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+) -> Targets:
+    """Runs the three passes over the texts and leaves the targets in `work`; goes on from what is there.
+
+    Args:
+        top_k: tokens kept of each target; None keeps all. max_tokens: of each text, for each model.
+        shuffled: a control: the change of every position is that of another one, of any text.
+
+    Raises:
+        LoraSuiteError: models, adapter or text that cannot be used, or too few common positions.
+    """
+    with clock.phase("align", len(texts)) as report:
+        V_o, V_n = (
+            read_sizes(source, what, trust_remote_code=trust_remote_code).V
+            for source, what in ((old, "OLD"), (new, "NEW"))
+        )
+        alignment = Alignment(
+            load_tokenizer(old, "OLD", trust_remote_code=trust_remote_code),
+            load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code),
+        )
+        aligned = alignment.align_all(texts, max_tokens)
+        report(len(texts))
+    shared = alignment.ordinary
+    inside = (shared.old < V_o) & (shared.new < V_n)
+    tokens_o, tokens_n = shared.old[inside], shared.new[inside]
+    positions = sum(len(a.ends) for a in aligned)
+    if len(aligned) < _LEAST_TEXTS or positions < _LEAST_POSITIONS or len(tokens_n) < 2:
+        raise LoraSuiteError(
+            f"{old} and {new} share {len(tokens_n)} tokens, and end tokens at the same byte at {positions} places of "
+            f"{len(aligned)} texts; refining needs at least {_LEAST_TEXTS} texts with {_LEAST_POSITIONS} such places"
+        )
+    work.start()
+    found = work.load("facts")
+    if found is None:
+        _old_passes(work, old, old_adapter, aligned, tokens_o, clock, device, dtype, trust_remote_code)
+        release_memory()
+        sums = _new_pass(
+            work, new, aligned, tokens_n, clock, device, dtype, top_k, seed if shuffled else None, trust_remote_code
+        )
+        facts = TeacherFacts(
+            texts=len(aligned),
+            positions=positions,
+            bytes=sum(int(a.ends[-1]) for a in aligned),
+            tokens_old=sum(len(a.ids_o) for a in aligned),
+            tokens_new=sum(len(a.ids_n) for a in aligned),
+            shared=len(tokens_n),
+            k=min(top_k or len(tokens_n), len(tokens_n)),
+            rest=sums[0] / positions,
+            kl=sums[1] / positions,
+            kl_kept=sums[2] / positions,
+        )
+        work.save("facts", {"tokens": tokens_n}, **asdict(facts))
+        for part in work.folder.glob("old-*.safetensors"):
+            part.unlink()
+    else:
+        facts = TeacherFacts(**found[1])
+    return Targets(work.folder, aligned, tokens_n, facts)
+
+
+def _old_passes(
+    work: Work,
+    old: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    aligned: list[AlignedText],
+    tokens: Tensor,
+    clock: PhaseClock,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> None:
+    """Last hidden states at the aligned positions, in files "old-<pass>-<chunk>", and the heads that read them."""
+    chunks = -(-len(aligned) // CHUNK)
+    if work.load(f"target-{chunks - 1:05d}") is not None:
+        return
+    model: LoadedModel | None = None
+    for n, name in enumerate(("before", "after")):
+        with clock.phase("old states" if n == 0 else "old states, adapted", len(aligned)) as report:
+            if model is None:
+                model = LoadedModel(old, "OLD", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+            if n == 1:
+                model.attach(adapter)
+            heads = work.folder / f"old-{name}-head.safetensors"
+            for c, part in _chunks(aligned):
+                if work.load(f"old-{name}-{c:05d}") is None or not heads.exists():
+                    states = model.states(
+                        [a.ids_o for a in part], [a.positions_o for a in part], tokens, layers=[], sample=tokens[:0]
+                    )
+                    head = states.head
+                    bias = {} if head.bias is None else {"bias": head.bias}
+                    work.save(f"old-{name}-{c:05d}", {"last": states.last})
+                    work.save(f"old-{name}-head", {"weight": head.weight} | bias, scale=head.scale, cap=head.cap)
+                report(min(len(aligned), (c + 1) * CHUNK))
+
+
+def _saved_head(work: Work, name: str, device: torch.device) -> Head:
+    found = work.load(f"old-{name}-head")
+    if found is None:
+        raise LoraSuiteError(f"{work.folder}: holds damaged work; delete the folder to start over")
+    tensors, note = found
+    bias = tensors["bias"].to(device).float() if "bias" in tensors else None
+    return Head(tensors["weight"].to(device).float(), bias, note["scale"], note["cap"])
+
+
+def _new_pass(
+    work: Work,
+    new: str | os.PathLike[str],
+    aligned: list[AlignedText],
+    tokens: Tensor,
+    clock: PhaseClock,
+    device: torch.device,
+    dtype: torch.dtype,
+    top_k: int | None,
+    shuffle: int | None,
+    trust_remote_code: bool,
+) -> list[float]:
+    """Writes the targets; returns the sums over positions of the rest's mass, the divergence and the kept one."""
+    totals = [0.0, 0.0, 0.0]
+    with clock.phase("targets", len(aligned)) as report:
+        model = LoadedModel(new, "NEW", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        heads: list[Head] = []
+        for c, part in _chunks(aligned):
+            done = work.load(f"target-{c:05d}")
+            if done is None:
+                heads = heads or [_saved_head(work, name, device) for name in ("before", "after")]
+                last = []
+                for name in ("before", "after"):
+                    found = work.load(f"old-{name}-{c:05d}")
+                    if found is None:
+                        raise LoraSuiteError(f"{work.folder}: holds damaged work; delete the folder to start over")
+                    last.append(found[0]["last"])
+                states = model.states(
+                    [a.ids_n for a in part], [a.positions_n for a in part], tokens, layers=[], sample=tokens[:0]
+                )
+                generator = None if shuffle is None else torch.Generator().manual_seed(shuffle + c)
+                # The change is a small difference of logits: they are formed in float32 whatever the models run in.
+                bias = None if states.head.bias is None else states.head.bias.float()
+                head = replace(states.head, weight=states.head.weight.float(), bias=bias)
+                tensors, sums = _chunk_targets(states.last, last, head, heads, top_k, generator, device)
+                work.save(f"target-{c:05d}", tensors, sums=sums)
+            else:
+                sums = done[1]["sums"]
+            totals = [a + b for a, b in zip(totals, sums, strict=True)]
+            report(min(len(aligned), (c + 1) * CHUNK))
+    return totals
+
+
+def _chunk_targets(
+    new: Tensor,
+    old: list[Tensor],
+    head: Head,
+    heads: list[Head],
+    top_k: int | None,
+    shuffle: torch.Generator | None,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], list[float]]:
+    n, s = len(new), len(head.weight)
+    order = torch.arange(n) if shuffle is None else torch.randperm(n, generator=shuffle)
+    parts: list[Target] = []
+    sums = torch.zeros(3, dtype=torch.float64)
+    for at in torch.arange(n).split(max(1, _ELEMENTS // s)):
+        before, after = (h.logits(last[order[at]].to(device)) for h, last in zip(heads, old, strict=True))
+        logits = head.logits(new[at].to(device))
+        full = target(logits, before, after)
+        kept = target(logits, before, after, top_k)
+        for i, value in enumerate((kept.log_rest.exp(), divergence(full, logits), divergence(kept, logits))):
+            sums[i] += value.double().sum().cpu()
+        parts.append(kept)
+    tensors = {
+        "log_probs": torch.cat([p.log_probs.cpu() for p in parts]),
+        "log_rest": torch.cat([p.log_rest.cpu() for p in parts]),
+    }
+    if parts[0].index is not None:
+        tensors["index"] = torch.cat([p.index.int().cpu() for p in parts if p.index is not None])
+    return tensors, sums.tolist()

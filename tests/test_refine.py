@@ -1,0 +1,324 @@
+"""Refinement: the teacher's targets, the losses, and a training that resumes, repeats and never ends worse."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lorasuite_fast import LoraSuiteError, refine
+from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer
+from lorasuite_fast.alignment import Alignment
+from lorasuite_fast.phases import PhaseClock
+from lorasuite_fast.refinement import step_batches, step_budget
+from lorasuite_fast.teacher import Target, Targets, divergence, target, write_targets
+from lorasuite_fast.work import Work
+
+from planted import plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
+
+CPU = torch.device("cpu")
+WORDS = ("the", "sea", "and", "rest", "heard", "in", "on", "her", "not", "one", "tree", "seen", "was", "a")
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    rng = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(WORDS), (count, 30), generator=rng)
+    return [" ".join(WORDS[i] for i in row) for row in picks.tolist()]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its adapter, a planted upgrade of it and an unrelated model."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("refine")
+    old, tokenizer = tiny_model("llama", 1), tiny_tokenizer(320, seed=1)
+    save_folder(old, tokenizer, root / "old")
+    random_adapter(root / "old", root / "adapter", targets=["q_proj", "v_proj", "o_proj"], rank=4, alpha=8, seed=0,
+                   size=0.6)  # fmt: skip
+    plant(old, tokenizer, d_new=48, layers_new=3, heads_new=6, intermediate_new=64, added_tokens=20, seed=3).save(
+        root / "new"
+    )
+    save_folder(tiny_model("llama", 5, layers=3, tied=True), tiny_tokenizer(330, seed=2), root / "other")
+    return root
+
+
+def taught(root: Path, folder: Path, new: str, top_k: int | None, shuffled: bool = False) -> Targets:
+    work = Work(folder, {"k": top_k})
+    result = write_targets(
+        work, root / "old", root / "adapter", root / new, texts(80), PhaseClock(), top_k=top_k, max_tokens=64,
+        device=CPU, dtype=torch.float32, shuffled=shuffled,
+    )  # fmt: skip
+    work.close()
+    return result
+
+
+def run(root: Path, out: Path, **options: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "text": texts(80), "steps": 12, "eval_every": 4, "batch_bytes": 500, "max_tokens": 64, "patience": None,
+        "device": "cpu",
+    }  # fmt: skip
+    return refine(root / "old", root / "adapter", root / "new", None, out, **(defaults | options))
+
+
+def dense_targets(root: Path, new: str, some: list[str]) -> list[tuple[Tensor, Tensor]]:
+    """Target (positions, shared) and the bare new model's distribution for each text, float64, position by position."""
+    alignment = Alignment(load_tokenizer(root / "old", "OLD"), load_tokenizer(root / new, "NEW"))
+    shared = alignment.ordinary
+    o, n, adapted = (LoadedModel(root / f, "M", device=CPU, dtype=torch.float64) for f in ("old", new, "old"))
+    adapted.attach(root / "adapter")
+
+    def at(model: Any, ids: list[int], positions: Tensor, tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            rows = model(torch.tensor([ids])).logits[0].softmax(-1)
+        chosen = torch.stack([rows[p][tokens] for p in positions])
+        return chosen / chosen.sum(1, keepdim=True)
+
+    result = []
+    for text in some:
+        aligned = alignment.align(text, 64)
+        assert aligned is not None
+        before = at(o.model, aligned.ids_o, aligned.positions_o, shared.old)
+        after = at(adapted.peft, aligned.ids_o, aligned.positions_o, shared.old)
+        bare = at(n.model, aligned.ids_n, aligned.positions_n, shared.new)
+        weight = bare * after / before
+        result.append((weight / weight.sum(1, keepdim=True), bare))
+    return result
+
+
+@pytest.mark.parametrize("new", ["new", "other"])
+def test_targets_are_the_new_predictions_changed_as_the_old_ones_were(root: Path, tmp_path: Path, new: str) -> None:
+    targets = taught(root, tmp_path / "work", new, None)
+    for n in (0, 65):
+        [(wanted, _)] = dense_targets(root, new, [texts(80)[n]])
+        found = targets[n]
+        assert found.index is None
+        assert found.log_probs.shape == wanted.shape
+        torch.testing.assert_close(found.log_probs.double(), wanted.log(), atol=2e-4, rtol=0)
+
+
+def test_the_facts_are_those_of_the_dense_divergence(root: Path, tmp_path: Path) -> None:
+    targets = taught(root, tmp_path / "work", "new", 16)
+    total, count = 0.0, 0
+    for wanted, bare in dense_targets(root, "new", texts(80)):
+        total += float((wanted * (wanted / bare).log()).sum())
+        count += len(wanted)
+    facts = targets.facts
+    assert facts.positions == count
+    assert facts.kl == pytest.approx(total / count, rel=1e-3)
+    assert 0 < facts.kl_kept < facts.kl
+    assert facts.k == 16
+    assert facts.shared > 200
+
+
+def random_rows(seed: int, n: int = 40, s: int = 90) -> tuple[Tensor, ...]:
+    rng = torch.Generator().manual_seed(seed)
+    return tuple(2 * torch.randn(n, s, generator=rng) for _ in range(4))
+
+
+def dense_divergence(p: Tensor, q: Tensor) -> Tensor:
+    return torch.stack([sum((a * (a / b).log() for a, b in zip(x, y, strict=True)), torch.zeros(())) for x, y in
+                        zip(p.double(), q.double(), strict=True)])  # fmt: skip
+
+
+def test_keeping_all_tokens_gives_the_full_divergence() -> None:
+    new, before, after, student = random_rows(0)
+    p = (new + after.log_softmax(-1) - before.log_softmax(-1)).softmax(-1)
+    expected = dense_divergence(p, student.softmax(-1)).float()
+    for k in (None, 90, 200):
+        torch.testing.assert_close(divergence(target(new, before, after, k), student), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_merging_the_rest_gives_the_divergence_of_the_merged_distributions() -> None:
+    new, before, after, student = random_rows(1)
+    p, q = target(new, before, after).log_probs.double().exp(), student.double().softmax(-1)
+    last = torch.zeros(len(p), dtype=torch.float64)
+    for k in (1, 8, 89):
+        index = p.topk(k, -1).indices
+        merged = [torch.cat([d.gather(1, index), d.scatter(1, index, 0).sum(1, True)], dim=1) for d in (p, q)]
+        found = divergence(target(new, before, after, k), student)
+        torch.testing.assert_close(found.double(), dense_divergence(*merged), atol=1e-4, rtol=1e-4)
+        assert (found.double() >= last - 1e-5).all()
+        last = found.double()
+    assert (last <= dense_divergence(p, q) + 1e-5).all()
+
+
+def test_the_gradient_is_finite_where_the_target_rules_a_token_out() -> None:
+    log_probs = torch.tensor([[0.0, -math.inf]])
+    student = torch.tensor([[0.5, 0.2]], requires_grad=True)
+    loss = divergence(Target(log_probs, None, torch.tensor([-math.inf])), student).sum()
+    loss.backward()
+    assert student.grad is not None
+    assert loss.item() == pytest.approx(-math.log(math.exp(0.5) / (math.exp(0.5) + math.exp(0.2))))
+    assert torch.isfinite(student.grad).all()
+
+
+def test_shuffled_targets_hold_the_change_of_other_positions(root: Path, tmp_path: Path) -> None:
+    true, shuffled = taught(root, tmp_path / "a", "new", None), taught(root, tmp_path / "b", "new", None, True)
+    close = torch.isclose(true[0].log_probs, shuffled[0].log_probs, atol=1e-3).float().mean()
+    assert close < 0.5
+
+
+def test_steps_read_every_text_before_any_comes_again() -> None:
+    batches = step_batches([30] * 10, 100, 5, seed=0)
+    order = [i for batch in batches for i in batch]
+    assert all(len(batch) == 4 for batch in batches)
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert step_batches([30] * 10, 100, 5, seed=1) != batches
+
+
+def test_the_step_budget_reads_the_text_once_within_bounds() -> None:
+    assert [step_budget(size) for size in (1000, 600_000, 10**9)] == [150, 300, 600]
+
+
+@pytest.fixture(scope="module")
+def refined(root: Path) -> Any:
+    return run(root, root / "refined", steps=60, eval_every=10, learning_rate=1e-2, next_token_weight=0.0)
+
+
+def test_refining_raises_the_agreement_on_held_out_text(refined: Any, root: Path) -> None:
+    assert refined.start_agreement == 0.0
+    assert refined.agreement > 0.3
+    assert not refined.kept_start
+    assert refined.chosen_step == max(refined.evaluations, key=lambda e: e.agreement).step
+    assert refined.stopped == "budget"
+    assert not (root / ".refined.refine").exists()
+    assert {"align", "old states", "targets", "train"} <= set(refined.as_dict()["costs"])
+    json.dumps(refined.as_dict())
+
+
+def test_the_agreement_reported_is_that_of_the_adapter_written(refined: Any, root: Path) -> None:
+    model = LoadedModel(root / "new", "NEW", device=CPU, dtype=torch.float32)
+    alignment = Alignment(load_tokenizer(root / "old", "OLD"), load_tokenizer(root / "new", "NEW"))
+    model.attach(root / "refined")
+    kl = before = 0.0
+    for text, (wanted, bare) in zip(texts(80), dense_targets(root, "new", texts(80)), strict=True):
+        aligned = alignment.align(text, 64)
+        assert aligned is not None
+        with torch.no_grad():
+            logits = model.peft(torch.tensor([aligned.ids_n])).logits[0][aligned.positions_n][:, alignment.ordinary.new]
+        kl += float((wanted * (wanted.log() - logits.double().log_softmax(-1))).sum())
+        before += float((wanted * (wanted / bare).log()).sum())
+    # Over all texts, of which a tenth was held out: the training texts agree a little better.
+    assert 1 - kl / before == pytest.approx(refined.agreement, abs=0.12)
+
+
+def test_the_result_is_a_peft_adapter_of_the_new_model(refined: Any, root: Path) -> None:
+    config = json.loads((root / "refined/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((root / "new").resolve())
+    assert sorted(config["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert config["inference_mode"]
+
+
+def test_a_seed_makes_it_repeatable(root: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(root, tmp_path / name, steps=4, seed=seed)
+    a, b, c = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def interrupt(phase: str, at: int) -> Callable[[str, int, int], None]:
+    def progress(name: str, done: int, total: int) -> None:
+        if name == phase and done >= at:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+@pytest.mark.parametrize(("phase", "at"), [("train", 7), ("targets", 64), ("old states, adapted", 64)])
+def test_an_interrupted_run_goes_on_to_the_same_adapter(root: Path, tmp_path: Path, phase: str, at: int) -> None:
+    run(root, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "cut", progress=interrupt(phase, at))
+    assert not (tmp_path / "cut").exists()
+    assert (tmp_path / ".cut.refine").exists()
+    seen: list[int] = []
+    resumed = run(root, tmp_path / "cut", progress=lambda name, done, _: seen.append(done) if name == "train" else None)
+    if phase == "train":
+        assert 1 not in seen
+    assert [e.step for e in resumed.evaluations] == [0, 4, 8, 12]
+    whole, cut = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_a_diverging_run_keeps_the_start_and_says_so(root: Path, tmp_path: Path, refined: Any) -> None:
+    result = refine(
+        root / "old", root / "adapter", root / "new", root / "refined", tmp_path / "out", text=texts(80), steps=8,
+        eval_every=4, batch_bytes=500, max_tokens=64, learning_rate=1e4, device="cpu",
+    )  # fmt: skip
+    assert result.kept_start
+    assert result.chosen_step == 0
+    assert "kept" in result.summary
+    assert result.agreement == result.start_agreement > 0.3
+    start, out = (load_file(f / "adapter_model.safetensors") for f in (root / "refined", tmp_path / "out"))
+    assert all(torch.equal(start[k], out[k]) for k in start)
+
+
+def test_a_start_among_further_modules_computes_the_same_function(root: Path, tmp_path: Path) -> None:
+    random_adapter(root / "new", tmp_path / "start", targets=["o_proj"], rank=2, alpha=6, seed=4, layers=[2])
+    agreements = []
+    for name, options in (("as-it-is", {}), ("wider", {"roles": ["q", "down"], "rank": 4})):
+        result = refine(
+            root / "old", root / "adapter", root / "new", tmp_path / "start", tmp_path / name, text=texts(80), steps=2,
+            eval_every=2, batch_bytes=500, max_tokens=64, device="cpu", **options,
+        )  # fmt: skip
+        agreements.append(result.start_agreement)
+    assert agreements[0] == pytest.approx(agreements[1], abs=1e-5)
+    assert agreements[0] != 0
+    config = json.loads((tmp_path / "wider/adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["down_proj", "o_proj", "q_proj"]
+    assert config["r"] == 4
+
+
+def test_targets_in_a_cache_serve_another_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(root, tmp_path / "a", steps=2, cache=tmp_path / "cache")
+    monkeypatch.setattr("lorasuite_fast.teacher._old_passes", None)
+    result = run(root, tmp_path / "b", steps=2, kl_weight=0.5, cache=tmp_path / "cache")
+    assert result.steps == 2
+
+
+def test_the_old_model_writes_the_text_unless_some_is_given(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said: list[str] = []
+    result = run(root, tmp_path / "out", text=None, text_bytes=3000, steps="auto", max_tokens=32, eval_every=75,
+                 batch_bytes=60, say=said.append)  # fmt: skip
+    assert result.text == "self"
+    assert result.budget == 150
+    assert "150 steps" in said[0]
+    shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"steps": 0}, "steps is 0"),
+        ({"steps": "many"}, "steps is 'many'"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"kl_weight": 0.0, "next_token_weight": 0.0}, "one must be above 0"),
+        ({"roles": ["query"]}, "role 'query'"),
+        ({"control": "flipped"}, "control 'flipped'"),
+        ({"text": ["too little"]}, "at least 8 texts"),
+        ({"memory": "1MB"}, "--memory 1MB"),
+    ],
+)
+def test_bad_input_is_one_clear_error(root: Path, tmp_path: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(LoraSuiteError, match=words):
+        run(root, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_work_folder_of_other_options_is_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "out", progress=interrupt("train", 5))
+    with pytest.raises(LoraSuiteError, match="learning_rate"):
+        run(root, tmp_path / "out", learning_rate=1e-3)
