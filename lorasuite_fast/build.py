@@ -274,7 +274,7 @@ def _grams(
     done = _finished_grams(model, len(parts), work) if work and ranks.first else {}
     # A saved state is of use where all earlier layers' Gram matrices are there too.
     complete = next((i for i in range(L) if (0, i) not in done), L)
-    start = complete if complete == L else min(complete, _saved_state(model, work)[0]) if work and ranks.first else 0
+    start = complete if complete == L else _saved_state(model, work, complete)[0] if ranks.first else 0
     start = ranks.share(start)
     done = {key: value for key, value in done.items() if key[1] < start}
     block = ranks.block(start, L)
@@ -308,7 +308,7 @@ def _run_block(
         trust_remote_code=options.trust_remote_code,
     )
     if ranks.first and start and work:
-        stream.hidden = _saved_state(model, work)[1](options.device)
+        stream.hidden = _saved_state(model, work, start)[1](options.device)
     ranks.receive(stream.hidden)
     grams: dict[tuple[int, int], Gram] = {}
     for i, vectors in pooled_layers(stream):
@@ -335,15 +335,15 @@ def _finished_grams(model: Checkpoint, parts: int, work: Work) -> dict[tuple[int
     return grams
 
 
-def _saved_state(model: Checkpoint, work: Work | None) -> tuple[int, Any]:
-    """The latest layer a saved state enters, and what reads that state."""
+def _saved_state(model: Checkpoint, work: Work | None, last: int) -> tuple[int, Any]:
+    """The latest layer, up to `last`, that a saved state enters, and what reads that state."""
     best: tuple[int, Any] = 0, None
     if work is None:
         return best
     for path in sorted(work.folder.glob(f"{model.role}.state.*.safetensors")):
         name = path.name.removesuffix(".safetensors")
         found = work.load(name)
-        if found is not None and found[1]["layer"] > best[0]:
+        if found is not None and best[0] < found[1]["layer"] <= last:
             best = found[1]["layer"], (lambda device, tensors=found[0]: unstacked(tensors, device))
     return best
 
