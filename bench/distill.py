@@ -75,6 +75,9 @@ class Bench:
         found: dict[str, Any] = json.loads(path.read_text())
         return found
 
+    def has(self, name: str) -> bool:
+        return (self.folder / f"{name}.json").exists()
+
     def plan(self, method: str) -> TransferPlan:
         path = self.folder / f"{method}.plan"
         if not path.exists():
@@ -149,11 +152,16 @@ def report(bench: Bench) -> str:
     )
     for variant, words in WORDS.items():
         for text in TEXTS if variant == "half" else TEXTS[:1]:
-            row, control = bench.row(f"{text}-{variant}"), bench.row(f"{text}-{variant}-shuffled")
+            if not bench.has(f"{text}-{variant}"):
+                continue
+            row = bench.row(f"{text}-{variant}")
+            shuffled, content = "not measured", "–"
+            if bench.has(f"{text}-{variant}-shuffled"):
+                control = share(bench.row(f"{text}-{variant}-shuffled"))
+                shuffled, content = f"{control:.1%}", f"{100 * (share(row) - control):.1f}"
             agreement = row["agreement"]
             lines.append(
-                f"| {words} | {text} | **{share(row):.1%}** | {share(control):.1%} | "
-                f"{100 * (share(row) - share(control)):.1f} | {row['general_test']:.3f} | "
+                f"| {words} | {text} | **{share(row):.1%}** | {shuffled} | {content} | {row['general_test']:.3f} | "
                 f"{agreement['kl_share'][0]:.2f}, {agreement['content_kl_share'][0]:.2f} | {row['gain']:g} | "
                 f"{row['seconds']:.0f} | {row['positions']:,} | {row['tokens'][0]:,} / {row['tokens'][1]:,} | "
                 f"{row['peak'] / 2**20:.0f} MiB |"
@@ -167,6 +175,9 @@ def report(bench: Bench) -> str:
         "",
     ]
     for control in ("flipped", "rotated"):
+        if not bench.has(f"general-half-{control}"):
+            lines.append(f"- {control}: not measured")
+            continue
         row = bench.row(f"general-half-{control}")
         lines.append(f"- {control}: {share(row):.1%} (gain chosen: {row['gain']:g})")
     floor = share(bench.row("general-half"))
@@ -179,6 +190,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(".cache/distill"))
     parser.add_argument("--texts", type=Path, default=Path(".cache/demo_pair/text.json"))
     parser.add_argument("--row", choices=names())
+    parser.add_argument("--report", action="store_true", help="the report from the rows measured so far")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.set_verbosity_error()
@@ -188,7 +200,7 @@ def main() -> None:
     if arguments.row:
         print(arguments.row, bench.row(arguments.row))
         return
-    for name in names():
+    for name in () if arguments.report else names():
         print(name, bench.row(name), flush=True)
     write_report("distill", report(bench))
 
