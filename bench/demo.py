@@ -131,9 +131,9 @@ def main() -> None:
         ],
     )
     console.print(
-        "No linear map leads from one of these models to the other, and no projection of the weights alone\n"
-        "carries the effect: the rows of lstsq and paper stay near new's. auto distils it instead, on text the old\n"
-        "model writes with its adapter; no other data is used.\n"
+        "No linear map leads from one of these models to the other, and no projection of the weights alone carries the "
+        "effect: the rows of lstsq and paper stay near new's. auto distils it instead, on text the old model writes "
+        "with its adapter; no other data is used.\n"
     )
 
     console.print("[bold]2. A planted upgrade of the old model[/bold]")
