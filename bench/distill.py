@@ -138,8 +138,9 @@ def report(bench: Bench) -> str:
         "The demo pair, one adapter (trained on the King James Bible), no labels. Share: of what a LoRA trained on the",
         "new model with the whole training text gains in bits per byte of the domain's test text. Content: the row",
         "less its shuffled control, in points; what survives shuffling is a constant shift. Agreement: KL share on",
-        "texts held out from the fit, and the part of it that depends on the text. Rank 8, as the adapter. Which layers",
-        "and projections are fitted was chosen on the first half of the same test text: other pairs have to confirm it.",
+        "texts held out from the fit, and the part of it that depends on the text. Rank 8, as the adapter. Which",
+        "layers and projections are fitted was chosen on the first half of this test text: other pairs have to confirm",
+        "it.",
         "",
         "| method | text | share | shuffled | content | general text, bits per byte | agreement | gain | seconds | "
         "positions | tokens read, old / new | peak memory |",
