@@ -282,7 +282,7 @@ def in_memory(root: Path) -> list[str]:
         "",
         f"{found['seconds'] / whole_['seconds']:.2f} times the time, "
         f"{found['memory'] / whole_['memory']:.2f} times the memory.",
-        "Targets: at most 1.25 times the time, at a tenth of the memory. Ours does not depend on the number of layers.",
+        "Targets: at most 1.25 times the time, at a tenth of the memory.",
         "",
     ]
 
