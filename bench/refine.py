@@ -55,6 +55,7 @@ ROWS = {
     "both-mlp": Row(
         "KL + 0.3 × next token, also gate, up and down", {"roles": ["q", "k", "v", "o", "gate", "up", "down"]}
     ),
+    "both-k64": Row("KL + 0.3 × next token, 64 tokens of each target kept", {"top_k": 64}),
     "both-long-text": Row("KL + 0.3 × next token, 600 KB of text", text="self"),
     "both-small-text": Row("KL + 0.3 × next token, 75 KB of text", text="small"),
     "both-seed-1": Row("KL + 0.3 × next token, another seed", {"seed": 1}),

@@ -253,6 +253,15 @@ def _steps(text: str) -> int | str:
         raise LoraSuiteError(f"--refine {text}: expected auto or a number of steps, 0 for none") from None
 
 
+def _kept(text: str) -> int | str | None:
+    if text in ("auto", "all"):
+        return None if text == "all" else text
+    try:
+        return int(text)
+    except ValueError:
+        raise LoraSuiteError(f"--top-k {text}: expected auto, all or a number") from None
+
+
 def _default_refinement(device: str) -> int | str:
     """Without a GPU a refinement can take hours, so it has to be asked for."""
     import torch
@@ -613,7 +622,9 @@ def refine(
     kl_weight: Annotated[float, typer.Option(help="Of the divergence from the teacher.", min=0.0)] = 1.0,
     next_token_weight: Annotated[float, typer.Option(help="Of the next-token loss.", min=0.0)] = 0.3,
     batch_bytes: Annotated[int, typer.Option(help="Text a step reads.", min=1)] = 2000,
-    top_k: Annotated[int, typer.Option(help="Most probable tokens kept of each target; 0 keeps all.", min=0)] = 64,
+    top_k: Annotated[
+        str, typer.Option(help="Most probable tokens kept of each target: a number, all, or auto (loses 2 % at most).")
+    ] = "auto",
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out text.", min=1)] = 25,
     patience: Annotated[int, typer.Option(help="Evaluations without a better one before it stops; 0: never.")] = 6,
     device: Device = "auto",
@@ -652,7 +663,7 @@ def refine(
             kl_weight=kl_weight,
             next_token_weight=next_token_weight,
             batch_bytes=batch_bytes,
-            top_k=top_k or None,
+            top_k=_kept(top_k),
             eval_every=eval_every,
             patience=patience or None,
             device=device,

@@ -3,8 +3,8 @@
 At every aligned position, over the s tokens both vocabularies share, the adapter changes the old model's
 log-probabilities by d. The target is `softmax(logits_n + d)`, logits_n those of the bare new model. Three passes run
 one after the other, old, old with adapter, new, and never two models at once: of the old one its last hidden states at
-the aligned positions go to disk, and in the end only the targets are left there: the k most probable tokens of each,
-and the mass of all others.
+the aligned positions go to disk, and in the end only the targets are left there: the k most probable tokens of each in
+float16, and the mass of all others.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ CHUNK = 64
 """Texts whose states and targets are one file."""
 _ELEMENTS = 2**24
 """Log-probabilities formed at once."""
+_KEPT = (64, 128, 256, 512, 1024)
+"""Numbers of tokens from which `auto` chooses."""
+_LOST = 0.02
+"""Share of the divergence that `auto` lets the truncation lose."""
 _LEAST_TEXTS = 8
 _LEAST_POSITIONS = 64
 
@@ -129,7 +133,7 @@ class Targets:
         file, start = self._files[n // CHUNK], self._starts[n]
         rows = slice(start, start + len(self.aligned[n].ends))
         index = file.get_slice("index")[rows].long() if "index" in file.keys() else None  # noqa: SIM118
-        return Target(file.get_slice("log_probs")[rows], index, file.get_slice("log_rest")[rows])
+        return Target(file.get_slice("log_probs")[rows].float(), index, file.get_slice("log_rest")[rows])
 
 
 def _chunks(aligned: list[AlignedText]) -> Iterator[tuple[int, list[AlignedText]]]:
@@ -145,7 +149,7 @@ def write_targets(
     texts: list[str],
     clock: PhaseClock,
     *,
-    top_k: int | None,
+    top_k: int | str | None,
     max_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
@@ -156,7 +160,8 @@ def write_targets(
     """Runs the three passes over the texts and leaves the targets in `work`; goes on from what is there.
 
     Args:
-        top_k: tokens kept of each target; None keeps all. max_tokens: of each text, for each model.
+        top_k: tokens kept of each target; None keeps all, "auto" so many that, on the first texts, the divergence loses
+            no more than _LOST. max_tokens: of each text, for each model.
         shuffled: a control: the change of every position is that of another one, of any text.
 
     Raises:
@@ -187,7 +192,7 @@ def write_targets(
     if found is None:
         _old_passes(work, old, old_adapter, aligned, tokens_o, clock, device, dtype, trust_remote_code)
         release_memory()
-        sums = _new_pass(
+        k, sums = _new_pass(
             work, new, aligned, tokens_n, clock, device, dtype, top_k, seed if shuffled else None, trust_remote_code
         )
         facts = TeacherFacts(
@@ -197,7 +202,7 @@ def write_targets(
             tokens_old=sum(len(a.ids_o) for a in aligned),
             tokens_new=sum(len(a.ids_n) for a in aligned),
             shared=len(tokens_n),
-            k=min(top_k or len(tokens_n), len(tokens_n)),
+            k=k,
             rest=sums[0] / positions,
             kl=sums[1] / positions,
             kl_kept=sums[2] / positions,
@@ -262,12 +267,13 @@ def _new_pass(
     clock: PhaseClock,
     device: torch.device,
     dtype: torch.dtype,
-    top_k: int | None,
+    top_k: int | str | None,
     shuffle: int | None,
     trust_remote_code: bool,
-) -> list[float]:
-    """Writes the targets; returns the sums over positions of the rest's mass, the divergence and the kept one."""
+) -> tuple[int, list[float]]:
+    """Writes the targets; returns k and the sums over positions of the rest's mass, the divergence and the kept one."""
     totals = [0.0, 0.0, 0.0]
+    k = len(tokens) if top_k is None or isinstance(top_k, str) else min(top_k, len(tokens))
     with clock.phase("targets", len(aligned)) as report:
         model = LoadedModel(new, "NEW", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         heads: list[Head] = []
@@ -288,40 +294,59 @@ def _new_pass(
                 # The change is a small difference of logits: they are formed in float32 whatever the models run in.
                 bias = None if states.head.bias is None else states.head.bias.float()
                 head = replace(states.head, weight=states.head.weight.float(), bias=bias)
-                tensors, sums = _chunk_targets(states.last, last, head, heads, top_k, generator, device)
-                work.save(f"target-{c:05d}", tensors, sums=sums)
+                n = len(states.last)
+                order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
+                sides = [(states.last, head), *((x[order], h) for x, h in zip(last, heads, strict=True))]
+                if c == 0 and top_k == "auto":
+                    k = _enough(sides, device)
+                tensors, sums = _chunk_targets(sides, k, device)
+                work.save(f"target-{c:05d}", tensors, sums=sums, k=k)
             else:
-                sums = done[1]["sums"]
+                sums, k = done[1]["sums"], done[1]["k"]
             totals = [a + b for a, b in zip(totals, sums, strict=True)]
             report(min(len(aligned), (c + 1) * CHUNK))
-    return totals
+    return k, totals
 
 
-def _chunk_targets(
-    new: Tensor,
-    old: list[Tensor],
-    head: Head,
-    heads: list[Head],
-    top_k: int | None,
-    shuffle: torch.Generator | None,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], list[float]]:
-    n, s = len(new), len(head.weight)
-    order = torch.arange(n) if shuffle is None else torch.randperm(n, generator=shuffle)
+_Sides = list[tuple[Tensor, Head]]
+"""Last hidden states (n, d) and head: of the bare new model, the bare old one, and the old one with its adapter."""
+
+
+def _logits(sides: _Sides, device: torch.device) -> Iterator[list[Tensor]]:
+    """Over the shared tokens, (positions, s) each, a part of the positions at a time."""
+    n, s = len(sides[0][0]), len(sides[0][1].weight)
+    for at in torch.arange(n).split(max(1, _ELEMENTS // s)):
+        yield [head.logits(last[at].to(device)) for last, head in sides]
+
+
+def _enough(sides: _Sides, device: torch.device) -> int:
+    """The least of _KEPT that loses little of the divergence; all tokens where that is no less to keep."""
+    s = len(sides[0][1].weight)
+    choices = [k for k in _KEPT if 2 * k <= s]
+    lost = torch.zeros(len(choices), dtype=torch.float64)
+    total = 0.0
+    for new, before, after in _logits(sides, device):
+        full = divergence(target(new, before, after), new).double()
+        total += float(full.sum())
+        for i, k in enumerate(choices):
+            lost[i] += (full - divergence(target(new, before, after, k), new).double()).sum().cpu()
+    return next((k for k, value in zip(choices, lost.tolist(), strict=True) if value <= _LOST * total), s)
+
+
+def _chunk_targets(sides: _Sides, k: int, device: torch.device) -> tuple[dict[str, Tensor], list[float]]:
     parts: list[Target] = []
     sums = torch.zeros(3, dtype=torch.float64)
-    for at in torch.arange(n).split(max(1, _ELEMENTS // s)):
-        before, after = (h.logits(last[order[at]].to(device)) for h, last in zip(heads, old, strict=True))
-        logits = head.logits(new[at].to(device))
-        full = target(logits, before, after)
-        kept = target(logits, before, after, top_k)
-        for i, value in enumerate((kept.log_rest.exp(), divergence(full, logits), divergence(kept, logits))):
+    for new, before, after in _logits(sides, device):
+        kept = target(new, before, after, k)
+        full = divergence(target(new, before, after), new)
+        for i, value in enumerate((kept.log_rest.exp(), full, divergence(kept, new))):
             sums[i] += value.double().sum().cpu()
         parts.append(kept)
     tensors = {
-        "log_probs": torch.cat([p.log_probs.cpu() for p in parts]),
+        "log_probs": torch.cat([p.log_probs.half().cpu() for p in parts]),
         "log_rest": torch.cat([p.log_rest.cpu() for p in parts]),
     }
+    small = torch.int16 if len(sides[0][1].weight) <= torch.iinfo(torch.int16).max else torch.int32
     if parts[0].index is not None:
-        tensors["index"] = torch.cat([p.index.int().cpu() for p in parts if p.index is not None])
+        tensors["index"] = torch.cat([p.index.to(small).cpu() for p in parts if p.index is not None])
     return tensors, sums.tolist()

@@ -50,7 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def taught(root: Path, folder: Path, new: str, top_k: int | None, shuffled: bool = False) -> Targets:
+def taught(root: Path, folder: Path, new: str, top_k: int | str | None, shuffled: bool = False) -> Targets:
     work = Work(folder, {"k": top_k})
     result = write_targets(
         work, root / "old", root / "adapter", root / new, texts(80), PhaseClock(), top_k=top_k, max_tokens=64,
@@ -101,7 +101,7 @@ def test_targets_are_the_new_predictions_changed_as_the_old_ones_were(root: Path
         found = targets[n]
         assert found.index is None
         assert found.log_probs.shape == wanted.shape
-        torch.testing.assert_close(found.log_probs.double(), wanted.log(), atol=2e-4, rtol=0)
+        torch.testing.assert_close(found.log_probs.double(), wanted.log(), atol=2e-4, rtol=2**-10)
 
 
 def test_the_facts_are_those_of_the_dense_divergence(root: Path, tmp_path: Path) -> None:
@@ -116,6 +116,13 @@ def test_the_facts_are_those_of_the_dense_divergence(root: Path, tmp_path: Path)
     assert 0 < facts.kl_kept < facts.kl
     assert facts.k == 16
     assert facts.shared > 200
+
+
+def test_auto_keeps_as_many_tokens_as_two_percent_of_the_divergence_asks_for(root: Path, tmp_path: Path) -> None:
+    facts = taught(root, tmp_path / "auto", "new", "auto").facts
+    assert facts.as_dict()["truncation"] <= 0.025
+    fewer = {64: 32, 128: 64}.get(facts.k, 128)
+    assert taught(root, tmp_path / "fewer", "new", fewer).facts.as_dict()["truncation"] > 0.015
 
 
 def random_rows(seed: int, n: int = 40, s: int = 90) -> tuple[Tensor, ...]:
