@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, refine
 from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer
 from lorasuite_fast.alignment import Alignment
+from lorasuite_fast.cli import app
 from lorasuite_fast.phases import PhaseClock
 from lorasuite_fast.refinement import step_batches, step_budget
 from lorasuite_fast.teacher import Target, Targets, divergence, target, write_targets
@@ -329,3 +331,43 @@ def test_a_work_folder_of_other_options_is_refused(root: Path, tmp_path: Path) -
         run(root, tmp_path / "out", progress=interrupt("train", 5))
     with pytest.raises(LoraSuiteError, match="learning_rate"):
         run(root, tmp_path / "out", learning_rate=1e-3)
+
+
+def text_file(folder: Path) -> Path:
+    path = folder / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(60)))
+    return path
+
+
+def invoke(*arguments: object) -> str:
+    result = CliRunner(env={"COLUMNS": "140"}).invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_migrate_refines_what_it_carried(root: Path, tmp_path: Path) -> None:
+    arguments = (root / "old", root / "other", root / "adapter", tmp_path / "out", "--examples", 8)
+    result = json.loads(invoke("migrate", *arguments, "--refine", 6, "--refine-text", text_file(tmp_path), "--json"))
+    assert result["refinement"]["budget"] == 6
+    assert result["out"] == str(tmp_path / "out")
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((root / "other").resolve())
+    assert {"q_proj", "v_proj", "o_proj"} <= set(config["target_modules"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "text.jsonl"]
+
+
+def test_migrate_does_not_refine_automatically_what_is_exact(root: Path, tmp_path: Path) -> None:
+    arguments = (root / "old", root / "new", root / "adapter", tmp_path / "out", "--examples", 8)
+    result = json.loads(invoke("migrate", *arguments, "--refine", "auto", "--json"))
+    assert result["options"]["method"] == "lstsq"
+    assert result["refinement"] is None
+
+
+def test_the_command_prints_every_evaluation(root: Path, tmp_path: Path) -> None:
+    arguments = (root / "old", root / "adapter", root / "new", "none", tmp_path / "out")
+    printed = invoke(
+        "refine", *arguments, "--text", text_file(tmp_path), "--steps", 6, "--eval-every", 3, "--learning-rate", 1e-3
+    )
+    assert "agreement" in printed
+    assert "shared tokens kept" in printed
+    assert f"written: {tmp_path / 'out'}" in printed
