@@ -61,6 +61,9 @@ MethodName = Annotated[
     ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Of the result, with distill. Default: the adapter's own.", min=1)]
+Fill = Annotated[
+    str, typer.Option(help="New layers without a partner: none, zero (to be trained) or nearest (half its update).")
+]
 Fitted = Annotated[
     int | None,
     typer.Option(help="How many of the last new layers distill fits. Default: half of them.", min=1),
@@ -331,6 +334,7 @@ def migrate(
     ridge: Ridge = 0.0,
     rank: Rank = None,
     distill_layers: Fitted = None,
+    fill: Fill = "none",
     refine: Annotated[
         str | None,
         typer.Option(
@@ -370,6 +374,7 @@ def migrate(
             memory=memory,
             mapped=mapped,
             settings=_settings(rank, distill_layers, seed),
+            fill=fill,
             refine=_steps(refine) if refine is not None else _default_refinement(device),
             refine_text=refine_text,
             overwrite=overwrite,
@@ -477,6 +482,7 @@ def apply(
     ] = None,
     rank: Rank = None,
     distill_layers: Fitted = None,
+    fill: Fill = "none",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -500,6 +506,7 @@ def apply(
                 new=new,
                 text=text,
                 settings=_settings(rank, distill_layers, loaded.options["seed"]),
+                fill=fill,
                 overwrite=overwrite,
                 progress=report,
             )
@@ -511,7 +518,7 @@ def apply(
         loaded = TransferPlan.load(plan_file)
         if old is not None or new is not None:
             loaded.check_models(old, new)
-        share = loaded.apply_all(adapters, out, overwrite=overwrite, ranks=ranks, progress=report)
+        share = loaded.apply_all(adapters, out, overwrite=overwrite, ranks=ranks, progress=report, fill=fill)
         outcomes = ranks.merge(
             {name: {"error": str(r)} if isinstance(r, LoraSuiteError) else {"out": r.out} for name, r in share.items()}
         )

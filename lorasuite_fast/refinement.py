@@ -301,6 +301,8 @@ def _new_peft(
         return model.peft
     family = checkpoint.family
     source = None if start is None else read_adapter(start, family, checkpoint.shape, checkpoint.name)
+    if source is not None and source.dora:
+        raise LoraSuiteError(f"{start}: a DoRA start is trained as it is; leave out roles and rank")
     known = source.roles if source else ()
     wanted = {*(roles or known or ATTENTION), *known}
     known_updates = by_module(source.updates, family, checkpoint.shape, torch.float32) if source else {}
