@@ -425,7 +425,8 @@ def test_the_result_is_the_adapter_with_the_configuration_it_had(root: Path, tmp
     assert not result.diverged
     assert result.end_loss < result.start_loss
     assert result.summary.startswith("Fine-tuned: 9 steps over 20 samples; loss ")
-    assert said == [f"fine-tuning: 9 steps of 8 samples, from 20 samples with {result.trained_tokens // 3} tokens to learn"]  # fmt: skip # noqa: E501
+    tokens = result.trained_tokens // 3
+    assert said == [f"fine-tuning: 9 steps of 8 samples, from 20 samples with {tokens} tokens to learn"]
     assert {"read data", "load", "start's loss", "train"} == set(json.loads(json.dumps(result.as_dict()))["costs"])
 
 
@@ -433,7 +434,7 @@ def test_a_migrated_tuned_and_merged_adapter_writes_what_it_learnt(root: Path, t
     data = [{"prompt": "the sea", "completion": " was not a tree"}] * 4
     migrate(
         root / "model", root / "new", root / "adapter", tmp_path / "out", examples=8, device="cpu", finetune=data,
-        finetune_options={"steps": 40, "learning_rate": 1e-2, "completion_only": True},
+        finetune_options={"steps": 25, "learning_rate": 3e-2, "completion_only": True},
     )  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(root / "new")
     tokenizer = AutoTokenizer.from_pretrained(root / "new")
@@ -463,23 +464,34 @@ def test_an_adapter_from_zero_starts_as_the_base_model(root: Path, tmp_path: Pat
 
 
 def test_the_checkpoint_best_on_the_validation_samples_is_written(root: Path, tmp_path: Path) -> None:
-    apart = records(8, seed=9)
-    result = run(root, tmp_path / "out", validation=apart, learning_rate=0.2, steps=6, save_every=1)
-    assert [e.step for e in result.evaluations] == [0, 1, 2, 3, 4, 5, 6]
+    apart = ["quick brown fox jumps %$#!"]
+    result = run(root, tmp_path / "out", validation=apart, learning_rate=0.05, steps=8, save_every=1)
+    assert [e.step for e in result.evaluations] == list(range(9))
     best = min(result.evaluations, key=lambda e: e.loss)
-    assert result.chosen_step == (0 if result.diverged else best.step)
-    shared = run(root, tmp_path / "share", validation=0.25, steps=2)
-    assert (shared.samples, shared.validation_samples) == (15, 5)
+    assert 0 < best.step < 7, "the best has to be older than the checkpoints that are kept anyway"
+    assert result.chosen_step == best.step
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(root / "model"), tmp_path / "out")
-    rows = load_samples(apart, AutoTokenizer.from_pretrained(root / "model"), max_tokens=48).samples
-    total = count = 0.0
-    for row in rows:
-        ids = torch.tensor([row.ids])
-        with torch.no_grad():
-            total += functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
-        count += len(row.ids) - 1
-    wanted = next(e.loss for e in result.evaluations if e.step == result.chosen_step)
-    assert wanted == pytest.approx(total / count, rel=1e-4)
+    ids = AutoTokenizer.from_pretrained(root / "model")(apart[0] + "</s>", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        loss = functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item()
+    assert best.loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_where_nothing_is_better_on_the_validation_samples_the_start_is_kept(root: Path, tmp_path: Path) -> None:
+    result = run(root, tmp_path / "out", validation=["#$%@^&*()!", "{}[]<>?/"], learning_rate=0.05, steps=4)
+    assert result.kept_start
+    assert not result.diverged
+    assert result.summary.startswith("Nothing gained: ")
+    assert same(weights(tmp_path / "out"), weights(root / "adapter"))
+
+
+def test_a_share_of_the_samples_is_held_out(root: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    wording = {"template": "alpaca", "max_tokens": 48, "completion_only": False}
+    training, held_out = finetuning_module._split(records(20), 0.25, tokenizer, wording, 0)
+    assert (len(training.samples), len(held_out.samples)) == (15, 5)
+    both = sorted(sample.ids for part in (training, held_out) for sample in part.samples)
+    assert both == sorted(sample.ids for sample in load_samples(records(20), tokenizer, max_tokens=48).samples)
 
 
 @pytest.mark.parametrize(("rate", "words"), [(10.0, "above the start's"), (1e30, "NaN or infin")])
@@ -602,15 +614,18 @@ def invoke(*arguments: object, code: int = 0) -> str:
     return result.stdout
 
 
-def test_migrate_fine_tunes_what_it_carried(root: Path, tmp_path: Path) -> None:
+def test_migrate_fine_tunes_what_it_carried_also_after_an_interruption(root: Path, tmp_path: Path) -> None:
     data = records(20)
     options: dict[str, Any] = {"examples": 8, "device": "cpu"}
     carried = migrate(root / "model", root / "new", root / "adapter", tmp_path / "carried", **options)
     finetune(root / "new", tmp_path / "carried", data, tmp_path / "tuned", epochs=2, device="cpu")
-    both = migrate(
-        root / "model", root / "new", root / "adapter", tmp_path / "both", finetune=data,
-        finetune_options={"epochs": 2}, **options,
-    )  # fmt: skip
+    options |= {"finetune": data, "finetune_options": {"epochs": 2, "save_every": 1}}
+    arguments = (root / "model", root / "new", root / "adapter", tmp_path / "both")
+    with pytest.raises(KeyboardInterrupt):
+        migrate(*arguments, progress=interrupt(3), **options)
+    seen: list[int] = []
+    both = migrate(*arguments, progress=lambda name, n, _: seen.append(n) if name == "train" else None, **options)
+    assert seen == [0, 3, 4]
     assert same(weights(tmp_path / "both"), weights(tmp_path / "tuned"))
     assert not same(weights(tmp_path / "both"), weights(tmp_path / "carried"))
     assert both.out == str(tmp_path / "both")
