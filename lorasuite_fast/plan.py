@@ -33,6 +33,7 @@ from .work import Work, clean_up, work_folder
 
 if TYPE_CHECKING:
     from .distillation import Settings
+    from .samples import Data
 
 FORMAT = "lorasuite-fast plan"
 FORMAT_VERSION = 2
@@ -529,6 +530,8 @@ def migrate(
     fill_share: float = SHARE,
     refine: int | str = 0,
     refine_text: str | os.PathLike[str] | None = None,
+    finetune: Data | None = None,
+    finetune_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     **options: Any,
@@ -536,18 +539,26 @@ def migrate(
     """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
 
     With `refine` the result is then the start of a training without labels (`refinement.refine`) of as many steps;
-    "auto" takes as many as the text is worth, and none where least squares are exact.
+    "auto" takes as many as the text is worth, and none where least squares are exact. With `finetune` it is trained on
+    labelled data last (`finetuning.finetune`).
 
     Args:
         old, new: model folders or hub ids. adapter: a PEFT LoRA folder trained on old. out: the folder to write.
         settings: rank of the result and the rest of distill's settings. fill, fill_share: as `TransferPlan.apply` has
             them. options: those of `TransferPlan.build`.
         refine_text: None has the old model write it with its adapter; else a .jsonl or .txt file.
-        say: called with one sentence, the steps planned, before a refinement starts.
+        finetune: labelled data, as `finetuning.finetune` takes them. finetune_options: its further arguments.
+        say: called with one sentence, the steps planned, before a training starts.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
+    if finetune is not None:
+        from .finetuning import migrate_and_finetune
+
+        options |= {"settings": settings, "refine": refine, "refine_text": refine_text}
+        return migrate_and_finetune(old, new, adapter, out, finetune, finetune_options or {}, overwrite=overwrite,
+                                    progress=progress, say=say, **options)  # fmt: skip
     start = time.perf_counter()
     if refine != "auto" and (isinstance(refine, str) or refine < 0):
         raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
