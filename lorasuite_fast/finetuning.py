@@ -401,9 +401,16 @@ def finetune(
                 f"fine-tuning: {budget} steps of {batch} samples, from {len(training.samples):,} samples with "
                 f"{tokens:,} tokens to learn"
             )
-        course = _train(
-            work.folder, loaded, start, training.samples, held_out.samples, clock, options, gradient_checkpointing
-        )
+        try:
+            course = _train(
+                work.folder, loaded, start, training.samples, held_out.samples, clock, options, gradient_checkpointing
+            )
+        except LoraSuiteError:
+            # The start itself is broken: there is nothing to go on from.
+            work.discard()
+            with suppress(OSError):
+                folder.rmdir()
+            raise
         _write(path, course.source, course.source if start is None else start, checkpoint.name, overwrite)
         work.discard()
         shutil.rmtree(folder, ignore_errors=True)
