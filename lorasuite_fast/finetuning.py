@@ -322,7 +322,7 @@ def finetune(
         out: PEFT folder to write.
         epochs: how often each sample is read. steps: optimizer steps, in place of epochs.
         batch: samples a step reads. micro_batch: samples computed at once, all by default; changes memory and speed,
-            not the result.
+            but of the result only the rounding and the draws of dropout.
         max_tokens: of a row, special tokens included; the rest is cut off.
         template: "alpaca", "chat", or a text with {instruction} and {input}: how records become prompts.
         completion_only: count only what answers the prompt in the loss.
