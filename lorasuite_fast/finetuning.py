@@ -322,7 +322,7 @@ def finetune(
         out: PEFT folder to write.
         epochs: how often each sample is read. steps: optimizer steps, in place of epochs.
         batch: samples a step reads. micro_batch: samples computed at once, all by default; changes memory and speed,
-            not the result.
+            but of the result only the rounding and the draws of dropout.
         max_tokens: of a row, special tokens included; the rest is cut off.
         template: "alpaca", "chat", or a text with {instruction} and {input}: how records become prompts.
         completion_only: count only what answers the prompt in the loss.
@@ -401,9 +401,16 @@ def finetune(
                 f"fine-tuning: {budget} steps of {batch} samples, from {len(training.samples):,} samples with "
                 f"{tokens:,} tokens to learn"
             )
-        course = _train(
-            work.folder, loaded, start, training.samples, held_out.samples, clock, options, gradient_checkpointing
-        )
+        try:
+            course = _train(
+                work.folder, loaded, start, training.samples, held_out.samples, clock, options, gradient_checkpointing
+            )
+        except LoraSuiteError:
+            # The start itself is broken: there is nothing to go on from.
+            work.discard()
+            with suppress(OSError):
+                folder.rmdir()
+            raise
         _write(path, course.source, course.source if start is None else start, checkpoint.name, overwrite)
         work.discard()
         shutil.rmtree(folder, ignore_errors=True)

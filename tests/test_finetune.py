@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -67,7 +67,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(root: Path, out: Path, adapter: str | None = "adapter", **options: Any) -> Any:
+def run(root: Path, out: Path, adapter: str | Path | None = "adapter", **options: Any) -> Any:
     defaults: dict[str, Any] = {"data": records(20), "batch": 8, "max_tokens": 48, "device": "cpu"}
     settings = defaults | options
     return finetune(root / "model", None if adapter is None else root / adapter, settings.pop("data"), out, **settings)
@@ -195,6 +195,20 @@ def test_the_base_model_is_frozen_and_has_no_gradients(root: Path, tmp_path: Pat
              for name, p in loaded[0].peft.state_dict().items() if "lora_" not in name}  # fmt: skip
     assert same(before, after)
     assert result.trainable_parameters == sum(tensor.numel() for tensor in weights(root / "adapter").values())
+
+
+@pytest.mark.parametrize(("checkpointing", "passes"), [(False, 1), (True, 2)])
+def test_gradient_checkpointing_computes_each_layer_again(
+    root: Path, tmp_path: Path, loaded: list[LoadedModel], checkpointing: bool, passes: int
+) -> None:
+    calls: list[int] = []
+
+    def progress(name: str, done: int, total: int) -> None:
+        if name == "train" and done == 0:
+            loaded[0].layers[1].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+
+    run(root, tmp_path / "out", steps=2, gradient_checkpointing=checkpointing, progress=progress)
+    assert len(calls) == 2 * passes
 
 
 def test_dropout_is_on_in_training_as_the_adapter_has_it(root: Path, tmp_path: Path) -> None:
@@ -515,6 +529,16 @@ def test_a_run_that_learns_next_to_nothing_has_not_diverged(root: Path, tmp_path
         result = run(root, tmp_path / adapter, adapter=adapter, learning_rate=1e-12)
         assert not result.diverged
         assert result.end_loss == pytest.approx(result.start_loss, rel=1e-3)
+
+
+def test_a_start_that_gives_nan_is_refused_and_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "start").mkdir()
+    tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in weights(root / "adapter").items()}
+    save_file(tensors, tmp_path / "start/adapter_model.safetensors")
+    (tmp_path / "start/adapter_config.json").write_text((root / "adapter/adapter_config.json").read_text())
+    with pytest.raises(LoraSuiteError, match="gives NaN or infinity on the data in"):
+        run(root, tmp_path / "out", adapter=tmp_path / "start")
+    assert [path.name for path in tmp_path.iterdir()] == ["start"]
 
 
 def test_the_given_adapter_is_never_the_output(root: Path, tmp_path: Path) -> None:
