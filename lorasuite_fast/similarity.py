@@ -10,7 +10,7 @@ canonical correlations, and k the smaller number of components of the two:
 - pwcca: `Σ α ρ / Σ α`, α_i = Σ_j |<h_i, x_j>| for the canonical variables h_i of the old layer (Morcos et al. 2018,
   "Insights on representational similarity in neural networks with canonical correlation"). The paper's x_j are the
   neurons. That sum of absolute values depends on the basis and does not follow from a Gram matrix: here they are the
-  layer's principal components, as after the SVD that SVCCA begins with (0.02 to 0.05 lower on the demo pair).
+  layer's principal components, as after the SVD that SVCCA begins with (0.03 to 0.05 lower on the demo pair).
 - procrustes: `‖X^T Y‖_* / (‖X‖_F ‖Y‖_F)`, which is `1 - ‖X - Y Q‖_F² / 2` at the best orthogonal Q for layers of norm 1
   (Ding et al. 2021, "Grounding representation similarity with statistical testing"; Williams et al. 2021, "Generalized
   shape metrics on neural representations").
