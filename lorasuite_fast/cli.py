@@ -53,7 +53,13 @@ Calibration = Annotated[
     ),
 ]
 Examples = Annotated[int, typer.Option(help="Calibration examples to read, 128 tokens of each.", min=4)]
-Layers = Annotated[Literal["cka", "first", "medium", "last"], typer.Option(help="How layers are mapped.")]
+Layers = Annotated[
+    Literal["cka", "first", "medium", "last"], typer.Option(help="How layers are mapped; cka: the most similar ones.")
+]
+Similarity = Annotated[
+    Literal["cka", "mean-cca", "squared-cca", "pwcca", "procrustes"],
+    typer.Option(help="How the similarity of layers is measured."),
+]
 Heads = Annotated[Literal["hungarian", "identity"], typer.Option(help="How heads are matched.")]
 TransferKind = Annotated[
     Literal["embedding", "identity"], typer.Option(help="Transfer matrix: fitted on shared tokens, or the identity.")
@@ -208,6 +214,12 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def _measure(plan: TransferPlan) -> str:
+    """Heading of the layers' similarity; plans of older releases name no measure."""
+    measure = plan.options.get("similarity", "cka")
+    return "CKA" if measure == "cka" else str(measure)
+
+
 def _print_transfer(console: Console, plan: TransferPlan) -> None:
     facts, old, new = plan.facts, plan.old.shape, plan.new.shape
     console.print(
@@ -238,7 +250,7 @@ def _print_transfer(console: Console, plan: TransferPlan) -> None:
 
 def _print_layers(console: Console, result: Migration) -> None:
     table = Table(title="Layers", title_justify="left")
-    for name in ("new", "old", "CKA", "head cosine", "neuron cosine", "relative size of the update"):
+    for name in ("new", "old", _measure(result.plan), "head cosine", "neuron cosine", "relative size of the update"):
         table.add_column(name, justify="left" if name.startswith("relative") else "right")
     partners = {layer.new_layer: layer for layer in result.layers}
     for j in range(result.plan.new.shape.L):
@@ -353,6 +365,7 @@ def migrate(
     calibration: Calibration = None,
     examples: Examples = 64,
     layers: Layers = "cka",
+    similarity: Similarity = "cka",
     heads: Heads = "hungarian",
     transfer: TransferKind = "embedding",
     method: MethodName = "auto",
@@ -399,6 +412,7 @@ def migrate(
             calibration=calibration,
             examples=examples,
             layers=layers,
+            similarity=similarity,
             heads=heads,
             transfer=transfer,
             method=method,
@@ -439,6 +453,7 @@ def plan(
     calibration: Calibration = None,
     examples: Examples = 64,
     layers: Layers = "cka",
+    similarity: Similarity = "cka",
     heads: Heads = "hungarian",
     transfer: TransferKind = "embedding",
     method: MethodName = "auto",
@@ -475,6 +490,7 @@ def plan(
             calibration=calibration,
             examples=examples,
             layers=layers,
+            similarity=similarity,
             heads=heads,
             transfer=transfer,
             method=method,
@@ -500,7 +516,7 @@ def plan(
     console = Console()
     _print_transfer(console, built)
     table = Table(title="Layers", title_justify="left")
-    for name in ("new", "old", "CKA"):
+    for name in ("new", "old", _measure(built)):
         table.add_column(name, justify="right")
     for layer in built.summary()["layers"]:
         table.add_row(str(layer["new"]), str(layer["old"]), f"{layer['cka']:.3f}")

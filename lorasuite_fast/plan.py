@@ -29,6 +29,7 @@ from .phases import Phase, PhaseClock, Progress
 from .projection import METHODS, PlannedLayer, update_norm
 from .ranks import Ranks
 from .result import LayerResult, Migration
+from .similarity import MEASURES
 from .work import Work, clean_up, work_folder
 
 if TYPE_CHECKING:
@@ -64,8 +65,9 @@ class TransferPlan:
         old, new: the two models' names, fingerprints, families and sizes.
         options: the options it was built with.
         layers: new layer -> old layer, for the new layers that have a partner.
-        tensors: W_h (d_o, d_n), S (d_n, d_o), cka (L_o, L_n) and what the method stored per layer, by name; float32
-            but for the matches. A loaded plan's tensors stay in its file until asked for.
+        tensors: W_h (d_o, d_n), S (d_n, d_o), cka (L_o, L_n; of whatever measure the option `similarity` names) and
+            what the method stored per layer, by name; float32 but for the matches. A loaded plan's tensors stay in its
+            file until asked for.
         facts: shared tokens, rank and fit of the transfer matrices.
         phases, limits: time and memory of the build, and what was expected; not saved with the plan, which is the same
             to the bit for the same inputs.
@@ -90,6 +92,7 @@ class TransferPlan:
         calibration: str | os.PathLike[str] | None = None,
         examples: int = 64,
         layers: str = "cka",
+        similarity: str = "cka",
         heads: str = "hungarian",
         transfer: str = "embedding",
         method: str = "auto",
@@ -112,7 +115,9 @@ class TransferPlan:
             calibration: .jsonl or .txt of unlabelled text for CKA and distillation; None takes the text shipped with
                 the package. "self" has the old model with its adapter write the text to distil from, at `apply`.
             examples: how many calibration examples both models read, split into the same pieces, 128 of each.
-            layers: cka, first, medium or last. heads: hungarian or identity. transfer: embedding or identity.
+            layers: cka (the most similar ones), first, medium or last. heads: hungarian or identity. transfer:
+                embedding or identity.
+            similarity: of layers: cka, mean-cca, squared-cca, pwcca or procrustes (`similarity.layer_similarity`).
             method: lstsq (exact wherever the new model computes the old function), distill (fits the adapter's effect
                 on text, at `apply`), paper (Eq. 3 of LoRASuite) or auto: lstsq where held-out tokens say that it is
                 exact (R² of both transfer matrices at least 0.999), distill elsewhere.
@@ -133,6 +138,7 @@ class TransferPlan:
             calibration=calibration,
             examples=examples,
             layers=_check_choice("layer mapping", layers, ("cka", "first", "medium", "last")),
+            similarity=_check_choice("similarity", similarity, MEASURES),
             heads=_check_choice("head mapping", heads, ("hungarian", "identity")),
             transfer=_check_choice("transfer", transfer, ("embedding", "identity")),
             method=_check_choice("method", method, (AUTO, *METHODS)),

@@ -19,8 +19,9 @@ class LayerResult:
     """One new layer that has a partner, or that distillation has fitted; the partner is None where it has none.
 
     Attributes:
-        cka: of the partner's hidden states with this layer's. head_similarity, neuron_similarity: mean cosine over the
-            matched heads and neurons, None where the adapter does not touch them.
+        cka: of the partner's hidden states with this layer's, or whatever measure the plan's option `similarity` names.
+        head_similarity, neuron_similarity: mean cosine over the matched heads and neurons, None where the adapter does
+            not touch them.
         explained: share of distillation's target reached behind this layer on held-out text, None with other methods.
         update: role -> Frobenius norm of s·B A over that of the new weight.
     """
