@@ -40,6 +40,8 @@ from .work import Work, stacked, unstacked
 MAX_TOKENS = 128
 """Of each calibration example."""
 _MINIBATCH = 512
+_SAMPLE = 64
+"""Examples on whose pooled hidden states the map between the models is measured."""
 EXACT_R2 = 0.999
 """From here on, on held-out tokens, the models' residual streams count as linear images of one another."""
 AUTO = "auto"
@@ -142,16 +144,24 @@ class Built:
     roles: tuple[str, ...]
 
 
-def choose_method(asked: str, r2: float | None, r2_back: float | None) -> tuple[str, str]:
-    """The method that is used, and why: `auto` takes lstsq where a linear map between the models fits exactly."""
+def choose_method(asked: str, r2: float | None, r2_back: float | None, layer_r2: float) -> tuple[str, str]:
+    """The method that is used, and why: `auto` takes lstsq where a linear map between the models fits exactly.
+
+    Args:
+        r2, r2_back: of both maps on held-out tokens' embeddings. layer_r2: of W_h on what the mapped layers give on the
+            calibration text, of the worst of them; models may share their embeddings and little else.
+    """
     if asked != AUTO:
         return asked, "asked for"
     if r2 is None or r2_back is None:
         return "lstsq", "the transfer matrix is given, not fitted"
     fit = f"R² of the maps between the embeddings on held-out tokens {r2:.4f} and {r2_back:.4f}"
-    if min(r2, r2_back) >= EXACT_R2:
-        return "lstsq", f"a linear map carries one model onto the other ({fit}, {EXACT_R2} is exact)"
-    return "distill", f"no linear map carries one model onto the other ({fit}, {EXACT_R2} would be exact)"
+    if min(r2, r2_back) < EXACT_R2:
+        return "distill", f"no linear map carries one model onto the other ({fit}, {EXACT_R2} would be exact)"
+    fit += f", of the layers' states on text at least {layer_r2:.4f}"
+    if layer_r2 < EXACT_R2:
+        return "distill", f"the embeddings are linear images of one another, the layers are not ({fit})"
+    return "lstsq", f"a linear map carries one model onto the other ({fit}, {EXACT_R2} is exact)"
 
 
 def build(
@@ -186,17 +196,19 @@ def _steps(
     with clock.phase("transfer matrix", 1, limits.predicted["transfer matrix"]) as step:
         carried = ranks.share(_transfer(inputs, options, limits, work) if ranks.first else None)
         step(1)
-    method, reason = choose_method(options.method, carried.r2, carried.r2_back)
-    options = replace(options, method=method, roles=_roles(inputs, options.roles, method))
-    grams = []
+    passes = []
     for model, ids in zip((inputs.old, inputs.new), inputs.ids, strict=True):
         phase = f"{model.role} hidden states"
         with clock.phase(phase, model.shape.L, limits.predicted[phase]) as step:
-            grams.append(_grams(model, ids, options, limits, ranks, work, step))
+            passes.append(_pass(model, ids, options, limits, ranks, work, step))
     with clock.phase("similarity", 1) as step:
-        similarity = ranks.share(_similarity(options.similarity, *grams) if ranks.first else None)
+        old, new = passes
+        similarity = ranks.share(_similarity(options.similarity, old.grams, new.grams) if ranks.first else None)
         mapping = map_layers(similarity, options.layers)
+        layer_r2 = {j: _layer_r2(old.sample[i], new.sample[j], carried.W_h) for j, i in mapping.items()}
         step(1)
+    method, reason = choose_method(options.method, carried.r2, carried.r2_back, min(layer_r2.values()))
+    options = replace(options, method=method, roles=_roles(inputs, options.roles, method))
     phase = "heads and projections"
     with clock.phase(phase, len(mapping), limits.predicted[phase]) as step:
         pairs = _pairs(inputs, options, carried, mapping, ranks, work, step)
@@ -211,6 +223,7 @@ def _steps(
         "rms_ratio": carried.rms_ratio,
         "r2": carried.r2,
         "r2_back": carried.r2_back,
+        "layer_r2": {str(j): r2 for j, r2 in layer_r2.items()},
         "method_reason": reason,
     }
     return Built(mapping, tensors, facts, len(inputs.ids[0]), limits, method, options.roles)
@@ -282,7 +295,28 @@ def _minibatches(examples: int) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise(ends)]
 
 
-def _grams(
+@dataclass
+class _Pass:
+    """What a forward pass over the calibration text leaves, on the CPU.
+
+    Attributes:
+        grams: of every layer's pooled hidden states, by (minibatch, layer). sample: layer -> the pooled hidden states
+            of the first examples, (n, d).
+    """
+
+    grams: dict[tuple[int, int], Gram]
+    sample: dict[int, Tensor]
+
+
+def _layer_r2(old: Tensor, new: Tensor, W_h: Tensor) -> float:
+    """1 - |new - old W_h|² / |new - mean|² of paired states, (n, d_o) and (n, d_n)."""
+    y = new.double()
+    error = (y - old.double() @ W_h.double()).square().sum()
+    spread = (y - y.mean(0)).square().sum()
+    return float(1 - error / spread) if spread > 0 else 0.0
+
+
+def _pass(
     model: Checkpoint,
     ids: list[list[int]],
     options: Options,
@@ -290,19 +324,20 @@ def _grams(
     ranks: Ranks,
     work: Work | None,
     step: Any,
-) -> dict[tuple[int, int], Gram]:
-    """Gram matrix of every layer's pooled hidden states, by (minibatch, layer), on the CPU."""
+) -> _Pass:
+    """Runs a model over the calibration text, as far as no interrupted run has done so."""
     parts, L = _minibatches(len(ids)), model.shape.L
-    done = _finished_grams(model, len(parts), work) if work and ranks.first else {}
+    done = _finished(model, len(parts), work) if work and ranks.first else _Pass({}, {})
     # A saved state is of use where all earlier layers' Gram matrices are there too.
-    complete = next((i for i in range(L) if (0, i) not in done), L)
+    complete = next((i for i in range(L) if i not in done.sample), L)
     start = complete if complete == L else _saved_state(model, work, complete)[0] if ranks.first else 0
     start = ranks.share(start)
-    done = {key: value for key, value in done.items() if key[1] < start}
+    done.grams = {key: value for key, value in done.grams.items() if key[1] < start}
+    done.sample = {i: value for i, value in done.sample.items() if i < start}
     block = ranks.block(start, L)
     if start < L:
         mine = _run_block(model, ids, parts, block, start, options, limits, ranks, work, step)
-        done = ranks.merge(done | mine)
+        return _Pass(ranks.merge(done.grams | mine.grams), ranks.merge(done.sample | mine.sample))
     return done
 
 
@@ -317,7 +352,7 @@ def _run_block(
     ranks: Ranks,
     work: Work | None,
     step: Any,
-) -> dict[tuple[int, int], Gram]:
+) -> _Pass:
     """Runs this rank's layers; the hidden states come from the rank before and go to the next."""
     stream = LayerStream(
         model,
@@ -332,29 +367,32 @@ def _run_block(
     if ranks.first and start and work:
         stream.hidden = _saved_state(model, work, start)[1](options.device)
     ranks.receive(stream.hidden)
-    grams: dict[tuple[int, int], Gram] = {}
+    found = _Pass({}, {})
     for i, vectors in pooled_layers(stream):
         for n, part in enumerate(parts):
-            found = layer_gram(options.similarity, vectors[None, part])
-            grams[n, i] = Gram(*(tensor.cpu() for tensor in found))
+            gram = layer_gram(options.similarity, vectors[None, part])
+            found.grams[n, i] = Gram(*(tensor.cpu() for tensor in gram))
+        found.sample[i] = vectors[:_SAMPLE].cpu().clone()
         if work:
-            work.save(f"{model.role}.gram.{i}", stacked([t for n in range(len(parts)) for t in grams[n, i]]))
+            tensors = [t for n in range(len(parts)) for t in found.grams[n, i]]
+            work.save(f"{model.role}.gram.{i}", stacked([*tensors, found.sample[i]]))
             if i + 1 < model.shape.L:
                 work.save_state(f"{model.role}.state.{ranks.rank}", stacked(stream.hidden), layer=i + 1)
         step(i + 1)
     ranks.send(stream.hidden)
-    return grams
+    return found
 
 
-def _finished_grams(model: Checkpoint, parts: int, work: Work) -> dict[tuple[int, int], Gram]:
-    grams: dict[tuple[int, int], Gram] = {}
+def _finished(model: Checkpoint, parts: int, work: Work) -> _Pass:
+    done = _Pass({}, {})
     for i in range(model.shape.L):
         found = work.load(f"{model.role}.gram.{i}")
         if found is None:
             break
         tensors = unstacked(found[0], torch.device("cpu"))
-        grams |= {(n, i): Gram(*tensors[3 * n : 3 * n + 3]) for n in range(parts)}
-    return grams
+        done.grams |= {(n, i): Gram(*tensors[3 * n : 3 * n + 3]) for n in range(parts)}
+        done.sample[i] = tensors[-1]
+    return done
 
 
 def _saved_state(model: Checkpoint, work: Work | None, last: int) -> tuple[int, Any]:

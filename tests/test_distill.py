@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import shutil
@@ -263,6 +264,24 @@ def test_auto_takes_least_squares_on_a_planted_upgrade_and_is_exact(planted: Pai
     old = effect(planted.model, root / "adapter", ids_o)[..., planted.planted.shared_old].flatten()
     new = effect(planted.planted.model, tmp_path / "out", ids_n)[..., planted.planted.shared_new].flatten()
     assert float(torch.nn.functional.cosine_similarity(old, new, dim=0)) >= 0.9999
+
+
+def test_auto_distils_between_models_that_share_only_their_embeddings(planted: Pair, tmp_path: Path) -> None:
+    """The embeddings fit exactly, and nothing behind them does."""
+    assert planted.planted is not None
+    other = copy.deepcopy(planted.planted.model)
+    with torch.no_grad():
+        for layer in other.model.layers:
+            for weight in layer.parameters():
+                if weight.ndim == 2:
+                    weight.copy_(weight[torch.randperm(len(weight))])
+    save_folder(other, planted.planted.tokenizer, tmp_path / "other")
+    folders = planted.root / "old", tmp_path / "other", planted.root / "adapter", tmp_path / "out"
+    result = migrate(*folders, examples=16, settings=Settings(max_tokens=32))
+    assert min(result.plan.facts["r2"], result.plan.facts["r2_back"]) > 0.999
+    assert min(result.plan.facts["layer_r2"].values()) < 0.9
+    assert result.plan.options["method"] == "distill"
+    assert "the layers are not" in result.plan.facts["method_reason"]
 
 
 def test_auto_distils_between_unrelated_models_and_warns(unrelated: Pair, tmp_path: Path) -> None:
