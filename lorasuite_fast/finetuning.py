@@ -1,6 +1,6 @@
 """Light fine-tuning: an adapter is trained on a few labelled samples, starting from the factors it comes with.
 
-The recipe of the paper (METHOD.md section 7) for adapters just projected: 3 epochs, batches of 16, AdamW, a learning
+The recipe of LoRASuite (arXiv 2505.13515) for adapters just projected: 3 epochs, batches of 16, AdamW, a learning
 rate that falls linearly from 1e-3 without a warm-up, rows of at most 256 tokens. An adapter from zero is trained by the
 same code, so that the two can be compared.
 
@@ -264,6 +264,9 @@ def _new_adapter(loaded: LoadedModel, family: Family, new: Mapping[str, Any], se
     """Puts an adapter that does nothing yet on the model: B zero, A random."""
     from peft import LoraConfig, get_peft_model
 
+    lacking = [role for role in new["roles"] if role not in family.projections]
+    if lacking:
+        raise LoraSuiteError(f"a {family.model_type} layer has no {', '.join(lacking)}; its roles: {family.roles}")
     modules = {family.projections[role].module.rpartition(".")[2] for role in new["roles"]}
     config = LoraConfig(
         task_type="CAUSAL_LM",
