@@ -44,6 +44,7 @@ SELF_TEXT_BYTES = 600_000
 """Bytes of text the old model writes where no text is given."""
 MAX_TOKENS = 256
 BATCH_BYTES = 2_000
+CONTROLS = ("none", "shuffled", "shuffled-labels")
 LEAST_STEPS, MOST_STEPS = 150, 600
 """Bounds of an automatic step budget, which otherwise reads the text once."""
 _HELD_OUT_SHARE = 10
@@ -143,10 +144,14 @@ def step_batches(sizes: Sequence[int], budget: int, steps: int, seed: int) -> li
 
 
 class _Batches(torch.utils.data.Dataset[dict[str, Any]]):
-    """Texts with their targets, one padded batch an item."""
+    """Texts with their targets, one padded batch an item.
 
-    def __init__(self, targets: Targets, batches: list[list[int]]) -> None:
-        self._targets, self._batches = targets, batches
+    Args:
+        shuffled_labels: a control: the next tokens of every batch in random order, drawn from this seed.
+    """
+
+    def __init__(self, targets: Targets, batches: list[list[int]], shuffled_labels: int | None = None) -> None:
+        self._targets, self._batches, self._seed = targets, batches, shuffled_labels
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -162,6 +167,7 @@ class _Batches(torch.utils.data.Dataset[dict[str, Any]]):
         item: dict[str, Any] = {
             "input_ids": ids,
             "attention_mask": mask,
+            "labels": self._labels(ids, mask, n),
             "row": torch.cat([torch.full((len(t.ends),), row) for row, t in enumerate(texts)]),
             "position": torch.cat([t.positions_n for t in texts]),
             "log_probs": torch.cat([t.log_probs for t in found]),
@@ -170,6 +176,15 @@ class _Batches(torch.utils.data.Dataset[dict[str, Any]]):
         if found[0].index is not None:
             item["index"] = torch.cat([t.index for t in found if t.index is not None])
         return item
+
+    def _labels(self, ids: Tensor, mask: Tensor, n: int) -> Tensor:
+        """What follows each position, (texts, length - 1); -100 where that is padding."""
+        labels = ids.masked_fill(mask == 0, -100)[:, 1:]
+        if self._seed is not None:
+            counted = labels != -100
+            order = torch.randperm(int(counted.sum()), generator=torch.Generator().manual_seed(self._seed + n))
+            labels = labels.masked_scatter(counted, labels[counted][order])
+        return labels
 
 
 def _divergences(logits: Tensor, batch: dict[str, Any], tokens: Tensor) -> Tensor:
@@ -180,8 +195,8 @@ def _divergences(logits: Tensor, batch: dict[str, Any], tokens: Tensor) -> Tenso
 
 def _next_token_loss(logits: Tensor, batch: dict[str, Any]) -> Tensor:
     """Mean cross-entropy of every token behind the first of its text, in nats."""
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
-    return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+    predicted = logits[:, :-1].float().flatten(0, 1)
+    return functional.cross_entropy(predicted, batch["labels"].flatten(), ignore_index=-100)
 
 
 def _number(loss: Tensor | None) -> float | None:
@@ -438,7 +453,8 @@ def refine(
         memory: what may be resident on the device, e.g. "6GB"; turns gradient checkpointing on where needed.
         cache: folder that keeps the targets for further runs; by default they go when OUT is complete.
         say: called with one sentence, what will be done, before the training starts.
-        control: "shuffled" trains on targets whose change belongs to another position, which has no business working.
+        control: "shuffled" trains on targets whose change belongs to another position, the text as it is, so that its
+            next tokens still teach. "shuffled-labels" also puts those in random order: what is left is a constant.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
@@ -446,8 +462,8 @@ def refine(
     begin = time.perf_counter()
     path = check_output(out, overwrite=overwrite)
     _check(steps, learning_rate, kl_weight, next_token_weight, batch_bytes, max_tokens, top_k, eval_every, patience)
-    if control not in ("none", "shuffled"):
-        raise LoraSuiteError(f"control {control!r} is not one of none, shuffled")
+    if control not in CONTROLS:
+        raise LoraSuiteError(f"control {control!r} is not one of {', '.join(CONTROLS)}")
     for role in roles or ():
         if role not in ROLES:
             raise LoraSuiteError(f"role {role!r} is not one of {', '.join(ROLES)}")
@@ -489,7 +505,7 @@ def refine(
         "top_k": top_k,
         "max_tokens": max_tokens,
         "dtype": str(run_dtype),
-        "shuffled": seed if control == "shuffled" else None,
+        "shuffled": seed if control != "none" else None,
     }
     key = hashlib.sha256(json.dumps(teaching).encode()).hexdigest()[:16]
     options: dict[str, Any] = {
@@ -519,7 +535,7 @@ def refine(
             max_tokens=max_tokens,
             device=run_device,
             dtype=run_dtype,
-            shuffled=control == "shuffled",
+            shuffled=control != "none",
             seed=seed,
             trust_remote_code=trust_remote_code,
         )
@@ -737,7 +753,7 @@ def _train(
         trainer = trainer_class(
             model=model,
             args=arguments,
-            train_dataset=_Batches(targets, batches),
+            train_dataset=_Batches(targets, batches, options["seed"] if options["control"] == CONTROLS[2] else None),
             eval_dataset=held_out,
             data_collator=lambda items: items[0],
             callbacks=callbacks,

@@ -20,7 +20,7 @@ from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer
 from lorasuite_fast.alignment import Alignment
 from lorasuite_fast.cli import app
 from lorasuite_fast.phases import PhaseClock
-from lorasuite_fast.refinement import step_batches, step_budget
+from lorasuite_fast.refinement import _Batches, step_batches, step_budget
 from lorasuite_fast.teacher import Target, Targets, divergence, target, write_targets
 from lorasuite_fast.work import Work
 
@@ -343,6 +343,17 @@ def invoke(*arguments: object) -> str:
     result = CliRunner(env={"COLUMNS": "140"}).invoke(app, [str(argument) for argument in arguments])
     assert result.exit_code == 0, result.output
     return result.stdout
+
+
+def test_shuffled_labels_are_the_same_tokens_in_another_order(root: Path, tmp_path: Path) -> None:
+    targets = taught(root, tmp_path / "work", "new", 8, shuffled=True)
+    plain, shuffled = (_Batches(targets, [[0, 1, 2], [3, 4]], seed)[0]["labels"] for seed in (None, 5))
+    assert torch.equal(plain == -100, shuffled == -100)
+    assert torch.equal(plain.flatten().sort().values, shuffled.flatten().sort().values)
+    assert (plain != shuffled).float().mean() > 0.3
+    batch = _Batches(targets, [[0, 1, 2]])[0]
+    ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    assert torch.equal(batch["labels"], ids[:, 1:])
 
 
 def test_migrate_refines_what_it_carried(root: Path, tmp_path: Path) -> None:
