@@ -683,7 +683,7 @@ def refine(
     learning_rate: Annotated[float, typer.Option(help="At the first step; falls to 0. Large models need less.")] = 1e-2,
     rank: Annotated[int | None, typer.Option(help="Of a new adapter, 8 by default; widens ADAPTER.", min=1)] = None,
     roles: Annotated[
-        str | None, typer.Option(help="Projections to train, like q,v; by default those of ADAPTER, or q,k,v,o.")
+        str | None, typer.Option(help="Projections to train, like q,v; by default those of ADAPTER, or all.")
     ] = None,
     kl_weight: Annotated[float, typer.Option(help="Of the divergence from the teacher.", min=0.0)] = 1.0,
     next_token_weight: Annotated[float, typer.Option(help="Of the next-token loss.", min=0.0)] = 0.3,

@@ -612,7 +612,7 @@ def migrate(
             out,
             text=refine_text,
             steps=refine,
-            roles=None if keeps_dora else source.roles,
+            roles=None if keeps_dora else FAMILIES[plan.new.family].roles,
             rank=None if keeps_dora else int(source.config["r"]),
             seed=plan.options["seed"],
             device=plan.options["device"],

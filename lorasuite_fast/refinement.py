@@ -31,7 +31,7 @@ from .aligned_states import LoadedModel
 from .calibration import load_examples
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
-from .families import ATTENTION, ROLES, Family
+from .families import ROLES, Family
 from .memory import parse_memory
 from .output import check_output, write_folder
 from .phases import Phase, PhaseClock, Progress, release_memory
@@ -319,7 +319,7 @@ def _new_peft(
     if source is not None and source.dora:
         raise LoraSuiteError(f"{start}: a DoRA start is trained as it is; leave out roles and rank")
     known = source.roles if source else ()
-    wanted = {*(roles or known or ATTENTION), *known}
+    wanted = {*(roles or known or family.roles), *known}
     known_updates = by_module(source.updates, family, checkpoint.shape, torch.float32) if source else {}
     largest = max((u.rank for u in known_updates.values()), default=1)
     r = max(rank or 8, largest)
@@ -441,7 +441,7 @@ def refine(
         steps: optimizer steps, or "auto": `step_budget` of the text.
         learning_rate: at the first step, falling linearly to 0; AdamW without warm-up or weight decay. The default
             suits small models; large ones need less.
-        rank, alpha, roles: of a new adapter; by default 8, twice the rank, and q, k, v, o. With `adapter`, rank or
+        rank, alpha, roles: of a new adapter; by default 8, twice the rank, and all projections. With `adapter`, rank or
             roles put it among further rows and modules, so that training starts from the same function.
         kl_weight, next_token_weight: of the two losses.
         batch_bytes: of text a step reads. max_tokens: of each text, for each model.
