@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,7 @@ from .projection import METHODS, PlannedLayer, update_norm
 from .ranks import Ranks
 from .result import LayerResult, Migration
 from .similarity import MEASURES
+from .tensor_files import DTYPES
 from .work import Work, clean_up, work_folder
 
 if TYPE_CHECKING:
@@ -449,6 +451,12 @@ class TransferPlan:
         fits = self.facts.get("r2"), self.facts.get("r2_back")
         return self.options["method"] == "lstsq" and all(r2 is not None and r2 >= EXACT_R2 for r2 in fits)
 
+    def tensor_bytes(self) -> dict[str, int]:
+        """Bytes of each tensor; those of a loaded plan are not read for it."""
+        if isinstance(self.tensors, _LazyTensors):
+            return self.tensors.sizes()
+        return {name: tensor.nbytes for name, tensor in self.tensors.items()}
+
     def summary(self) -> dict[str, Any]:
         """The plan without its tensors, as plain data."""
         cka = self.tensors["cka"]
@@ -476,6 +484,10 @@ class _LazyTensors:
         # A copy is aligned as a fresh tensor is, so that products of a loaded plan give the same bits.
         tensor: Tensor = self.file.get_tensor(name).clone()
         return tensor
+
+    def sizes(self) -> dict[str, int]:
+        slices = ((name, self.file.get_slice(name)) for name in sorted(self._names))
+        return {name: math.prod(s.get_shape()) * DTYPES[s.get_dtype()].itemsize for name, s in slices}
 
     def items(self) -> Any:
         return ((name, self[name]) for name in sorted(self._names))
