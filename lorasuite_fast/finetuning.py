@@ -30,6 +30,7 @@ from .aligned_states import LoadedModel, load_tokenizer
 from .checkpoint import Checkpoint, read_json, resolve_folder
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, ROLES, Family
+from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .plan import migrate, pick_device, pick_dtype
@@ -411,7 +412,22 @@ def finetune(
             with suppress(OSError):
                 folder.rmdir()
             raise
-        _write(path, course.source, course.source if start is None else start, checkpoint.name, overwrite)
+        summary = _summary(course, budget, len(training.samples))
+        steps_taken = section(
+            "Fine-tuning on labelled data",
+            summary,
+            {
+                "started from": "a new adapter" if adapter is None else shown(adapter),
+                "samples": f"{len(training.samples):,}, and {len(held_out.samples):,} for validation",
+                "steps": f"{len(course.losses)} of {budget}, batches of {batch}",
+                "learning rate": f"{learning_rate:g}",
+                "prompts": template if template in ("alpaca", "chat") else "a template of one's own",
+                "tokens trained on": f"{course.tokens:,}",
+            },
+        )
+        card = model_card(checkpoint.name, steps_taken, start)
+        config_of = course.source if start is None else start
+        _write(path, course.source, config_of, checkpoint.name, card, overwrite)
         work.discard()
         shutil.rmtree(folder, ignore_errors=True)
     finally:
@@ -425,7 +441,7 @@ def finetune(
         chosen_step=course.chosen,
         diverged=course.diverged is not None,
         kept_start=course.chosen == 0,
-        summary=_summary(course, budget, len(training.samples)),
+        summary=summary,
         start_loss=course.start_loss,
         end_loss=course.end_loss,
         losses=course.losses,
@@ -627,13 +643,14 @@ def _divergence(at: int | None, first: float, end: float | None, last: Path) -> 
     return f"{broken[0]} holds NaN or infinity at the end" if broken else None
 
 
-def _write(path: Path, weights: Path, config_of: Path, base: str, overwrite: bool) -> None:
+def _write(path: Path, weights: Path, config_of: Path, base: str, card: bytes, overwrite: bool) -> None:
     """Puts an adapter at OUT in the name of the model, with the configuration it had."""
     config = read_json(config_of / CONFIG)
     config |= {"base_model_name_or_path": base, "inference_mode": True, "revision": None}
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         WEIGHTS: (weights / WEIGHTS).read_bytes(),
+        CARD: card,
     }
     write_folder(path, files, overwrite=overwrite)
 

@@ -25,6 +25,7 @@ from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
 from .fill import SHARE, fill_layers
 from .memory import Limits, parse_memory
+from .model_card import CARD, migration_section, model_card
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .projection import METHODS, PlannedLayer, update_norm
@@ -313,7 +314,8 @@ class TransferPlan:
                 trust_remote_code=trust_remote_code,
             )
             with clock.phase("write", 1):
-                write_folder(target, result.files, overwrite=overwrite)
+                steps = migration_section(self, source, result.layers, result.distilled)
+                write_folder(target, result.files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
             phases = [*self.phases, *clock.phases]
             return Migration(self, source.where, str(target), result.layers, phases, [], distilled=result.distilled)
         if settings is not None and settings.rank is not None:
@@ -327,7 +329,8 @@ class TransferPlan:
         with clock.phase("apply", len(self.layers)) as step:
             updates, results = self._project(source, models, fill, fill_share, step)
             files = adapter_files(updates, source, self.new.family, self.new.shape.L, self.new.name)
-            write_folder(target, files, overwrite=overwrite)
+            steps = migration_section(self, source, results, None)
+            write_folder(target, files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
         return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))
 
     def apply_all(

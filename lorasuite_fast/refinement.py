@@ -33,6 +33,7 @@ from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
 from .families import ATTENTION, ROLES, Family
 from .memory import parse_memory
+from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
@@ -464,7 +465,7 @@ def refine(
 
     if text is None or (isinstance(text, str | os.PathLike) and os.fspath(text) == "self"):
         source = "self"
-        with clock.phase("write text", text_bytes) as report:
+        with clock.phase("write text", text_bytes) as step:
             texts = self_written(
                 checkpoint_o,
                 old_adapter,
@@ -474,7 +475,7 @@ def refine(
                 device=run_device,
                 dtype=run_dtype,
                 trust_remote_code=trust_remote_code,
-                report=report,
+                report=step,
             )
         release_memory()
     else:
@@ -550,8 +551,21 @@ def refine(
             gradient_checkpointing,
             trust_remote_code,
         )
-        _write(path, course.source, checkpoint_n.name, overwrite)
         summary = _summary(course, budget)
+        steps_taken = section(
+            "Refinement without labels",
+            summary,
+            {
+                "from": f"{shown(old_adapter)} on {shown(checkpoint_o.name)}",
+                "text": shown(source),
+                "started from": "a new adapter" if adapter is None else shown(adapter),
+                "steps": f"{course.steps} of {budget}, of which {course.chosen} are in what was written",
+                "tokens trained on": f"{course.tokens:,}",
+                "learning rate": f"{learning_rate:g}",
+            },
+        )
+        card = model_card(checkpoint_n.name, steps_taken, start)
+        _write(path, course.source, checkpoint_n.name, card, overwrite)
         if cache is None:
             works[0].discard()
         works[1].discard()
@@ -777,13 +791,14 @@ def _train(
     )
 
 
-def _write(path: Path, source: Path, base: str, overwrite: bool) -> None:
+def _write(path: Path, source: Path, base: str, card: bytes, overwrite: bool) -> None:
     """Puts an adapter PEFT has saved at OUT, in the name of the new model."""
     config = json.loads((source / CONFIG).read_text())
     config |= {"base_model_name_or_path": base, "inference_mode": True, "revision": None}
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         WEIGHTS: (source / WEIGHTS).read_bytes(),
+        CARD: card,
     }
     write_folder(path, files, overwrite=overwrite)
 
