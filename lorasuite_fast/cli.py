@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .doctor import Diagnosis
     from .finetuning import Finetuning
     from .phases import Phase
-    from .phases import Progress as Report
+    from .phases import Progress as Reporter
     from .plan import TransferPlan
     from .ranks import Ranks
     from .result import Migration
@@ -120,6 +120,7 @@ Overwrite = Annotated[bool, _option(OUTPUT, None, "Replace what exists, once the
 RemoteCode = Annotated[
     bool, _option(MACHINE, None, "Let transformers run code from the folders", "--trust-remote-code")
 ]
+Report = Annotated[Path | None, _option(OUTPUT, "FILE", "Write a report, one HTML file", "--report")]
 AsJson = Annotated[bool, _option(OUTPUT, None, "Print one JSON object instead of tables", "--json")]
 
 
@@ -182,7 +183,7 @@ class _PlainProgress:
 
 
 @contextmanager
-def _run(as_json: bool) -> Iterator[Report | None]:
+def _run(as_json: bool) -> Iterator[Reporter | None]:
     """Progress on stderr, and every foreseen failure as one line and exit code 2."""
     # What transformers remarks about its own internals is no business of the user's.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -432,6 +433,7 @@ def migrate(
     mapped: Mapped = True,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
+    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Carry an adapter from OLD to NEW: plan and apply in one step.
@@ -471,6 +473,7 @@ def migrate(
             },
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            report=report_file,
             progress=report,
             say=_say,
         )
@@ -502,6 +505,7 @@ def plan(
     mapped: Mapped = True,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
+    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Work out how adapters travel from OLD to NEW and save it as one file, for any number of adapters.
@@ -540,6 +544,7 @@ def plan(
             work=work_folder(out),
             ranks=ranks,
             trust_remote_code=trust_remote_code,
+            report=report_file,
             progress=report if ranks.first else None,
         )
         if ranks.first:
@@ -658,6 +663,7 @@ def verify(
     dtype: Dtype = "auto",
     seed: Annotated[int, _option(TEXT, "N", "Of the examples, the shuffles and the bootstrap [0]")] = 0,
     trust_remote_code: RemoteCode = False,
+    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Tell what a migrated adapter still does, or of two base models whether a migration will carry.
@@ -689,6 +695,7 @@ def verify(
             dtype=dtype,
             seed=seed,
             trust_remote_code=trust_remote_code,
+            report=report_file,
             progress=report,
         )
     if as_json:
@@ -732,6 +739,7 @@ def refine(
     cache: Annotated[Path | None, _option(MACHINE, "DIR", "Folder that keeps the targets for further runs")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
+    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter of NEW, without labels, to do what OLD_ADAPTER does on OLD.
@@ -769,6 +777,7 @@ def refine(
             cache=cache,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            report=report_file,
             progress=report,
             say=_say,
         )
@@ -837,6 +846,7 @@ def finetune(
     gradient_checkpointing: Checkpointing = False,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
+    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter of MODEL on labelled data, from the factors it has.
@@ -876,6 +886,7 @@ def finetune(
             gradient_checkpointing=gradient_checkpointing,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            report=report_file,
             progress=report,
             say=_say,
         )

@@ -35,6 +35,7 @@ from .output import check_output, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .plan import migrate, pick_device, pick_dtype
 from .refinement import last_checkpoint
+from .report_file import check_report, write_report
 from .result import Migration
 from .samples import Data, Sample, Samples, load_samples
 from .self_text import adapter_digest
@@ -303,6 +304,7 @@ def finetune(
     gradient_checkpointing: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Finetuning:
@@ -335,11 +337,13 @@ def finetune(
             float32 at least.
         gradient_checkpointing: recompute activations: less memory, more time.
         say: called with one sentence, what will be done, before the training starts.
+        report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     begin = time.perf_counter()
+    check_report(report)
     path = check_output(out, overwrite=overwrite)
     _check(epochs, steps, batch, micro_batch, learning_rate, max_tokens, rank, alpha, dropout, roles, save_every)
     if adapter is not None and (rank, alpha, dropout, roles) != (None,) * 4:
@@ -432,7 +436,7 @@ def finetune(
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         work.close()
-    return Finetuning(
+    result = Finetuning(
         model=os.fspath(model),
         adapter=None if adapter is None else os.fspath(adapter),
         out=os.fspath(out),
@@ -458,6 +462,8 @@ def finetune(
         phases=clock.phases,
         seconds=time.perf_counter() - begin,
     )
+    write_report(result, report)
+    return result
 
 
 def _check(

@@ -30,6 +30,7 @@ from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .projection import METHODS, PlannedLayer, update_norm
 from .ranks import Ranks
+from .report_file import check_report, write_report
 from .result import LayerResult, Migration
 from .similarity import MEASURES
 from .tensor_files import DTYPES
@@ -109,6 +110,7 @@ class TransferPlan:
         work: str | os.PathLike[str] | None = None,
         ranks: Ranks | None = None,
         trust_remote_code: bool = False,
+        report: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> TransferPlan:
         """Compares two models and works out how updates travel between them, a layer of each in memory at a time.
@@ -133,6 +135,7 @@ class TransferPlan:
             work: a folder for finished parts. The same call with the same folder goes on where it was interrupted, and
                 gives the same plan to the bit; `finish` removes the folder.
             ranks: the processes that share the work (`Ranks.join` under torchrun); each of them gets the whole plan.
+            report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
 
         Raises:
             LoraSuiteError: for input that cannot be used; the message names it and says what to do.
@@ -154,6 +157,7 @@ class TransferPlan:
             mapped=mapped,
             trust_remote_code=trust_remote_code,
         )
+        check_report(report)
         clock = PhaseClock(progress, options.device)
         with clock.phase("open", 2) as step:
             inputs = Inputs.open(old, new, options)
@@ -164,7 +168,14 @@ class TransferPlan:
         chosen = options.as_dict() | found
         plan = cls(*records, chosen, built.mapping, built.tensors, built.facts, clock.phases, built.limits)
         plan._work.append(unfinished)
+        if ranks is None or ranks.first:
+            write_report(plan, report)
         return plan
+
+    def _repr_html_(self) -> str:
+        from .html_report import fragment
+
+        return fragment(self)
 
     def finish(self) -> None:
         """Removes the work folder the plan was built in; called once what was built from it is on disk."""
@@ -553,6 +564,7 @@ def migrate(
     refine_text: str | os.PathLike[str] | None = None,
     finetune: Data | None = None,
     finetune_options: dict[str, Any] | None = None,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     **options: Any,
@@ -569,17 +581,21 @@ def migrate(
             them. options: those of `TransferPlan.build`.
         refine_text: None has the old model write it with its adapter; else a .jsonl or .txt file.
         finetune: labelled data, as `finetuning.finetune` takes them. finetune_options: its further arguments.
+        report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
         say: called with one sentence, the steps planned, before a training starts.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
+    check_report(report)
     if finetune is not None:
         from .finetuning import migrate_and_finetune
 
         options |= {"settings": settings, "refine": refine, "refine_text": refine_text}
-        return migrate_and_finetune(old, new, adapter, out, finetune, finetune_options or {}, overwrite=overwrite,
-                                    progress=progress, say=say, **options)  # fmt: skip
+        tuned = migrate_and_finetune(old, new, adapter, out, finetune, finetune_options or {}, overwrite=overwrite,
+                                     progress=progress, say=say, **options)  # fmt: skip
+        write_report(tuned, report)
+        return tuned
     start = time.perf_counter()
     if refine != "auto" and (isinstance(refine, str) or refine < 0):
         raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
@@ -639,4 +655,6 @@ def migrate(
         )
         result = replace(result, out=os.fspath(out), refined=refined, phases=[*result.phases, *refined.phases])
     plan.finish()
-    return result.with_seconds(time.perf_counter() - start)
+    result = result.with_seconds(time.perf_counter() - start)
+    write_report(result, report)
+    return result

@@ -37,6 +37,7 @@ from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
+from .report_file import check_report, write_report
 from .self_text import adapter_digest, self_written
 from .teacher import Target, Targets, TeacherFacts, divergence, write_targets
 from .work import Work
@@ -409,6 +410,7 @@ def refine(
     control: str = "none",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Refinement:
@@ -440,11 +442,13 @@ def refine(
         cache: folder that keeps the targets for further runs; by default they go when OUT is complete.
         say: called with one sentence, what will be done, before the training starts.
         control: "shuffled" trains on targets whose change belongs to another position, which has no business working.
+        report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     begin = time.perf_counter()
+    check_report(report)
     path = check_output(out, overwrite=overwrite)
     _check(steps, learning_rate, kl_weight, next_token_weight, batch_bytes, max_tokens, top_k, eval_every, patience)
     if control not in ("none", "shuffled"):
@@ -573,7 +577,7 @@ def refine(
     finally:
         for work in works:
             work.close()
-    return Refinement(
+    result = Refinement(
         old=os.fspath(old),
         old_adapter=os.fspath(old_adapter),
         new=os.fspath(new),
@@ -604,6 +608,8 @@ def refine(
         phases=clock.phases,
         seconds=time.perf_counter() - begin,
     )
+    write_report(result, report)
+    return result
 
 
 def _check(
