@@ -376,7 +376,13 @@ def _print_finetuned(console: Console, tuned: Finetuning) -> None:
     console.print(tuned.summary, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_result(result: Migration, as_json: bool) -> None:
+def _print_written(console: Console, report_file: Path | None, out: str | Path | None = None) -> None:
+    for what, path in (("written", out), ("report", report_file)):
+        if path is not None:
+            console.print(f"{what}: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_result(result: Migration, as_json: bool, report_file: Path | None = None) -> None:
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
@@ -394,7 +400,7 @@ def _print_result(result: Migration, as_json: bool) -> None:
         console.print(f"[yellow]WARNING: {result.warning}.[/yellow]", soft_wrap=True)
     if result.unused_old_layers:
         console.print(f"old layers without a partner, left out: {', '.join(map(str, result.unused_old_layers))}")
-    console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
+    _print_written(console, report_file, result.out)
 
 
 @app.command()
@@ -477,7 +483,7 @@ def migrate(
             progress=report,
             say=_say,
         )
-    _print_result(result, as_json)
+    _print_result(result, as_json, report_file)
     if result.finetuned is not None and result.finetuned.diverged:
         raise typer.Exit(DIVERGED)
 
@@ -564,7 +570,7 @@ def plan(
         table.add_row(str(layer["new"]), str(layer["old"]), f"{layer['cka']:.3f}")
     console.print(table)
     console.print(_phase_table(built.phases))
-    console.print(f"written: {out}", highlight=False, soft_wrap=True)
+    _print_written(console, report_file, out)
 
 
 @app.command()
@@ -706,6 +712,7 @@ def verify(
     console = Console()
     print_verification(console, result)
     console.print(_phase_table(result.phases))
+    _print_written(console, report_file)
 
 
 @app.command()
@@ -800,7 +807,7 @@ def refine(
         soft_wrap=True,
     )
     console.print(result.summary, highlight=False, soft_wrap=True)
-    console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
+    _print_written(console, report_file, result.out)
 
 
 @app.command()
@@ -903,7 +910,7 @@ def finetune(
             console.print(table)
         console.print(_phase_table(result.phases))
         _print_finetuned(console, result)
-        console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
+        _print_written(console, report_file, result.out)
     if result.diverged:
         raise typer.Exit(DIVERGED)
 

@@ -253,6 +253,7 @@ def test_the_command_line_writes_a_report(made: Any, tmp_path: Path) -> None:
     arguments = [made.root / "old", made.root / "new", tmp_path / "plan", "--examples", 8, "--roles", "q"]
     result = CliRunner().invoke(app, ["plan", *map(str, arguments), "--report", str(tmp_path / "report.html")])
     assert result.exit_code == 0, result.output
+    assert f"report: {tmp_path / 'report.html'}" in result.stdout
     assert "Transfer plan: old to new" in (tmp_path / "report.html").read_text()
 
 
