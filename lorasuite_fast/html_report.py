@@ -401,7 +401,7 @@ def _plan_summary(plan: TransferPlan) -> Part:
 
 def _expectation(plan: TransferPlan) -> str:
     """What the fit of the transfer matrices lets one expect of an adapter."""
-    fits = [r2 for r2 in (plan.facts["r2"], plan.facts["r2_back"]) if r2 is not None]
+    fits = plan.linear_fits
     if plan.exact:
         return _verdict("A linear map carries one model onto the other: an adapter should arrive whole.", "good")
     if fits and min(fits) < EXACT_R2:
@@ -465,8 +465,10 @@ def _residual(plan: TransferPlan) -> Part:
         (name, r2, "–" if r2 is None else f"{1 - r2:.4f}")
         for name, r2 in (("old to new, W_h", facts["r2"]), ("new to old, S", facts["r2_back"]))
     ]
+    layers = _layer_residual(plan)
     if all(r2 is None for _, r2, _ in rows):
-        return Part("Transfer matrix", "<p>The transfer matrix was given, not fitted: there is no residual.</p>")
+        words = "<p>The transfer matrix was given, not fitted: there is no residual on tokens.</p>"
+        return Part("Transfer matrix", words + layers)
     shares = [(name, None if r2 is None else 1 - r2, text) for name, r2, text in rows]
     svg = _bars(shares, "Residual of the transfer matrices on held-out shared tokens, 1 − R²", 1.0, 1 - EXACT_R2)
     caption = (
@@ -474,7 +476,17 @@ def _residual(plan: TransferPlan) -> Part:
         f"{1 - EXACT_R2:.3f} (the line) counts as exact."
     )
     table = _details(("", "R²", "1 − R²"), [(n, _number(r2, 5), t) for n, r2, t in rows], "Fit on held-out tokens")
-    return Part("Transfer matrix", _figure(svg, caption, table))
+    return Part("Transfer matrix", _figure(svg, caption, table) + layers)
+
+
+def _layer_residual(plan: TransferPlan) -> str:
+    """1 - R² of W_h on what the mapped layers give, where the plan holds it."""
+    found = sorted((int(j), r2) for j, r2 in plan.facts.get("layer_r2", {}).items())
+    if not found:
+        return ""
+    bars = [(f"layer {j}", 1 - r2, f"{1 - r2:.4f}") for j, r2 in found]
+    caption = "1 − R² of W_h on the pooled states behind each new layer and its partner; more than 1 is drawn as 1."
+    return _figure(_bars(bars, caption, 1.0, 1 - EXACT_R2), caption)
 
 
 def _migration_parts(result: Migration) -> list[Part]:

@@ -163,7 +163,7 @@ def _verdict(plan: TransferPlan, distilled: Distilled | None) -> str:
         return f"Part of the adapter's effect arrived: {distilled.agreement['kl_share'][0]:.0%} on held-out text."
     if plan.exact:
         return "A linear map carries one model onto the other: the adapter should arrive whole."
-    fits = [r2 for r2 in (plan.facts["r2"], plan.facts["r2_back"]) if r2 is not None]
+    fits = plan.linear_fits
     if not fits or min(fits) >= EXACT_R2:
         return "What arrived was not measured: run `lorasuite-fast verify`."
     return (

@@ -462,8 +462,15 @@ class TransferPlan:
     @property
     def exact(self) -> bool:
         """Whether a linear map fits both ways so well that least squares carry an adapter as it is."""
-        fits = self.facts.get("r2"), self.facts.get("r2_back")
-        return self.options["method"] == "lstsq" and all(r2 is not None and r2 >= EXACT_R2 for r2 in fits)
+        both = self.facts.get("r2") is not None and self.facts.get("r2_back") is not None
+        return self.options["method"] == "lstsq" and both and min(self.linear_fits) >= EXACT_R2
+
+    @property
+    def linear_fits(self) -> list[float]:
+        """R² of the linear maps between the models, as far as the plan holds them: both ways on held-out tokens, and
+        of every mapped layer's states."""
+        tables = [self.facts.get("r2"), self.facts.get("r2_back")]
+        return [r2 for r2 in [*tables, *self.facts.get("layer_r2", {}).values()] if r2 is not None]
 
     def tensor_bytes(self) -> dict[str, int]:
         """Bytes of each tensor; those of a loaded plan are not read for it."""

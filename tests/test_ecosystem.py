@@ -145,7 +145,7 @@ def test_llama_cpp_knows_every_tensor_and_finds_both_factors(carried: Any) -> No
 
 
 def test_llama_cpp_and_vllm_scale_it_as_peft_does(carried: Any) -> None:
-    """Both scale every module by the one lora_alpha over the rank, and know no patterns."""
+    """Both divide the one lora_alpha by a rank (the module's, the configuration's) and know no alpha patterns."""
     config = carried.config
     assert config["use_rslora"] is False
     for key in ("rank_pattern", "alpha_pattern"):

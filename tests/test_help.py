@@ -91,6 +91,24 @@ def test_doctor_json_tells_how_every_kernel_runs() -> None:
     assert {kernel["runs"] for kernel in on_cpu} == {"torch"}
 
 
+def test_doctor_shows_a_gpu_with_its_memory_and_why_it_runs_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lorasuite_kernels.dispatch as dispatch
+
+    old_gpu = SimpleNamespace(name="Tesla P100", major=6, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda n: old_gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda n: (2**33, 2**34))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    reason = "the kernels need a GPU of sm_80 or newer"
+    real = dispatch.implementation
+    monkeypatch.setattr(dispatch, "implementation", lambda d: ("torch", reason) if d.type == "cuda" else real(d))
+    found = doctor.examine()
+    assert found.devices[1] == doctor.Device("cuda:0", "Tesla P100, sm_60, no bfloat16", 2**34, 2**33)
+    assert f"cuda:0 runs the PyTorch twins: {reason}" in found.advice
+    assert not any("sees no GPU" in sentence for sentence in found.advice)
+
+
 def test_doctor_knows_every_operator_with_a_kernel() -> None:
     source = Path(doctor.__file__).parents[1] / "kernels/torch-ext/lorasuite_kernels"
     found = re.findall(r'kernel=\("\w+", "(\w+)"\)', "".join(path.read_text() for path in source.glob("*.py")))

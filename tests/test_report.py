@@ -199,6 +199,20 @@ def test_a_migrations_report_has_fit_fidelity_times_options_versions_and_fingerp
         assert f"q {layer.update['q']:.3f}" in html
 
 
+def test_a_plans_report_shows_how_well_the_map_fits_every_layers_states(made: Any) -> None:
+    facts = made.plan.facts | {"layer_r2": {"0": 0.75, "2": -1.5}}
+    html = report_html(replace(made.plan, facts=facts))
+    for text in ("layer 0", "0.2500", "layer 2", "2.5000"):
+        assert f">{text}</text>" in html
+
+
+def test_only_a_plan_whose_layers_fit_too_promises_that_an_adapter_arrives_whole(made: Any) -> None:
+    promise = "an adapter should arrive whole"
+    for layer_r2, promised in ((1.0, True), (0.9, False)):
+        facts = made.lstsq.plan.facts | {"r2": 1.0, "r2_back": 0.9999, "layer_r2": {"0": layer_r2}}
+        assert (promise in report_html(replace(made.lstsq.plan, facts=facts))) is promised
+
+
 def test_a_distilled_report_has_agreement_and_the_share_reached_behind_each_layer(made: Any) -> None:
     html = (made.root / "distill.html").read_text()
     distilled = made.distill.distilled
