@@ -440,9 +440,9 @@ def refine(
         dtype: auto is bfloat16 on a GPU that has it, else float32; the adapter is float32 always.
         memory: what may be resident on the device, e.g. "6GB"; turns gradient checkpointing on where needed.
         cache: folder that keeps the targets for further runs; by default they go when OUT is complete.
+        report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
         say: called with one sentence, what will be done, before the training starts.
         control: "shuffled" trains on targets whose change belongs to another position, which has no business working.
-        report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
