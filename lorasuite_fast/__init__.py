@@ -13,6 +13,7 @@ from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
     from .finetuning import Finetuning, finetune
+    from .model_card import push_to_hub
     from .plan import TransferPlan, migrate
     from .refinement import Refinement, refine
     from .result import LayerResult, Migration
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "finetune",
     "migrate",
+    "push_to_hub",
     "refine",
     "verify",
 ]
@@ -36,6 +38,7 @@ __all__ = [
 _HOMES = {
     "Finetuning": "finetuning",
     "finetune": "finetuning",
+    "push_to_hub": "model_card",
     "TransferPlan": "plan",
     "migrate": "plan",
     "Migration": "result",

@@ -1,4 +1,4 @@
-"""The command line: `lorasuite-fast migrate`, `refine`, `finetune`, `plan`, `apply` and `verify`."""
+"""The command line: one command for each thing lorasuite-fast does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from ._version import __version__
@@ -23,9 +33,10 @@ from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
     from .distillation import Distilled, Settings
+    from .doctor import Diagnosis
     from .finetuning import Finetuning
     from .phases import Phase
-    from .phases import Progress as Report
+    from .phases import Progress as Reporter
     from .plan import TransferPlan
     from .ranks import Ranks
     from .result import Migration
@@ -41,73 +52,76 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+METHOD, TEXT, TRAINING, MACHINE, OUTPUT = "Method", "Text", "Training", "Machine", "Output"
+"""Panels of the help."""
+
 OldArgument = Annotated[str, typer.Argument(metavar="OLD", help="Model the adapter was trained on: folder or hub id.")]
 NewArgument = Annotated[str, typer.Argument(metavar="NEW", help="Model to carry it to: folder or hub id.")]
 AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT LoRA folder.")]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="PEFT LoRA folder to write.")]
+
+
+def _option(panel: str, metavar: str | None, help: str, *names: str, **settings: Any) -> Any:
+    """An option whose help is one line on a terminal of 100 columns; defaults stand in the help."""
+    shown = escape(help)
+    return typer.Option(*names, metavar=metavar, help=shown, rich_help_panel=panel, show_default=False, **settings)
+
+
 Calibration = Annotated[
     Path | None,
-    typer.Option(
-        help="Unlabelled text for CKA and distillation: .jsonl with a field `text`, or .txt. `self`: the old model "
-        "with its adapter writes it. Default: the shipped text."
-    ),
+    _option(TEXT, "FILE", "Unlabelled .jsonl or .txt; self: by the old model [shipped]"),
 ]
-Examples = Annotated[int, typer.Option(help="Calibration examples to read, 128 tokens of each.", min=4)]
+Examples = Annotated[int, _option(TEXT, "N", "Calibration examples to read, 128 tokens of each [64]", min=4)]
 Layers = Annotated[
-    Literal["cka", "first", "medium", "last"], typer.Option(help="How layers are mapped; cka: the most similar ones.")
+    Literal["cka", "first", "medium", "last"],
+    _option(METHOD, "MAP", "Which layer continues which: cka, first, medium, last [cka]"),
 ]
 Similarity = Annotated[
     Literal["cka", "mean-cca", "squared-cca", "pwcca", "procrustes"],
-    typer.Option(help="How the similarity of layers is measured."),
+    _option(METHOD, "KIND", "cka [default], mean-cca, squared-cca, pwcca, procrustes"),
 ]
-Heads = Annotated[Literal["hungarian", "identity"], typer.Option(help="How heads are matched.")]
+Heads = Annotated[
+    Literal["hungarian", "identity"],
+    _option(METHOD, "MATCH", "How heads are matched: hungarian, identity [hungarian]"),
+]
 TransferKind = Annotated[
-    Literal["embedding", "identity"], typer.Option(help="Transfer matrix: fitted on shared tokens, or the identity.")
+    Literal["embedding", "identity"],
+    _option(METHOD, "KIND", "Transfer matrix: embedding (fitted), identity [embedding]"),
 ]
 MethodName = Annotated[
     Literal["auto", "lstsq", "distill", "paper"],
-    typer.Option(
-        help="auto: least squares where it is exact, else distillation of the effect. paper: Eq. (3) of LoRASuite."
-    ),
+    _option(METHOD, "METHOD", "auto, lstsq (exact or not at all), distill, paper [auto]"),
 ]
-Rank = Annotated[int | None, typer.Option(help="Of the result, with distill. Default: the adapter's own.", min=1)]
-Fill = Annotated[
-    str, typer.Option(help="New layers without a partner: none, zero (to be trained) or nearest (half its update).")
-]
-Fitted = Annotated[
-    int | None,
-    typer.Option(help="How many of the last new layers distill fits. Default: half of them.", min=1),
-]
+Rank = Annotated[int | None, _option(METHOD, "N", "Of the result, with distill [the adapter's]", min=1)]
+Fill = Annotated[str, _option(METHOD, "KIND", "New layers without a partner: none, zero, nearest [none]")]
+Fitted = Annotated[int | None, _option(METHOD, "N", "Last new layers that distill fits [half of them]", min=1)]
 RefineText = Annotated[
-    Path | None,
-    typer.Option(
-        help="Unlabelled text to refine on: .jsonl with a field `text`, or .txt. Default, `self`: the old model with "
-        "its adapter writes it."
-    ),
+    Path | None, _option(TEXT, "FILE", "Unlabelled text to refine on [self: the old model writes it]")
 ]
 Checkpointing = Annotated[
-    bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
+    bool, _option(MACHINE, None, "Recompute activations: less memory, more time", "--gradient-checkpointing")
 ]
-Epochs = Annotated[int, typer.Option(help="How often each sample is read.", min=1)]
+Epochs = Annotated[int, _option(TRAINING, "N", "How often each sample is read [3]", min=1)]
 CompletionOnly = Annotated[
-    bool, typer.Option("--completion-only", help="Count only what answers the prompt in the loss.")
+    bool, _option(TRAINING, None, "Count only what answers the prompt in the loss", "--completion-only")
 ]
-Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], _option(MACHINE, "DEVICE", "auto, cpu or cuda [auto]")]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float64"], typer.Option(help="Of the products; auto is float32.")
+    Literal["auto", "float32", "bfloat16", "float64"],
+    _option(MACHINE, "DTYPE", "float32, bfloat16 or float64 [auto: float32]"),
 ]
-Seed = Annotated[int, typer.Option(help="Which calibration examples are taken where there are more.")]
-Ridge = Annotated[float, typer.Option(help="Regularise the transfer matrix (share of the mean diagonal).", min=0.0)]
-Memory = Annotated[
-    str | None,
-    typer.Option(metavar="SIZE", help="What may be resident on the device, e.g. 6GB. Refused at once if too little."),
-]
+Seed = Annotated[int, _option(TEXT, "N", "Which examples are taken where there are more [0]")]
+Ridge = Annotated[float, _option(METHOD, "X", "Of the transfer matrix, share of the mean diagonal [0]", min=0.0)]
+Memory = Annotated[str | None, _option(MACHINE, "SIZE", "What may be resident on the device, e.g. 6GB")]
 Mapped = Annotated[
-    bool, typer.Option("--mmap/--no-mmap", help="Map the checkpoints, or read them (unified-memory machines).")
+    bool, _option(MACHINE, None, "Map the checkpoints, or read them (unified memory)", "--mmap/--no-mmap")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists, once the new one is complete.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let transformers run code from the folders.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+Overwrite = Annotated[bool, _option(OUTPUT, None, "Replace what exists, once the new one is complete", "--overwrite")]
+RemoteCode = Annotated[
+    bool, _option(MACHINE, None, "Let transformers run code from the folders", "--trust-remote-code")
+]
+Report = Annotated[Path | None, _option(OUTPUT, "FILE", "Write a report, one HTML file", "--report")]
+AsJson = Annotated[bool, _option(OUTPUT, None, "Print one JSON object instead of tables", "--json")]
 
 
 @contextmanager
@@ -145,8 +159,31 @@ def _bus_errors() -> Iterator[None]:
         os.close(reader)
 
 
+class _PlainProgress:
+    """Lines instead of bars, for what is no terminal: of phases over 2 s, and no more than one in 10 s."""
+
+    FIRST, EVERY = 2.0, 10.0
+
+    def __init__(self, write: Any | None, clock: Any = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._phase, self._start, self._last = "", 0.0, 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        now = self._clock()
+        if phase != self._phase:
+            self._phase, self._start, self._last = phase, now, now + self.FIRST - self.EVERY
+        elapsed = now - self._start
+        # The last line of a phase only where earlier ones have been printed.
+        finished = done >= total and self._last >= self._start
+        if self._write is None or not done or not (finished or now - self._last >= self.EVERY):
+            return
+        self._last = now
+        left = f", {(total - done) * elapsed / done:.0f} s left" if done < total else f" in {elapsed:.0f} s"
+        self._write(f"{phase}: {done} of {total}, {done / elapsed:.1f}/s{left}", err=True)
+
+
 @contextmanager
-def _run(as_json: bool) -> Iterator[Report | None]:
+def _run(as_json: bool) -> Iterator[Reporter | None]:
     """Progress on stderr, and every foreseen failure as one line and exit code 2."""
     # What transformers remarks about its own internals is no business of the user's.
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -159,11 +196,14 @@ def _run(as_json: bool) -> Iterator[Report | None]:
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
+    live = console.is_terminal
+    plain = _PlainProgress(None if as_json or live else typer.echo)
     try:
         with (
             _bus_errors(),
-            Progress(*columns, console=console, disable=as_json or not console.is_terminal) as progress,
+            Progress(*columns, console=console, disable=as_json or not live) as progress,
         ):
 
             def report(phase: str, done: int, total: int) -> None:
@@ -172,6 +212,7 @@ def _run(as_json: bool) -> Iterator[Report | None]:
                 elapsed = progress.tasks[bars[phase]].elapsed or 0.0
                 rate = f"{done / elapsed:.1f}/s" if done and elapsed > 0 else ""
                 progress.update(bars[phase], completed=done, rate=rate)
+                plain(phase, done, total)
 
             yield report
     except LoraSuiteError as error:
@@ -335,7 +376,13 @@ def _print_finetuned(console: Console, tuned: Finetuning) -> None:
     console.print(tuned.summary, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def _print_result(result: Migration, as_json: bool) -> None:
+def _print_written(console: Console, report_file: Path | None, out: str | Path | None = None) -> None:
+    for what, path in (("written", out), ("report", report_file)):
+        if path is not None:
+            console.print(f"{what}: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_result(result: Migration, as_json: bool, report_file: Path | None = None) -> None:
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
@@ -353,7 +400,7 @@ def _print_result(result: Migration, as_json: bool) -> None:
         console.print(f"[yellow]WARNING: {result.warning}.[/yellow]", soft_wrap=True)
     if result.unused_old_layers:
         console.print(f"old layers without a partner, left out: {', '.join(map(str, result.unused_old_layers))}")
-    console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
+    _print_written(console, report_file, result.out)
 
 
 @app.command()
@@ -378,23 +425,21 @@ def migrate(
     fill: Fill = "none",
     refine: Annotated[
         str | None,
-        typer.Option(
-            metavar="STEPS",
-            help="Then train the result without labels: STEPS, auto, or 0. Default: auto on a GPU, else 0.",
-        ),
+        _option(TRAINING, "STEPS", "Then train without labels: N, auto; 0: no [auto on a GPU]"),
     ] = None,
     refine_text: RefineText = None,
     finetune: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Then train the result on labelled data, as `finetune` does."),
+        _option(TRAINING, "DATA", "Then train on labelled data, as `finetune` does"),
     ] = None,
     finetune_epochs: Epochs = 3,
-    finetune_rate: Annotated[float, typer.Option(help="Learning rate of --finetune at its first step.")] = 1e-3,
+    finetune_rate: Annotated[float, _option(TRAINING, "X", "Learning rate of --finetune [1e-3]")] = 1e-3,
     completion_only: CompletionOnly = False,
     memory: Memory = None,
     mapped: Mapped = True,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
+    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Carry an adapter from OLD to NEW: plan and apply in one step.
@@ -434,10 +479,11 @@ def migrate(
             },
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            report=report_file,
             progress=report,
             say=_say,
         )
-    _print_result(result, as_json)
+    _print_result(result, as_json, report_file)
     if result.finetuned is not None and result.finetuned.diverged:
         raise typer.Exit(DIVERGED)
 
@@ -448,7 +494,7 @@ def plan(
     new: NewArgument,
     out: Annotated[Path, typer.Argument(metavar="PLAN", help="File to write, e.g. old-to-new.plan.safetensors.")],
     roles: Annotated[
-        str, typer.Option(help="Projections to plan for: all, attention, mlp, or names like q,v.")
+        str, _option(METHOD, "ROLES", "Projections: all, attention, mlp, or names like q,v [all]")
     ] = "all",
     calibration: Calibration = None,
     examples: Examples = 64,
@@ -465,6 +511,7 @@ def plan(
     mapped: Mapped = True,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
+    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Work out how adapters travel from OLD to NEW and save it as one file, for any number of adapters.
@@ -503,6 +550,7 @@ def plan(
             work=work_folder(out),
             ranks=ranks,
             trust_remote_code=trust_remote_code,
+            report=report_file,
             progress=report if ranks.first else None,
         )
         if ranks.first:
@@ -522,7 +570,7 @@ def plan(
         table.add_row(str(layer["new"]), str(layer["old"]), f"{layer['cka']:.3f}")
     console.print(table)
     console.print(_phase_table(built.phases))
-    console.print(f"written: {out}", highlight=False, soft_wrap=True)
+    _print_written(console, report_file, out)
 
 
 @app.command()
@@ -532,13 +580,11 @@ def apply(
         list[Path], typer.Argument(metavar="ADAPTER [OUT]", help="PEFT LoRA folder, and where to write.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Carry every ADAPTER given into DIR/<its name>.")
+        Path | None, _option(OUTPUT, "DIR", "Carry every ADAPTER given into DIR/<its name>", "--out")
     ] = None,
-    old: Annotated[str | None, typer.Option(help="Where the old model is now; its fingerprint is checked.")] = None,
-    new: Annotated[str | None, typer.Option(help="Where the new model is now; its fingerprint is checked.")] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="For distill, in place of the plan's text: .jsonl, .txt or `self`.")
-    ] = None,
+    old: Annotated[str | None, _option(MACHINE, "OLD", "Where the old model is now; it is checked")] = None,
+    new: Annotated[str | None, _option(MACHINE, "NEW", "Where the new model is now; it is checked")] = None,
+    text: Annotated[Path | None, _option(TEXT, "FILE", "For distill: .jsonl, .txt or self [the plan's text]")] = None,
     rank: Rank = None,
     distill_layers: Fitted = None,
     fill: Fill = "none",
@@ -606,28 +652,27 @@ def verify(
         list[str],
         typer.Argument(
             metavar="OLD [OLD_ADAPTER] NEW [NEW_ADAPTER]",
-            help="Two models (before a migration), or each model followed by its adapter (after one).",
+            help="Two models, or each with its adapter.",
         ),
     ],
     text: Annotated[
         Path | None,
-        typer.Option(
-            help="Unlabelled text, best of the domain: .jsonl with `text`, or .txt. Default: the shipped text."
-        ),
+        _option(TEXT, "FILE", "Unlabelled, best of the domain: .jsonl, .txt [shipped]"),
     ] = None,
     labelled: Annotated[
         Path | None,
-        typer.Option(help="Adds bits per byte: .jsonl with `text`, or `prompt` and `completion`."),
+        _option(TEXT, "FILE", "Adds bits per byte: .jsonl, `text` or `prompt`, `completion`"),
     ] = None,
-    examples: Annotated[int, typer.Option(help="Examples to read of either file.", min=4)] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Tokens each model reads of an example.", min=2)] = 256,
+    examples: Annotated[int, _option(TEXT, "N", "Examples to read of either file [64]", min=4)] = 64,
+    max_tokens: Annotated[int, _option(TEXT, "N", "Tokens each model reads of an example [256]", min=2)] = 256,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Of the examples taken, the shuffles and the bootstrap.")] = 0,
+    seed: Annotated[int, _option(TEXT, "N", "Of the examples, the shuffles and the bootstrap [0]")] = 0,
     trust_remote_code: RemoteCode = False,
+    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell what a migrated adapter still does, or, from two base models, whether a migration will carry.
+    """Tell what a migrated adapter still does, or of two base models whether a migration will carry.
 
     Example: lorasuite-fast verify old-model my-adapter new-model my-adapter-new --text domain.txt
 
@@ -656,6 +701,7 @@ def verify(
             dtype=dtype,
             seed=seed,
             trust_remote_code=trust_remote_code,
+            report=report_file,
             progress=report,
         )
     if as_json:
@@ -666,6 +712,7 @@ def verify(
     console = Console()
     print_verification(console, result)
     console.print(_phase_table(result.phases))
+    _print_written(console, report_file)
 
 
 @app.command()
@@ -678,29 +725,28 @@ def refine(
     ],
     out: OutArgument,
     text: RefineText = None,
-    text_bytes: Annotated[int, typer.Option(help="Bytes of text the old model writes.", min=1000)] = 600_000,
-    steps: Annotated[str, typer.Option(help="Optimizer steps, or auto: as many as the text is worth.")] = "auto",
-    learning_rate: Annotated[float, typer.Option(help="At the first step; falls to 0. Large models need less.")] = 1e-2,
-    rank: Annotated[int | None, typer.Option(help="Of a new adapter, 8 by default; widens ADAPTER.", min=1)] = None,
+    text_bytes: Annotated[int, _option(TEXT, "N", "Bytes of text the old model writes [600,000]", min=1000)] = 600_000,
+    steps: Annotated[str, _option(TRAINING, "N", "Steps; auto: as many as the text is worth [auto]")] = "auto",
+    learning_rate: Annotated[float, _option(TRAINING, "X", "Falls to 0; large models need less [1e-2]")] = 1e-2,
+    rank: Annotated[int | None, _option(METHOD, "N", "Of a new adapter [8]; widens ADAPTER", min=1)] = None,
     roles: Annotated[
-        str | None, typer.Option(help="Projections to train, like q,v; by default those of ADAPTER, or all.")
+        str | None, _option(METHOD, "ROLES", "Projections to train [those of ADAPTER, or all]")
     ] = None,
-    kl_weight: Annotated[float, typer.Option(help="Of the divergence from the teacher.", min=0.0)] = 1.0,
-    next_token_weight: Annotated[float, typer.Option(help="Of the next-token loss.", min=0.0)] = 0.3,
-    batch_bytes: Annotated[int, typer.Option(help="Text a step reads.", min=1)] = 2000,
-    top_k: Annotated[
-        str, typer.Option(help="Most probable tokens kept of each target: a number, all, or auto (loses 2 % at most).")
-    ] = "auto",
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations on held-out text.", min=1)] = 25,
-    patience: Annotated[int, typer.Option(help="Evaluations without a better one before it stops; 0: never.")] = 6,
+    kl_weight: Annotated[float, _option(TRAINING, "X", "Of the divergence from the teacher [1]", min=0.0)] = 1.0,
+    next_token_weight: Annotated[float, _option(TRAINING, "X", "Of the next-token loss [0.3]", min=0.0)] = 0.3,
+    batch_bytes: Annotated[int, _option(TRAINING, "N", "Text a step reads [2,000]", min=1)] = 2000,
+    top_k: Annotated[str, _option(TRAINING, "N", "Tokens kept of a target; all; auto loses 2 % [auto]")] = "auto",
+    eval_every: Annotated[int, _option(TRAINING, "N", "Steps between evaluations [25]", min=1)] = 25,
+    patience: Annotated[int, _option(TRAINING, "N", "Evaluations without gain to stop at; 0: never [6]")] = 6,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    seed: Annotated[int, typer.Option(help="Of the text, its order and a new adapter.")] = 0,
+    seed: Annotated[int, _option(TRAINING, "N", "Of the text, its order and a new adapter [0]")] = 0,
     memory: Memory = None,
     gradient_checkpointing: Checkpointing = False,
-    cache: Annotated[Path | None, typer.Option(help="Folder that keeps the targets for further runs.")] = None,
+    cache: Annotated[Path | None, _option(MACHINE, "DIR", "Folder that keeps the targets for further runs")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
+    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter of NEW, without labels, to do what OLD_ADAPTER does on OLD.
@@ -738,6 +784,7 @@ def refine(
             cache=cache,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            report=report_file,
             progress=report,
             say=_say,
         )
@@ -760,70 +807,61 @@ def refine(
         soft_wrap=True,
     )
     console.print(result.summary, highlight=False, soft_wrap=True)
-    console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
+    _print_written(console, report_file, result.out)
 
 
 @app.command()
 def finetune(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model the adapter belongs to: folder or hub id.")],
-    adapter: Annotated[
-        str, typer.Argument(metavar="ADAPTER", help="PEFT folder for MODEL to start from, or `none`: from zero.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model of the adapter: folder or hub id.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="PEFT folder to start from, or `none`: from zero.")],
     data: Annotated[
         str,
         typer.Argument(
             metavar="DATA",
-            help="Labelled data: .json, .jsonl or .txt, a folder saved by `datasets`, or a hub id. Records have "
-            "instruction, output and perhaps input; prompt and completion; messages; or text.",
+            help="Labelled: .json, .jsonl, .txt, `datasets` folder or hub id.",
         ),
     ],
     out: OutArgument,
     epochs: Epochs = 3,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.", min=1)] = None,
-    batch: Annotated[int, typer.Option(help="Samples a step reads.", min=1)] = 16,
-    micro_batch: Annotated[int | None, typer.Option(help="Samples computed at once. Default: all.", min=1)] = None,
-    learning_rate: Annotated[float, typer.Option(help="At the first step; falls linearly to 0.")] = 1e-3,
-    max_tokens: Annotated[int, typer.Option(help="Of a sample; the rest is cut off.", min=2)] = 256,
+    steps: Annotated[int | None, _option(TRAINING, "N", "Optimizer steps, in place of epochs", min=1)] = None,
+    batch: Annotated[int, _option(TRAINING, "N", "Samples a step reads [16]", min=1)] = 16,
+    micro_batch: Annotated[int | None, _option(MACHINE, "N", "Samples computed at once [all of a step]", min=1)] = None,
+    learning_rate: Annotated[float, _option(TRAINING, "X", "At the first step; falls linearly to 0 [1e-3]")] = 1e-3,
+    max_tokens: Annotated[int, _option(TEXT, "N", "Of a sample; the rest is cut off [256]", min=2)] = 256,
     template: Annotated[
         str,
-        typer.Option(
-            metavar="alpaca|chat|FILE",
-            help="How records become prompts: the paper's form, the tokenizer's chat template, or a file with "
-            "{instruction} and {input}.",
-        ),
+        _option(TEXT, "FORM", "alpaca, chat, or a file with {instruction} and {input} [alpaca]"),
     ] = "alpaca",
     completion_only: CompletionOnly = False,
     validation: Annotated[
         str | None,
-        typer.Option(
-            metavar="SHARE|DATA",
-            help="Samples to choose the best checkpoint on: a share of the data such as 0.1, or data of its own.",
-        ),
+        _option(TEXT, "DATA", "To choose the checkpoint on: a share such as 0.1, or data"),
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Of an adapter from zero. Default: 32.", min=1)] = None,
-    alpha: Annotated[float | None, typer.Option(help="Of an adapter from zero. Default: its rank.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Of an adapter from zero. Default: 0.")] = None,
-    roles: Annotated[
-        str | None, typer.Option(help="Projections of an adapter from zero, like q,v. Default: q,k,v,o.")
-    ] = None,
+    rank: Annotated[int | None, _option(METHOD, "N", "Of an adapter from zero [32]", min=1)] = None,
+    alpha: Annotated[float | None, _option(METHOD, "X", "Of an adapter from zero [its rank]")] = None,
+    dropout: Annotated[float | None, _option(METHOD, "X", "Of an adapter from zero [0]")] = None,
+    roles: Annotated[str | None, _option(METHOD, "ROLES", "Of an adapter from zero, like q,v [q,k,v,o]")] = None,
     save_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints. Default: an epoch, 50 at most.", min=1)
+        int | None, _option(MACHINE, "N", "Steps between checkpoints [an epoch, 50 at most]", min=1)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the order of the samples, dropout and an adapter from zero.")] = 0,
+    seed: Annotated[int, _option(TRAINING, "N", "Of the order, dropout and an adapter from zero [0]")] = 0,
     device: Device = "auto",
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float64"],
-        typer.Option(help="Of the base model; auto is bfloat16 on a GPU that has it, else float32."),
+        _option(MACHINE, "DTYPE", "Of the base model [bfloat16 on a GPU, else float32]"),
     ] = "auto",
     gradient_checkpointing: Checkpointing = False,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
+    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter of MODEL on labelled data, from the factors it has.
 
-    Interrupted, the same command goes on from its last checkpoint. Where training diverges, OUT gets what ADAPTER
-    holds, and the exit code is 3.
+    Records have instruction, output and perhaps input; prompt and completion; messages; or text.
+
+    Interrupted, the same command goes on from its last checkpoint. Exit code 3: it diverged, and
+    OUT got what ADAPTER holds.
 
     Example: lorasuite-fast finetune new-model my-adapter-new samples.jsonl my-adapter-tuned
     """
@@ -855,6 +893,7 @@ def finetune(
             gradient_checkpointing=gradient_checkpointing,
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
+            report=report_file,
             progress=report,
             say=_say,
         )
@@ -871,9 +910,89 @@ def finetune(
             console.print(table)
         console.print(_phase_table(result.phases))
         _print_finetuned(console, result)
-        console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
+        _print_written(console, report_file, result.out)
     if result.diverged:
         raise typer.Exit(DIVERGED)
+
+
+@app.command()
+def inspect(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by `lorasuite-fast plan`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show what is in a plan: models, layers, matches, fit, options and sizes. Neither model is opened.
+
+    Example: lorasuite-fast inspect old-to-new.plan.safetensors
+    """
+    with _run(as_json=True):
+        from .inspection import inspect_plan, print_plan
+        from .plan import TransferPlan
+
+        loaded = TransferPlan.load(plan_file)
+        if as_json:
+            typer.echo(json.dumps(inspect_plan(loaded) | {"plan": str(plan_file)}))
+            return
+        console = Console()
+        print_plan(console, loaded, _measure(loaded))
+        _print_transfer(console, loaded)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions, devices, how kernels run here, free memory and disk, and what to do about gaps.
+
+    Example: lorasuite-fast doctor
+
+    Exit code 1 if something needed is missing.
+    """
+    from .doctor import examine
+
+    found = examine()
+    if as_json:
+        typer.echo(json.dumps(found.as_dict()))
+    else:
+        _print_diagnosis(Console(), found)
+    if found.problems:
+        raise typer.Exit(1)
+
+
+_WAYS = {"triton": "compiled Triton kernel", "interpreter": "Triton's interpreter", "torch": "PyTorch twin"}
+
+
+def _print_diagnosis(console: Console, found: Diagnosis) -> None:
+    def gib(size: int | None) -> str:
+        return "unknown" if size is None else f"{size / 2**30:,.1f} GiB"
+
+    def line(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+
+    line("  ".join(f"{name} {version}" for name, version in found.versions.items()))
+    table = Table(title="Packages", title_justify="left")
+    for name in ("package", "installed", "needed", ""):
+        table.add_column(name)
+    for package in found.packages:
+        state = "" if package.fine else "[red]missing[/red]" if package.required else "[yellow]optional[/yellow]"
+        least = f">= {package.least}" if package.least else ""
+        table.add_row(package.name, package.found or "–", least, state)
+    console.print(table)
+    table = Table(title="Devices", title_justify="left")
+    for name in ("device", "", "memory", "free", "kernels"):
+        table.add_column(name)
+    for device in found.devices:
+        ways = sorted({_WAYS[kernel.runs] for kernel in found.kernels if kernel.device == device.name})
+        table.add_row(device.name, device.description, gib(device.memory), gib(device.free), ", ".join(ways))
+    console.print(table)
+    for reason in dict.fromkeys(f"{k.device}: {k.reason}" for k in found.kernels if k.reason):
+        line(reason, "dim")
+    line("free disk: " + ", ".join(f"{place} {gib(free)}" for place, free in found.disk.items()))
+    hub = found.hub
+    state = f"{hub['models']} models" if hub["exists"] else "not there yet"
+    line(f"hub cache: {hub['cache']} ({state}), {'offline' if hub['offline'] else 'downloads allowed'}")
+    for problem in found.problems:
+        line(f"PROBLEM: {problem}", "red")
+    for sentence in found.advice:
+        line(f"note: {sentence}", "yellow")
+    line("problems found" if found.problems else "everything needed is here", "red" if found.problems else "green")
 
 
 def _template(name: str) -> str:

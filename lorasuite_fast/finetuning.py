@@ -30,10 +30,12 @@ from .aligned_states import LoadedModel, load_tokenizer
 from .checkpoint import Checkpoint, read_json, resolve_folder
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, ROLES, Family
+from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .plan import migrate, pick_device, pick_dtype
 from .refinement import last_checkpoint
+from .report_file import check_report, write_report
 from .result import Migration
 from .samples import Data, Sample, Samples, load_samples
 from .self_text import adapter_digest
@@ -305,6 +307,7 @@ def finetune(
     gradient_checkpointing: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Finetuning:
@@ -337,11 +340,13 @@ def finetune(
             float32 at least.
         gradient_checkpointing: recompute activations: less memory, more time.
         say: called with one sentence, what will be done, before the training starts.
+        report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     begin = time.perf_counter()
+    check_report(report)
     path = check_output(out, overwrite=overwrite)
     _check(epochs, steps, batch, micro_batch, learning_rate, max_tokens, rank, alpha, dropout, roles, save_every)
     if adapter is not None and (rank, alpha, dropout, roles) != (None,) * 4:
@@ -414,12 +419,27 @@ def finetune(
             with suppress(OSError):
                 folder.rmdir()
             raise
-        _write(path, course.source, course.source if start is None else start, checkpoint.name, overwrite)
+        summary = _summary(course, budget, len(training.samples))
+        steps_taken = section(
+            "Fine-tuning on labelled data",
+            summary,
+            {
+                "started from": "a new adapter" if adapter is None else shown(adapter),
+                "samples": f"{len(training.samples):,}, and {len(held_out.samples):,} for validation",
+                "steps": f"{len(course.losses)} of {budget}, batches of {batch}",
+                "learning rate": f"{learning_rate:g}",
+                "prompts": template if template in ("alpaca", "chat") else "a template of one's own",
+                "tokens trained on": f"{course.tokens:,}",
+            },
+        )
+        card = model_card(checkpoint.name, steps_taken, start)
+        config_of = course.source if start is None else start
+        _write(path, course.source, config_of, checkpoint.name, card, overwrite)
         work.discard()
         shutil.rmtree(folder, ignore_errors=True)
     finally:
         work.close()
-    return Finetuning(
+    result = Finetuning(
         model=os.fspath(model),
         adapter=None if adapter is None else os.fspath(adapter),
         out=os.fspath(out),
@@ -428,7 +448,7 @@ def finetune(
         chosen_step=course.chosen,
         diverged=course.diverged is not None,
         kept_start=course.chosen == 0,
-        summary=_summary(course, budget, len(training.samples)),
+        summary=summary,
         start_loss=course.start_loss,
         end_loss=course.end_loss,
         losses=course.losses,
@@ -445,6 +465,8 @@ def finetune(
         phases=clock.phases,
         seconds=time.perf_counter() - begin,
     )
+    write_report(result, report)
+    return result
 
 
 def _check(
@@ -630,13 +652,14 @@ def _divergence(at: int | None, first: float, end: float | None, last: Path) -> 
     return f"{broken[0]} holds NaN or infinity at the end" if broken else None
 
 
-def _write(path: Path, weights: Path, config_of: Path, base: str, overwrite: bool) -> None:
+def _write(path: Path, weights: Path, config_of: Path, base: str, card: bytes, overwrite: bool) -> None:
     """Puts an adapter at OUT in the name of the model, with the configuration it had."""
     config = read_json(config_of / CONFIG)
     config |= {"base_model_name_or_path": base, "inference_mode": True, "revision": None}
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         WEIGHTS: (weights / WEIGHTS).read_bytes(),
+        CARD: card,
     }
     write_folder(path, files, overwrite=overwrite)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,12 +25,15 @@ from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
 from .fill import SHARE, fill_layers
 from .memory import Limits, parse_memory
+from .model_card import CARD, migration_section, model_card
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .projection import METHODS, PlannedLayer, update_norm
 from .ranks import Ranks
+from .report_file import check_report, write_report
 from .result import LayerResult, Migration
 from .similarity import MEASURES
+from .tensor_files import DTYPES
 from .work import Work, clean_up, work_folder
 
 if TYPE_CHECKING:
@@ -106,6 +110,7 @@ class TransferPlan:
         work: str | os.PathLike[str] | None = None,
         ranks: Ranks | None = None,
         trust_remote_code: bool = False,
+        report: str | os.PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> TransferPlan:
         """Compares two models and works out how updates travel between them, a layer of each in memory at a time.
@@ -130,6 +135,7 @@ class TransferPlan:
             work: a folder for finished parts. The same call with the same folder goes on where it was interrupted, and
                 gives the same plan to the bit; `finish` removes the folder.
             ranks: the processes that share the work (`Ranks.join` under torchrun); each of them gets the whole plan.
+            report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
 
         Raises:
             LoraSuiteError: for input that cannot be used; the message names it and says what to do.
@@ -151,6 +157,7 @@ class TransferPlan:
             mapped=mapped,
             trust_remote_code=trust_remote_code,
         )
+        check_report(report)
         clock = PhaseClock(progress, options.device)
         with clock.phase("open", 2) as step:
             inputs = Inputs.open(old, new, options)
@@ -161,7 +168,14 @@ class TransferPlan:
         chosen = options.as_dict() | found
         plan = cls(*records, chosen, built.mapping, built.tensors, built.facts, clock.phases, built.limits)
         plan._work.append(unfinished)
+        if ranks is None or ranks.first:
+            write_report(plan, report)
         return plan
+
+    def _repr_html_(self) -> str:
+        from .html_report import fragment
+
+        return fragment(self)
 
     def finish(self) -> None:
         """Removes the work folder the plan was built in; called once what was built from it is on disk."""
@@ -311,7 +325,8 @@ class TransferPlan:
                 trust_remote_code=trust_remote_code,
             )
             with clock.phase("write", 1):
-                write_folder(target, result.files, overwrite=overwrite)
+                steps = migration_section(self, source, result.layers, result.distilled)
+                write_folder(target, result.files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
             phases = [*self.phases, *clock.phases]
             return Migration(self, source.where, str(target), result.layers, phases, [], distilled=result.distilled)
         if settings is not None and settings.rank is not None:
@@ -325,7 +340,8 @@ class TransferPlan:
         with clock.phase("apply", len(self.layers)) as step:
             updates, results = self._project(source, models, fill, fill_share, step)
             files = adapter_files(updates, source, self.new.family, self.new.shape.L, self.new.name)
-            write_folder(target, files, overwrite=overwrite)
+            steps = migration_section(self, source, results, None)
+            write_folder(target, files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
         return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))
 
     def apply_all(
@@ -446,8 +462,21 @@ class TransferPlan:
     @property
     def exact(self) -> bool:
         """Whether a linear map fits both ways so well that least squares carry an adapter as it is."""
-        fits = self.facts.get("r2"), self.facts.get("r2_back")
-        return self.options["method"] == "lstsq" and all(r2 is not None and r2 >= EXACT_R2 for r2 in fits)
+        both = self.facts.get("r2") is not None and self.facts.get("r2_back") is not None
+        return self.options["method"] == "lstsq" and both and min(self.linear_fits) >= EXACT_R2
+
+    @property
+    def linear_fits(self) -> list[float]:
+        """R² of the linear maps between the models, as far as the plan holds them: both ways on held-out tokens, and
+        of every mapped layer's states."""
+        tables = [self.facts.get("r2"), self.facts.get("r2_back")]
+        return [r2 for r2 in [*tables, *self.facts.get("layer_r2", {}).values()] if r2 is not None]
+
+    def tensor_bytes(self) -> dict[str, int]:
+        """Bytes of each tensor; those of a loaded plan are not read for it."""
+        if isinstance(self.tensors, _LazyTensors):
+            return self.tensors.sizes()
+        return {name: tensor.nbytes for name, tensor in self.tensors.items()}
 
     def summary(self) -> dict[str, Any]:
         """The plan without its tensors, as plain data."""
@@ -476,6 +505,10 @@ class _LazyTensors:
         # A copy is aligned as a fresh tensor is, so that products of a loaded plan give the same bits.
         tensor: Tensor = self.file.get_tensor(name).clone()
         return tensor
+
+    def sizes(self) -> dict[str, int]:
+        slices = ((name, self.file.get_slice(name)) for name in sorted(self._names))
+        return {name: math.prod(s.get_shape()) * DTYPES[s.get_dtype()].itemsize for name, s in slices}
 
     def items(self) -> Any:
         return ((name, self[name]) for name in sorted(self._names))
@@ -538,6 +571,7 @@ def migrate(
     refine_text: str | os.PathLike[str] | None = None,
     finetune: Data | None = None,
     finetune_options: dict[str, Any] | None = None,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     **options: Any,
@@ -554,17 +588,21 @@ def migrate(
             them. options: those of `TransferPlan.build`.
         refine_text: None has the old model write it with its adapter; else a .jsonl or .txt file.
         finetune: labelled data, as `finetuning.finetune` takes them. finetune_options: its further arguments.
+        report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
         say: called with one sentence, the steps planned, before a training starts.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
+    check_report(report)
     if finetune is not None:
         from .finetuning import migrate_and_finetune
 
         options |= {"settings": settings, "refine": refine, "refine_text": refine_text}
-        return migrate_and_finetune(old, new, adapter, out, finetune, finetune_options or {}, overwrite=overwrite,
-                                    progress=progress, say=say, **options)  # fmt: skip
+        tuned = migrate_and_finetune(old, new, adapter, out, finetune, finetune_options or {}, overwrite=overwrite,
+                                     progress=progress, say=say, **options)  # fmt: skip
+        write_report(tuned, report)
+        return tuned
     start = time.perf_counter()
     if refine != "auto" and (isinstance(refine, str) or refine < 0):
         raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
@@ -624,4 +662,6 @@ def migrate(
         )
         result = replace(result, out=os.fspath(out), refined=refined, phases=[*result.phases, *refined.phases])
     plan.finish()
-    return result.with_seconds(time.perf_counter() - start)
+    result = result.with_seconds(time.perf_counter() - start)
+    write_report(result, report)
+    return result

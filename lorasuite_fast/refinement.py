@@ -33,9 +33,11 @@ from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
 from .families import ROLES, Family
 from .memory import parse_memory
+from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
+from .report_file import check_report, write_report
 from .self_text import adapter_digest, self_written
 from .teacher import Target, Targets, TeacherFacts, divergence, write_targets
 from .work import Work
@@ -423,6 +425,7 @@ def refine(
     control: str = "none",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Refinement:
@@ -452,6 +455,7 @@ def refine(
         dtype: auto is bfloat16 on a GPU that has it, else float32; the adapter is float32 always.
         memory: what may be resident on the device, e.g. "6GB"; turns gradient checkpointing on where needed.
         cache: folder that keeps the targets for further runs; by default they go when OUT is complete.
+        report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
         say: called with one sentence, what will be done, before the training starts.
         control: "shuffled" trains on targets whose change belongs to another position, the text as it is, so that its
             next tokens still teach. "shuffled-labels" also puts those in random order: what is left is a constant.
@@ -460,6 +464,7 @@ def refine(
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     begin = time.perf_counter()
+    check_report(report)
     path = check_output(out, overwrite=overwrite)
     _check(steps, learning_rate, kl_weight, next_token_weight, batch_bytes, max_tokens, top_k, eval_every, patience)
     if control not in CONTROLS:
@@ -480,7 +485,7 @@ def refine(
 
     if text is None or (isinstance(text, str | os.PathLike) and os.fspath(text) == "self"):
         source = "self"
-        with clock.phase("write text", text_bytes) as report:
+        with clock.phase("write text", text_bytes) as step:
             texts = self_written(
                 checkpoint_o,
                 old_adapter,
@@ -490,7 +495,7 @@ def refine(
                 device=run_device,
                 dtype=run_dtype,
                 trust_remote_code=trust_remote_code,
-                report=report,
+                report=step,
             )
         release_memory()
     else:
@@ -566,8 +571,21 @@ def refine(
             gradient_checkpointing,
             trust_remote_code,
         )
-        _write(path, course.source, checkpoint_n.name, overwrite)
         summary = _summary(course, budget)
+        steps_taken = section(
+            "Refinement without labels",
+            summary,
+            {
+                "from": f"{shown(old_adapter)} on {shown(checkpoint_o.name)}",
+                "text": shown(source),
+                "started from": "a new adapter" if adapter is None else shown(adapter),
+                "steps": f"{course.steps} of {budget}, of which {course.chosen} are in what was written",
+                "tokens trained on": f"{course.tokens:,}",
+                "learning rate": f"{learning_rate:g}",
+            },
+        )
+        card = model_card(checkpoint_n.name, steps_taken, start)
+        _write(path, course.source, checkpoint_n.name, card, overwrite)
         if cache is None:
             works[0].discard()
         works[1].discard()
@@ -575,7 +593,7 @@ def refine(
     finally:
         for work in works:
             work.close()
-    return Refinement(
+    result = Refinement(
         old=os.fspath(old),
         old_adapter=os.fspath(old_adapter),
         new=os.fspath(new),
@@ -606,6 +624,8 @@ def refine(
         phases=clock.phases,
         seconds=time.perf_counter() - begin,
     )
+    write_report(result, report)
+    return result
 
 
 def _check(
@@ -793,13 +813,14 @@ def _train(
     )
 
 
-def _write(path: Path, source: Path, base: str, overwrite: bool) -> None:
+def _write(path: Path, source: Path, base: str, card: bytes, overwrite: bool) -> None:
     """Puts an adapter PEFT has saved at OUT, in the name of the new model."""
     config = json.loads((source / CONFIG).read_text())
     config |= {"base_model_name_or_path": base, "inference_mode": True, "revision": None}
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         WEIGHTS: (source / WEIGHTS).read_bytes(),
+        CARD: card,
     }
     write_folder(path, files, overwrite=overwrite)
 

@@ -66,6 +66,11 @@ class Migration:
     def with_seconds(self, seconds: float) -> Migration:
         return replace(self, seconds=seconds)
 
+    def _repr_html_(self) -> str:
+        from .html_report import fragment
+
+        return fragment(self)
+
     def as_dict(self) -> dict[str, Any]:
         """Plain data, what `--json` prints."""
         plan = self.plan.summary()

@@ -25,6 +25,7 @@ from .errors import LoraSuiteError
 from .mapping import map_layers
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
+from .report_file import check_report, write_report
 
 NEGLIGIBLE_KL = 1e-7
 """Nats. A change of less counts as none: float32 log-probabilities do not hold more."""
@@ -263,6 +264,7 @@ def verify(
     seed: int = 0,
     bootstrap: int = 1000,
     trust_remote_code: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compares what two adapters do to their models, or, without adapters, how well the two models fit each other.
@@ -279,11 +281,13 @@ def verify(
         examples: of either file, a seeded sample where there are more. max_tokens: of each, for each model.
         dtype: of weights and products; auto is float32. Log-probabilities are float32 always.
         bootstrap: resamples of the texts for the intervals.
+        report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
 
     Raises:
         LoraSuiteError: for input that cannot be used, or where the two models share no tokens or positions.
     """
     start = time.perf_counter()
+    check_report(report)
     if (old_adapter is None) != (new_adapter is None):
         raise LoraSuiteError("verify takes both adapters, or none for a pair of base models; one was given")
     if max_tokens < 2 or bootstrap < 1:
@@ -293,7 +297,7 @@ def verify(
     texts = load_examples(text, examples, seed)
     answers = [] if labelled is None else load_labelled(labelled, examples, seed)
     clock = PhaseClock(progress, run_device)
-    with clock.phase("align", len(texts)) as report:
+    with clock.phase("align", len(texts)) as step:
         sizes_o, sizes_n = (
             read_sizes(source, what, trust_remote_code=trust_remote_code)
             for source, what in ((old, "OLD"), (new, "NEW"))
@@ -303,7 +307,7 @@ def verify(
             load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code),
         )
         aligned = alignment.align_all(texts, max_tokens)
-        report(len(texts))
+        step(len(texts))
     shared = alignment.ordinary
     inside = (shared.old < sizes_o.V) & (shared.new < sizes_n.V)
     positions = sum(len(a.ends) for a in aligned)
@@ -344,10 +348,10 @@ def verify(
         alignment.new,
     )
     effect, layers, fit = None, [], None
-    with clock.phase("compare", (2 if adapted else 1) * positions) as report:
+    with clock.phase("compare", (2 if adapted else 1) * positions) as step:
         if o.after is not None and n.after is not None:
             sums = effect_sums(
-                (o.before, o.after), (n.before, n.after), of_text, device=run_device, seed=seed, report=report
+                (o.before, o.after), (n.before, n.after), of_text, device=run_device, seed=seed, report=step
             )
             effect = _effect(sums, resamples(len(aligned), bootstrap, seed))
             layers = _layer_effects(o, n)
@@ -363,10 +367,10 @@ def verify(
                 of_text[sample],
                 device=run_device,
                 seed=seed,
-                report=report,
+                report=step,
             )
             kind, sentence = prediction(fit)
-    return Verification(
+    result = Verification(
         os.fspath(old),
         None if old_adapter is None else os.fspath(old_adapter),
         os.fspath(new),
@@ -401,6 +405,8 @@ def verify(
         clock.phases,
         time.perf_counter() - start,
     )
+    write_report(result, report)
+    return result
 
 
 def load_labelled(source: str | os.PathLike[str], count: int, seed: int) -> list[tuple[str, str]]:

@@ -74,6 +74,14 @@ def _obstacle(tensors: list[Tensor]) -> str | None:
     return None
 
 
+def implementation(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str | None]:
+    """What runs an operator on such tensors: `"triton"`, `"interpreter"` or `"torch"`, and why no kernel does."""
+    obstacle = _obstacle([torch.empty(0, dtype=dtype, device=device)])
+    if obstacle is not None:
+        return "torch", obstacle
+    return ("interpreter" if device.type == "cpu" else "triton"), None
+
+
 def _use_kernel(tensors: list[Tensor]) -> bool:
     forced = _FORCED.get()
     if forced == "torch":

@@ -1,0 +1,251 @@
+"""The README.md beside an adapter: what the hub asks for, and how the adapter came about, without local paths."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+from .build import EXACT_R2
+from .checkpoint import read_json
+from .errors import LoraSuiteError
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+    from .distillation import Distilled
+    from .plan import TransferPlan
+    from .result import LayerResult
+
+CARD = "README.md"
+_STEPS = "<!-- lorasuite-fast: how this adapter came about -->"
+_END = "<!-- lorasuite-fast: end -->"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_CACHED = re.compile(r"models--(?P<id>[\w.-]+?--[\w.-]+)/snapshots/")
+
+
+def hub_id(name: str) -> str | None:
+    """The hub id of a model named by id or by its folder in the hub's cache; None for any other folder."""
+    if cached := _CACHED.search(name):
+        return cached["id"].replace("--", "/", 1)
+    return name if _HUB_ID.fullmatch(name) and not name.startswith(".") and not Path(name).exists() else None
+
+
+def shown(name: str | os.PathLike[str]) -> str:
+    """A model, adapter or file as a card may name it: a hub id, else the last part of its path."""
+    text = os.fspath(name)
+    return hub_id(text) or Path(text).name or text
+
+
+def section(title: str, sentence: str, rows: Mapping[str, object]) -> str:
+    """One step on the adapter's way as Markdown: a heading, its outcome, and a table of figures."""
+    lines = [f"## {title}", "", sentence, "", "| | |", "|---|---|"]
+    lines += [f"| {_cell(label)} | {_cell(value)} |" for label, value in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    return " ".join(str(value).split()).replace("|", "\\|")
+
+
+def model_card(new: str, steps: str, start: Path | None = None) -> bytes:
+    """The whole README.md.
+
+    Args:
+        new: the model's name, a hub id or a folder. steps: what `section` and `migration_section` give.
+        start: adapter folder this one was trained from; what its card says of its way is kept.
+    """
+    from huggingface_hub import ModelCardData
+
+    base = hub_id(new)
+    fields: dict[str, Any] = {} if base is None else {"base_model": base, "base_model_relation": "adapter"}
+    data = ModelCardData(
+        library_name="peft", pipeline_tag="text-generation", tags=["lora", "peft", "lorasuite-fast"], **fields
+    )
+    name = shown(new)
+    note = "" if base else _NO_BASE.format(name=name)
+    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("torch", "transformers", "peft"))
+    return _CARD.format(
+        metadata=data.to_yaml().strip(),
+        name=name,
+        note=note,
+        model=base or f"path/to/{name}",
+        begin=_STEPS,
+        steps=(earlier_steps(start) + steps).strip(),
+        end=_END,
+        versions=f"lorasuite-fast {__version__}, {versions}",
+    ).encode()
+
+
+def earlier_steps(folder: Path | None) -> str:
+    """What a card written by this module says of the adapter's way so far; empty for any other folder."""
+    try:
+        text = "" if folder is None else (folder / CARD).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+    found = re.search(f"{re.escape(_STEPS)}\n(.*){re.escape(_END)}", text, re.DOTALL)
+    return f"{found[1].strip()}\n\n" if found else ""
+
+
+_NO_BASE = """
+The model is a local folder, `{name}`, so that `base_model` is missing above: name the model's hub id there before you
+publish (`lorasuite_fast.push_to_hub(folder, repo_id, base_model=...)` does).
+"""
+_CARD = """---
+{metadata}
+---
+
+# LoRA adapter for {name}
+
+Made with lorasuite-fast, in the steps below. Read their figures before you rely on it.
+{note}
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{model}")
+model = PeftModel.from_pretrained(model, "path/to/this/adapter")
+```
+
+{begin}
+{steps}
+{end}
+
+## Versions
+
+{versions}
+"""
+
+
+def migration_section(
+    plan: TransferPlan, source: Adapter, layers: Sequence[LayerResult], distilled: Distilled | None
+) -> str:
+    """What a migration did: method and why, fit, agreement, and a table of layers."""
+    facts, options = plan.facts, plan.options
+    rows: dict[str, object] = {
+        "adapter": shown(source.where),
+        "from": f"{shown(plan.old.name)} ({plan.old.family}, {plan.old.shape.L} layers, width {plan.old.shape.d})",
+        "to": f"{shown(plan.new.name)} ({plan.new.family}, {plan.new.shape.L} layers, width {plan.new.shape.d})",
+        "fingerprints, old and new": f"`{plan.old.fingerprint}`, `{plan.new.fingerprint}`",
+        "method": f"{options['method']}, {facts.get('method_reason', 'asked for')}",
+        "text": shown(options["calibration"]),
+        "R² of the transfer matrix on held-out tokens": (
+            f"{_number(facts['r2'], 4)} old to new, {_number(facts['r2_back'], 4)} new to old"
+        ),
+        "shared tokens": f"{facts['shared_tokens']:,}",
+    }
+    if distilled is not None:
+        share, content = distilled.agreement["kl_share"], distilled.agreement["content_kl_share"]
+        rows |= {
+            "agreement with the old adapter on held-out text (1: the same change, 0: none)": _interval(share),
+            "of which depends on the text": _interval(content),
+            "held-out positions": f"{distilled.held_positions:,} of {distilled.positions:,}",
+            "gain": f"{distilled.gain:g}",
+        }
+    lines = ["", "| new layer | old layer | similarity | heads | explained | relative size of the update |"]
+    lines.append("|---|---|---|---|---|---|")
+    for layer in layers:
+        sizes = ", ".join(f"{role} {size:.3f}" for role, size in layer.update.items()) or "–"
+        old = "–" if layer.old_layer is None else layer.old_layer
+        figures = " | ".join(map(_number, (layer.cka, layer.head_similarity, layer.explained)))
+        lines.append(f"| {layer.new_layer} | {old} | {figures} | {sizes} |")
+    return section("Migration", _verdict(plan, distilled), rows) + "\n".join(lines) + "\n\n"
+
+
+def _verdict(plan: TransferPlan, distilled: Distilled | None) -> str:
+    if distilled is not None:
+        if distilled.warning:
+            return f"**Warning:** {distilled.warning}."
+        return f"Part of the adapter's effect arrived: {distilled.agreement['kl_share'][0]:.0%} on held-out text."
+    if plan.exact:
+        return "A linear map carries one model onto the other: the adapter should arrive whole."
+    fits = plan.linear_fits
+    if not fits or min(fits) >= EXACT_R2:
+        return "What arrived was not measured: run `lorasuite-fast verify`."
+    return (
+        f"What arrived was not measured. No linear map carries one model onto the other (R² below {EXACT_R2}): between "
+        "such models a projection of the weights alone usually changes little or nothing for the better. Run "
+        "`lorasuite-fast verify`."
+    )
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(figures: Sequence[float]) -> str:
+    return f"{figures[0]:.3f}, 95 % interval {figures[1]:.3f} to {figures[2]:.3f}"
+
+
+def push_to_hub(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload adapter",
+    create_pr: bool = False,
+) -> str:
+    """Uploads an adapter folder through huggingface_hub, and returns the commit's address.
+
+    Args:
+        base_model: the model's hub id, where the adapter was made for a local folder: it replaces the folder's path in
+            adapter_config.json and is added to the card, in the copy that is uploaded.
+        private, revision, token, create_pr: as huggingface_hub has them.
+
+    Raises:
+        LoraSuiteError: not an adapter folder, or one that names a local folder as its base where base_model is None.
+    """
+    import json
+
+    from huggingface_hub import HfApi
+
+    from .adapter import CONFIG, WEIGHTS
+
+    path = Path(folder).expanduser()
+    if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
+        raise LoraSuiteError(f"{folder}: is not an adapter folder; it lacks {CONFIG} or {WEIGHTS}")
+    config = read_json(path / CONFIG)
+    name = str(config.get("base_model_name_or_path") or "")
+    base = base_model or hub_id(name)
+    if base is None:
+        raise LoraSuiteError(
+            f"{path / CONFIG}: the base model is the local folder {name}, which nobody else has; pass base_model, its "
+            "hub id"
+        )
+    if not _HUB_ID.fullmatch(base):
+        raise LoraSuiteError(f"base_model {base!r} is not a hub id of the form owner/name")
+    config["base_model_name_or_path"] = base
+    with tempfile.TemporaryDirectory() as copy:
+        (Path(copy) / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (Path(copy) / WEIGHTS).symlink_to((path / WEIGHTS).resolve())
+        (Path(copy) / CARD).write_bytes(_published_card(path, base))
+        api = HfApi()
+        api.create_repo(repo_id, token=token, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=copy,
+            allow_patterns=[CONFIG, WEIGHTS, CARD],
+            revision=revision,
+            token=token,
+            commit_message=commit_message,
+            create_pr=create_pr,
+        )
+    return str(commit.commit_url)
+
+
+def _published_card(folder: Path, base: str) -> bytes:
+    """The folder's own card where a person wrote or named the base in it, else this module's for `base`."""
+    try:
+        text = (folder / CARD).read_text("utf-8")
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if text and (_STEPS not in text or re.search(r"^base_model:", text, re.MULTILINE)):
+        return text.encode()
+    return model_card(base, earlier_steps(folder))
