@@ -40,8 +40,8 @@ from lorasuite_fast.self_text import self_written
 LENGTH, BATCH, STEPS, WARM_UP = 96, 4, 32, 4
 RATE = 3e-3
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-TEXTS, TOKENS = 64, 64
-"""Texts that are distilled from, and tokens of each."""
+TEXTS, TOKENS, LAYERS = 128, 64, 1
+"""Texts that are distilled from, tokens of each, and how many of the last layers are fitted."""
 TEST_BYTES = {"domain": 8_000, "general": 3_000}
 WINDOW = 256
 VERIFIED, VERIFIED_TOKENS = 24, 64
@@ -235,6 +235,7 @@ class Bench:
 
     def _row(self, name: str) -> dict[str, Any]:
         out = self.work / "rows" / name
+        out.parent.mkdir(exist_ok=True)
         source, _, control = name.partition("-")
         figures: dict[str, Any] = {}
         start = time.perf_counter()
@@ -244,7 +245,7 @@ class Bench:
         else:
             plan, _ = self.plan("auto")
             text, _ = self.calibration(source)
-            settings = Settings(max_tokens=TOKENS, control=control or "none")
+            settings = Settings(layers=LAYERS, max_tokens=TOKENS, control=control or "none")
             result = plan.apply(self.adapter(), out, text=text, settings=settings, overwrite=True)
             assert result.distilled is not None
             figures |= {"distilled": result.distilled.as_dict(), "warning": result.distilled.warning}
