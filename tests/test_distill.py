@@ -22,7 +22,7 @@ from lorasuite_fast.adapter import read_adapter
 from lorasuite_fast.alignment import Alignment
 from lorasuite_fast.calibration import load_examples
 from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.distillation import Distilled, Settings, distill, reduced_rank_ridge, updated
+from lorasuite_fast.distillation import Distilled, Settings, distill, in_front_of_norm, reduced_rank_ridge, updated
 from lorasuite_fast.phases import PhaseClock
 from lorasuite_fast.projection import Factors
 from lorasuite_fast.self_text import self_written
@@ -122,6 +122,53 @@ def test_the_regression_equals_a_dense_svd(with_metric: bool) -> None:
     assert found.b.shape == (10, 3)
     assert found.a.shape == (3, 24)
     assert relative(found.b @ found.a, dense_reduced_rank(x, t, 3, RIDGE, root)) < 1e-5
+
+
+def uneven_gain(d: int) -> Tensor:
+    """(d,) float64 from 0.001 to 1000, one of them negative and one 0, as norms behind projections have them."""
+    gain = 10 ** torch.linspace(-3, 3, d, dtype=torch.float64)
+    gain[1], gain[2] = -gain[1], 0
+    return gain
+
+
+def test_a_change_in_front_of_a_norm_is_the_penalised_least_squares_one() -> None:
+    torch.manual_seed(0)
+    d, n, penalty = 12, 5, 0.1
+    root, gain, t = torch.randn(20, d).double(), uneven_gain(12), torch.randn(n, d).double()
+    share = penalty * (root * gain).square().sum(0).mean()
+    stacked = torch.cat([root * gain, share.sqrt() * torch.eye(d, dtype=torch.float64)])
+    wanted = torch.cat([root @ t.T, torch.zeros(d, n, dtype=torch.float64)])
+    P, _ = in_front_of_norm(root.T @ root, gain, penalty)
+    torch.testing.assert_close(P @ t.T, torch.linalg.lstsq(stacked, wanted).solution)
+
+
+def test_the_metric_in_front_of_a_norm_orders_changes_as_the_penalised_error_does() -> None:
+    torch.manual_seed(0)
+    d, penalty = 12, 0.1
+    root, gain = torch.randn(20, d).double(), uneven_gain(12)
+    t, u, v = torch.randn(3, d).double().unbind()
+    share = penalty * (root * gain).square().sum(0).mean()
+
+    def error(change: Tensor) -> Tensor:
+        return (root @ (t - gain * change)).square().sum() + share * change.square().sum()
+
+    P, N = in_front_of_norm(root.T @ root, gain, penalty)
+    rest_u, rest_v = u - P @ t, v - P @ t
+    torch.testing.assert_close(rest_u @ N @ rest_u - rest_v @ N @ rest_v, error(u) - error(v))
+
+
+def test_an_update_in_front_of_a_norm_with_tiny_gains_leaves_the_projection_audible() -> None:
+    """Divided by the gains, the target would be a thousand times what the projection says."""
+    torch.manual_seed(0)
+    d = 12
+    x, gain = torch.randn(400, d).double(), uneven_gain(12)
+    t = x @ torch.randn(d, d).double() * gain.abs().mean() / d
+    M = torch.eye(d, dtype=torch.float64)
+    P, N = in_front_of_norm(M, gain)
+    fitted = reduced_rank_ridge(x.T @ x, P @ t.T @ x, d, 1e-6, N)
+    u = x @ fitted.a.T.double() @ fitted.b.T.double()
+    assert u.square().mean().sqrt() < 1
+    assert (t - u * gain).square().sum() < t.square().sum()
 
 
 class Dense:
