@@ -729,9 +729,7 @@ def refine(
     steps: Annotated[str, _option(TRAINING, "N", "Steps; auto: as many as the text is worth [auto]")] = "auto",
     learning_rate: Annotated[float, _option(TRAINING, "X", "Falls to 0; large models need less [1e-2]")] = 1e-2,
     rank: Annotated[int | None, _option(METHOD, "N", "Of a new adapter [8]; widens ADAPTER", min=1)] = None,
-    roles: Annotated[
-        str | None, _option(METHOD, "ROLES", "Projections to train [those of ADAPTER, or all]")
-    ] = None,
+    roles: Annotated[str | None, _option(METHOD, "ROLES", "Projections to train [those of ADAPTER, or all]")] = None,
     kl_weight: Annotated[float, _option(TRAINING, "X", "Of the divergence from the teacher [1]", min=0.0)] = 1.0,
     next_token_weight: Annotated[float, _option(TRAINING, "X", "Of the next-token loss [0.3]", min=0.0)] = 0.3,
     batch_bytes: Annotated[int, _option(TRAINING, "N", "Text a step reads [2,000]", min=1)] = 2000,
