@@ -104,8 +104,8 @@ def _neox(vocab: int, d: int, layers: int, heads: int) -> dict[str, Any]:
     }
 
 
-_TINY_ADAPT = Recipe(rate=1e-2, steps=150, batch=8, seed=100, warm_up=10)
-_TINY_FULL = Recipe(rate=1e-2, steps=150, batch=8, seed=200, warm_up=10)
+_TINY_ADAPT = Recipe(rate=1e-2, steps=100, batch=8, seed=100, warm_up=10)
+_TINY_FULL = Recipe(rate=1e-2, steps=100, batch=8, seed=200, warm_up=10)
 
 PAIRS = {
     pair.name: pair
@@ -144,6 +144,7 @@ PAIRS = {
             (10_000, 24_000, 20_000),
             160,
             130_000,
+            {"steps": 200},
         ),
         Pair(
             "llama-deep",
@@ -168,6 +169,7 @@ PAIRS = {
             (10_000, 24_000, 20_000),
             160,
             130_000,
+            {"steps": 200},
         ),
     )
 }
@@ -309,14 +311,14 @@ class Lab:
         return model, AutoTokenizer.from_pretrained(self.model(pair, name))
 
     def score(
-        self, pair: Pair, domain: str, model: Any, tokenizer: Any, *, only: str | None = None
+        self, pair: Pair, domain: str, model: Any, tokenizer: Any, *, only: tuple[str, ...] | None = None
     ) -> dict[str, float]:
         """Bits per byte of the held-out texts, or of one of them."""
         held_out = self.texts.held_out(pair, domain)
         return {
             name: round(bits_per_byte(model, tokenizer, text), 4)
             for name, text in held_out.items()
-            if only in (None, name)
+            if only is None or name in only
         }
 
     def pretrain(self, pair: Pair, name: str) -> dict[str, Any]:
@@ -344,7 +346,7 @@ class Lab:
         return {"parameters": parameters, **figures, **cost, "bits": bits}
 
     def adapt(
-        self, pair: Pair, domain: str, name: str, recipe: Recipe, out: Path, *, only: str | None = None
+        self, pair: Pair, domain: str, name: str, recipe: Recipe, out: Path, *, only: tuple[str, ...] | None = None
     ) -> dict[str, Any]:
         """Train an adapter of one model on the whole domain text and save it."""
         model, tokenizer = self.load(pair, name)

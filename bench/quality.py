@@ -28,6 +28,7 @@ from demo_pair import ALPHA, DEMO, RANK, train_few, with_lora
 from distill import examples
 from pairs import DOMAINS, PAIRS, Lab, Pair, measured
 from peft import LoraConfig, get_peft_model
+from quality_report import SEEDS, write
 from safetensors.torch import load_file
 from transformers.utils import logging
 
@@ -36,7 +37,6 @@ from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.distillation import Settings
 from lorasuite_fast.self_text import self_written
 
-SEEDS = (0, 1, 2)
 RATES, EPOCHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (3, 6, 15)
 TEXT_BYTES = 160_000
 """Of general, domain or self-written text that a closed-form row reads, and of the first two for a refinement."""
@@ -184,7 +184,8 @@ class Case:
         return Stage(self.name(row), adapter + text, partial(self.carry, row))
 
     def score(self, folder: Path) -> dict[str, float]:
-        return self.lab.score(self.pair, self.domain, *self.lab.load(self.pair, "new", folder))
+        loaded = self.lab.load(self.pair, "new", folder)
+        return self.lab.score(self.pair, self.domain, *loaded, only=("domain_test", "general_test"))
 
     def adapt_old(self) -> dict[str, Any]:
         """The adapter to carry. The demo pair's is shipped."""
@@ -308,13 +309,10 @@ class Case:
                 None,
                 out,
                 text=texts,
-                steps=STEPS,
-                patience=None,
-                eval_every=50,
+                **({"steps": STEPS, "patience": None, "eval_every": 50} | self.pair.refine),
                 control=control,
                 seed=self.seed,
                 overwrite=True,
-                **self.pair.refine,
             )
         return {
             **cost,
@@ -353,18 +351,26 @@ class Case:
         }
 
     def search(self, start: str) -> list[dict[str, Any]]:
-        """The whole grid, or its cross: every rate at the middle epochs, then the best rate and the better neighbour.
+        """By halving: every rate at the fewest epochs, the two best at more, the better of these at the most.
 
-        Of the best rate at the middle epochs all epochs are tried, and beside it more epochs at the next lower rate and
-        fewer at the next higher one.
+        With WHOLE_GRID every rate at every number of epochs.
         """
-        if self.pair.name in FULL_GRID and start in FULL_GRID[self.pair.name]:
-            return [self.setting(start, rate, epochs) for rate in RATES for epochs in EPOCHS]
-        fewer, middle, more = EPOCHS
-        runs = [self.setting(start, rate, middle) for rate in RATES]
-        best = min(range(len(RATES)), key=lambda i: runs[i]["domain_valid"])
-        further = [(best, fewer), (best, more), (best - 1, more), (best + 1, fewer)]
-        return runs + [self.setting(start, RATES[i], epochs) for i, epochs in further if 0 <= i < len(RATES)]
+        fewest, more, most = EPOCHS
+        runs = {(rate, fewest): self.setting(start, rate, fewest) for rate in RATES}
+
+        def rank(epochs: int) -> list[float]:
+            tried = [rate for rate, e in runs if e == epochs]
+            return sorted(tried, key=lambda rate: runs[rate, epochs]["domain_valid"])
+
+        for rate in rank(fewest)[:2]:
+            runs[rate, more] = self.setting(start, rate, more)
+        best = rank(more)[0]
+        runs[best, most] = self.setting(start, best, most)
+        if self.prefix in WHOLE_GRID:
+            for rate in RATES:
+                for epochs in EPOCHS:
+                    runs[rate, epochs] = self.setting(start, rate, epochs)
+        return list(runs.values())
 
     def setting_folder(self, start: str, rate: float, epochs: int) -> Path:
         return self.bench.folder(self.name(f"few-{start}@{rate:g}x{epochs}"))
@@ -384,7 +390,7 @@ class Case:
             steps = train_few(model, tokenizer, samples, rate, epochs, self.seed)
         model.save_pretrained(folder)
         tokens = epochs * sum(len(ids) + 1 for ids in tokenizer(samples, add_special_tokens=False)["input_ids"])
-        valid = self.lab.score(self.pair, self.domain, model, tokenizer, only="domain_valid")
+        valid = self.lab.score(self.pair, self.domain, model, tokenizer, only=("domain_valid",))
         return self.bench.put(name, {"rate": rate, "epochs": epochs, "steps": steps, "tokens": tokens, **valid, **cost})
 
     def verify(self, row: str) -> dict[str, Any]:
@@ -410,8 +416,8 @@ class Case:
         }
 
 
-FULL_GRID = {"demo": ("nothing", "refined")}
-"""Starts whose fine-tuning is searched over the whole grid; the others over its cross."""
+WHOLE_GRID: tuple[str, ...] = ()
+"""Cases whose fine-tuning is searched over the whole grid; the others by halving."""
 
 
 def started(model: Any, pair: Pair, base: str, source: Path | None) -> Any:
@@ -462,9 +468,10 @@ def stages(bench: Bench) -> list[Stage]:
     basis = ("adapter", "full", "text")
     tiny = [(pair, domain) for domain in DOMAINS for pair in PAIRS if pair != "demo"]
     checked = (*HEADLINE, *few)
-    add("demo", "bible", 0, (*basis, *HEADLINE, *few))
+    add("demo", "bible", 0, (*basis, *HEADLINE, *few[:2]))
     for pair, domain in tiny:
         add(pair, domain, 0, (*basis, *HEADLINE, *few))
+    add("demo", "bible", 0, few[2:])
     for pair, domain in [("demo", "bible"), *tiny]:
         add(pair, domain, 0, tuple(f"verify-{row}" for row in checked))
     for seed in SEEDS[1:]:
@@ -519,6 +526,8 @@ def main() -> None:
         return
     if not arguments.report:
         bench.run(wanted)
+    if arguments.report or not arguments.stages:
+        write(bench.results)
 
 
 if __name__ == "__main__":
