@@ -353,25 +353,26 @@ def busy(data: dict[str, Any]) -> str:
 
 PAIR_NOTES = [
     "Both models of a pair are trained independently on the demo pair's general text, in other orders, with other",
-    "seeds and tokenizers; one training per side. Bits per byte, mean ± standard deviation over seeds. The adapters are",
-    "rank 8, alpha 16, on q, k, v, o (GPT-NeoX: `query_key_value` and `attention.dense`). The bible is the King James",
-    "Bible; code is Python source without docstrings and comments, which are general text.",
+    "seeds and tokenizers; one training per side. Bits per byte, mean ± standard deviation over seeds. The",
+    "adapters are rank 8, alpha 16, on q, k, v, o (GPT-NeoX: `query_key_value` and `attention.dense`). The bible",
+    "is the King James Bible; code is Python source without docstrings and comments, which are general text.",
 ]
 ROW_NOTES = [
-    "A seed moves, on the small pairs: the old adapter's training, LoRA(full), the self-written text, the sample of",
-    "general, domain and calibration text, the refinement's start and order, and order and start of the fine-tuning.",
-    "On the demo pair the adapter is the shipped one and LoRA(full) the recorded one. The pre-training, the 100 samples",
-    "and the held-out texts are the same for every seed. Rate and epochs of the fine-tuning are chosen on validation",
-    "text with seed 0, among {3e-4, 1e-3, 3e-3, 1e-2, 3e-2} and {3, 6, 15} by halving (every rate at 3 epochs, the two",
-    "best at 6, the better of these at 15), and reused by the other seeds; LoRA(100) gets the same search. Linear",
-    "schedule, no warm-up, batches of 16. Seconds of the closed form and of the refinement hold the writing of the",
-    "text, which is done once for all of them. Tokens are those read by old / new in the closed form and those trained",
-    "on elsewhere. Peak memory is the process's, which holds the texts of the benchmark besides.",
+    "A seed moves, on the small pairs: the old adapter's training, LoRA(full), the self-written text, the sample",
+    "of general, domain and calibration text, the refinement's start and order, and order and start of the fine-",
+    "tuning. On the demo pair the adapter is the shipped one and LoRA(full) the recorded one. The pre-training,",
+    "the 100 samples and the held-out texts are the same for every seed. Rate and epochs of the fine-tuning are",
+    "chosen on validation text with seed 0, among {3e-4, 1e-3, 3e-3, 1e-2, 3e-2} and {3, 6, 15} by halving (every",
+    "rate at 3 epochs, the two best at 6, the better of these at 15), and reused by the other seeds; LoRA(100)",
+    "gets the same search. Linear schedule, no warm-up, batches of 16. Seconds of the closed form and of the",
+    "refinement hold the writing of the text, which is done once for all of them. Tokens are those read by old /",
+    "new in the closed form and those trained on elsewhere. Peak memory is the process's, which holds the texts",
+    "of the benchmark besides.",
 ]
 VERIFY_NOTES = [
     "`verify` reads the domain's validation text (10 KB, 16 examples at most) as unlabelled text. Spearman's rank",
-    "correlation of its figures with the measured share of LoRA(full)'s gain, over every adapter of the tables above,",
-    "shuffled controls and fine-tuned ones included; at least 0.8 is wanted.",
+    "correlation of its figures with the measured share of LoRA(full)'s gain, over every adapter of the tables",
+    "above, shuffled controls and fine-tuned ones included; at least 0.8 is wanted.",
 ]
 
 
