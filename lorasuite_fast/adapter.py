@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .checkpoint import Checkpoint, read_json
 from .errors import LoraSuiteError
 from .families import FAMILIES, Family, Shape
-from .projection import Factors
+from .projection import Factors, balanced
 from .tensor_files import TensorFiles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -115,14 +115,15 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
         raise LoraSuiteError(f"{where}: rank r is {config.get('r')!r}; it must be a positive integer")
 
 
-def _role_of(module: str, family: Family, roles: dict[str, str], where: Path) -> tuple[int, str]:
+def _place_of(module: str, family: Family, where: Path) -> tuple[int, str]:
+    """Layer, and module path inside it."""
     match = re.fullmatch(re.escape(f"{family.prefix}{family.layers}.") + r"(\d+)\.(.+)", module)
-    if match is None or match[2] not in roles:
-        known = ", ".join(p.module for p in family.projections.values())
+    if match is None or match[2] not in family.modules():
+        known = ", ".join(family.modules())
         raise LoraSuiteError(
             f"{where}: module {module} is not one a {family.model_type} adapter can be migrated on; known: {known}"
         )
-    return int(match[1]), roles[match[2]]
+    return int(match[1]), match[2]
 
 
 def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, base: str) -> Adapter:
@@ -145,7 +146,6 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
         hint = f"; {pickles[0]} is never opened, save it with safe_serialization=True" if pickles else ""
         raise LoraSuiteError(f"{folder}: {WEIGHTS} is missing{hint}")
     files = TensorFiles([folder / WEIGHTS])
-    roles = {p.module: role for role, p in family.projections.items()}
     found: dict[str, dict[str, Tensor]] = {}
     for name in files.entries:
         key = _KEY.fullmatch(name)
@@ -158,11 +158,16 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
         raise LoraSuiteError(f"{folder / WEIGHTS}: holds no LoRA weights")
     updates: dict[tuple[int, str], Update] = {}
     for module, pair in found.items():
-        layer, role = _role_of(module, family, roles, folder / WEIGHTS)
+        layer, inside = _place_of(module, family, folder / WEIGHTS)
         if len(pair) != 2:
             missing = "B" if "A" in pair else "A"
             raise LoraSuiteError(f"{folder / WEIGHTS}: {module}.lora_{missing}.weight is missing")
-        _check_factors(module, pair["B"], pair["A"], shape, layer, role, folder / WEIGHTS, base)
+        if layer >= shape.L:
+            raise LoraSuiteError(
+                f"{folder / WEIGHTS}: {module} is beyond the {shape.L} layers of {base}; is this adapter's base OLD?"
+            )
+        sizes = family.module_shape(inside, shape)
+        _check_factors(module, pair["B"], pair["A"], sizes, folder / WEIGHTS, base)
         declared = _number(
             _pattern_value(config.get("rank_pattern") or {}, module, config["r"]), "rank", folder / CONFIG
         )
@@ -171,18 +176,16 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
                 f"{folder / WEIGHTS}: {module} has rank {pair['A'].shape[0]}, {CONFIG} gives it {declared:g}"
             )
         alpha = _pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-        updates[layer, role] = Update(
-            Factors(pair["B"], pair["A"]), _number(alpha, "lora_alpha", folder / CONFIG), bool(config.get("use_rslora"))
-        )
+        alpha = _number(alpha, "lora_alpha", folder / CONFIG)
+        for role in family.sharing(inside):
+            rows = family.rows(role, shape)
+            b = pair["B"] if rows is None else pair["B"][rows]
+            updates[layer, role] = Update(Factors(b, pair["A"]), alpha, bool(config.get("use_rslora")))
     return Adapter(str(folder), config, dict(sorted(updates.items())))
 
 
-def _check_factors(
-    module: str, b: Tensor, a: Tensor, shape: Shape, layer: int, role: str, where: Path, base: str
-) -> None:
-    if layer >= shape.L:
-        raise LoraSuiteError(f"{where}: {module} is beyond the {shape.L} layers of {base}; is this adapter's base OLD?")
-    out, into = shape.expected(role)
+def _check_factors(module: str, b: Tensor, a: Tensor, sizes: tuple[int, int], where: Path, base: str) -> None:
+    out, into = sizes
     fits = b.ndim == 2 and a.ndim == 2 and b.shape[0] == out and a.shape[1] == into and b.shape[1] == a.shape[0]
     if not fits:
         raise LoraSuiteError(
@@ -198,10 +201,58 @@ def _check_factors(
             raise LoraSuiteError(f"{where}: {module}.lora_{which}.weight holds NaN or infinity; train or save it again")
 
 
+def by_module(
+    updates: dict[tuple[int, str], Update], family: Family, shape: Shape, dtype: torch.dtype
+) -> dict[tuple[int, str], Update]:
+    """Updates by (layer, module) instead of (layer, role), with the factors an SVD would give, in `dtype`.
+
+    Updates of one fused module become one. It keeps their rank where they read alike (one A, as from a fused old
+    module); else it has the sum of their ranks, and is no less exact.
+    """
+    parts: dict[tuple[int, str], dict[str, Update]] = {}
+    for (layer, role), update in updates.items():
+        parts.setdefault((layer, family.projections[role].module), {})[role] = update
+    merged = {}
+    for (layer, module), found in parts.items():
+        role, update = next(iter(found.items()))
+        if family.rows(role, shape) is not None:
+            update = _merged(found, family, shape)
+        # Zero updates keep their A: with both factors zero, nothing could be trained from them.
+        factors = balanced(update.factors)[0] if update.factors.b.any() else update.factors
+        merged[layer, module] = replace(update, factors=Factors(factors.b.to(dtype), factors.a.to(dtype)))
+    return merged
+
+
+def _merged(parts: dict[str, Update], family: Family, shape: Shape) -> Update:
+    """One update of a fused module."""
+    first = next(iter(parts.values()))
+    scale = first.scale or 1.0
+    out, _ = family.module_shape(family.projections[next(iter(parts))].module, shape)
+    read: list[Tensor] = []
+    written: list[Tensor] = []
+    for role, update in parts.items():
+        b, a = update.factors
+        rows = family.rows(role, shape)
+        assert rows is not None
+        n = next((n for n, known in enumerate(read) if torch.equal(known, a)), len(read))
+        if n == len(read):
+            read.append(a)
+            written.append(b.new_zeros(out, b.shape[1]))
+        written[n][rows] += b if update.scale == first.scale else b * (update.scale / scale)
+    factors = Factors(torch.cat(written, 1), torch.cat(read))
+    rank = factors.a.shape[0]
+    if rank == first.rank:
+        return replace(first, factors=factors)
+    return Update(factors, scale * (rank**0.5 if first.rslora else rank), first.rslora)
+
+
 def adapter_files(
     updates: dict[tuple[int, str], Update], source: Adapter, new_family: str, new_layers: int, new_name: str
 ) -> dict[str, bytes]:
     """The files of a PEFT LoRA folder for the new model, as bytes.
+
+    Args:
+        updates: by (layer, module), as `by_module` gives them.
 
     alpha, dropout and the rest of the configuration are carried over; what names modules or layers is rewritten.
 
@@ -209,7 +260,7 @@ def adapter_files(
         LoraSuiteError: if a factor holds NaN or infinity.
     """
     family = FAMILIES[new_family]
-    modules = {key: f"{family.layer(key[0])}.{family.projections[key[1]].module}" for key in updates}
+    modules = {key: f"{family.layer(key[0])}.{key[1]}" for key in updates}
     tensors: dict[str, Tensor] = {}
     for key, update in updates.items():
         for which, tensor in (("A", update.factors.a), ("B", update.factors.b)):
@@ -235,14 +286,14 @@ def adapter_files(
 def _targets(
     updates: dict[tuple[int, str], Update], modules: dict[tuple[int, str], str], family: Family, layers: int
 ) -> dict[str, Any]:
-    """target_modules by short name where all roles cover the same layers, else every module by its full path."""
+    """target_modules by short name where all cover the same layers, else every module by its full path."""
     covered: dict[str, set[int]] = {}
-    for layer, role in updates:
-        covered.setdefault(role, set()).add(layer)
+    for layer, module in updates:
+        covered.setdefault(module, set()).add(layer)
     first = next(iter(covered.values()))
     if any(layer_set != first for layer_set in covered.values()):
         return {"target_modules": sorted(modules.values()), "layers_to_transform": None, "layers_pattern": None}
-    names = [family.projections[role].module.rpartition(".")[2] for role in covered]
+    names = [module.rpartition(".")[2] for module in covered]
     everywhere = first == set(range(layers))
     return {
         "target_modules": names,

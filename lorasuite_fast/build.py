@@ -136,6 +136,7 @@ class Built:
     examples: int
     limits: Limits
     method: str
+    roles: tuple[str, ...]
 
 
 def choose_method(asked: str, r2: float | None, r2_back: float | None) -> tuple[str, str]:
@@ -183,7 +184,7 @@ def _steps(
         carried = ranks.share(_transfer(inputs, options, limits, work) if ranks.first else None)
         step(1)
     method, reason = choose_method(options.method, carried.r2, carried.r2_back)
-    options = replace(options, method=method)
+    options = replace(options, method=method, roles=_roles(inputs, options.roles, method))
     grams = []
     for model, ids in zip((inputs.old, inputs.new), inputs.ids, strict=True):
         phase = f"{model.role} hidden states"
@@ -204,11 +205,29 @@ def _steps(
         "shared_tokens": carried.shared,
         "untrained_tokens": carried.dropped,
         "rank": carried.rank,
+        "rms_ratio": carried.rms_ratio,
         "r2": carried.r2,
         "r2_back": carried.r2_back,
         "method_reason": reason,
     }
-    return Built(mapping, tensors, facts, len(inputs.ids[0]), limits, method)
+    return Built(mapping, tensors, facts, len(inputs.ids[0]), limits, method, options.roles)
+
+
+def _roles(inputs: Inputs, asked: tuple[str, ...], method: str) -> tuple[str, ...]:
+    """The roles to plan for: of those asked for, the ones the old family has.
+
+    Raises:
+        LoraSuiteError: the method would carry them one by one, and the new family lacks some.
+    """
+    old, new = inputs.old.family, inputs.new.family
+    wanted = tuple(role for role in asked if role in old.projections)
+    lacking = [role for role in wanted if role not in new.projections]
+    if lacking and method != "distill":
+        raise LoraSuiteError(
+            f"a {new.model_type} layer has no {', '.join(lacking)} as the {old.model_type} layers do, so that method "
+            f"{method} cannot carry it; pass --method distill, or --roles without it"
+        )
+    return tuple(role for role in wanted if role in new.projections)
 
 
 def _limits(inputs: Inputs, options: Options) -> Limits:
@@ -387,7 +406,7 @@ def _pairs(
     news = stream_layers(inputs.new, options.device, layers=todo, roles=wanted)
     step(len(mapping) - len(todo))
     for count, (j, old, new) in enumerate(zip(todo, olds, news, strict=True), 1):
-        pairs[j] = _pair(Pair(old, new, W_h, S, options.heads, inputs.texts), options)
+        pairs[j] = _pair(Pair(old, new, W_h, S, carried.rms_ratio, options.heads, inputs.texts), options)
         if work:
             work.save(f"pair.{j}", pairs[j], partner=mapping[j])
         step(len(mapping) - len(todo) + count)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import LoraSuiteError
-from .families import Family, Shape, family_of, shape_of
+from .families import Family, Projection, Shape, family_of, shape_of
 from .tensor_files import TensorFiles
 
 _SAMPLE_BYTES = 256
@@ -80,6 +80,10 @@ class Checkpoint:
         self.family: Family = family_of(self.config, str(self.folder))
         self.shape: Shape = shape_of(self.config, self.family, str(self.folder))
         self.tensors = TensorFiles(self._files(), mapped=mapped)
+        # Some files are of the transformer alone, and lack its prefix.
+        whole = f"{self.family.prefix}{self.family.embedding}.weight" in self.tensors.entries
+        bare = f"{self.family.embedding}.weight" in self.tensors.entries
+        self.prefix = "" if bare and not whole else self.family.prefix
         self._check_tensors()
 
     def _files(self) -> list[Path]:
@@ -107,27 +111,30 @@ class Checkpoint:
             )
         raise LoraSuiteError(f"{self.folder}: holds neither model.safetensors nor model.safetensors.index.json")
 
-    def _has_bias(self, bias: str | bool) -> bool:
-        return bias if isinstance(bias, bool) else bool(self.config.get(bias, False))
+    def _has_bias(self, projection: Projection) -> bool:
+        bias = projection.bias
+        return bias if isinstance(bias, bool) else bool(self.config.get(bias, projection.bias_default))
+
+    def _norm_tensors(self, norm: str) -> list[str]:
+        return [f"{norm}.weight", f"{norm}.bias"] if self.family.layer_norm else [f"{norm}.weight"]
 
     def _expected(self) -> dict[str, tuple[int, ...] | None]:
         """Every tensor the family row and the config ask for; None where the shape is not ours to know."""
         family, shape = self.family, self.shape
-        expected: dict[str, tuple[int, ...] | None] = {
-            self.embedding_name: (shape.V, shape.d),
-            f"{family.prefix}{family.final_norm}.weight": (shape.d,),
-        }
+        expected: dict[str, tuple[int, ...] | None] = {self.embedding_name: (shape.V, shape.d)}
+        for norm in filter(None, (family.final_norm, family.embedding_norm)):
+            expected |= dict.fromkeys((f"{self.prefix}{name}" for name in self._norm_tensors(norm)), (shape.d,))
         for i in range(shape.L):
-            layer = family.layer(i)
+            layer = self.layer(i)
             for norm in family.norms():
-                expected[f"{layer}.{norm}.weight"] = (shape.d,)
+                expected |= dict.fromkeys((f"{layer}.{name}" for name in self._norm_tensors(norm)), (shape.d,))
             for extra in family.extra:
                 expected[f"{layer}.{extra}"] = None
-            for role, projection in family.projections.items():
-                out, into = shape.expected(role)
-                expected[f"{layer}.{projection.module}.weight"] = (out, into) if projection.part is None else None
-                if self._has_bias(projection.bias):
-                    expected[f"{layer}.{projection.module}.bias"] = (out,) if projection.part is None else None
+            for projection in family.projections.values():
+                out, into = family.module_shape(projection.module, shape)
+                expected[f"{layer}.{projection.module}.weight"] = (out, into)
+                if self._has_bias(projection):
+                    expected[f"{layer}.{projection.module}.bias"] = (out,)
         return expected
 
     def _check_tensors(self) -> None:
@@ -153,7 +160,8 @@ class Checkpoint:
                     f"{found.file}: tensor {name} is stored as {found.dtype}; quantised weights must be converted to "
                     "bfloat16, float16 or float32 first"
                 )
-        optional = {f"{self.family.head}.weight", f"{self.family.head}.bias"}
+        optional = {f"{head}.{kind}" for head in self.family.head for kind in ("weight", "bias")}
+        optional |= {f"{self.layer(i)}.{name}" for i in range(self.shape.L) for name in self.family.optional}
         for name in entries:
             if name not in expected and name not in optional and not name.endswith(self.family.ignored):
                 raise LoraSuiteError(
@@ -163,7 +171,23 @@ class Checkpoint:
 
     @property
     def embedding_name(self) -> str:
-        return f"{self.family.prefix}{self.family.embedding}.weight"
+        return f"{self.prefix}{self.family.embedding}.weight"
+
+    @property
+    def epsilon(self) -> float:
+        """Of the norms, with transformers' defaults."""
+        return float(self.config.get(self.family.epsilon, 1e-5 if self.family.layer_norm else 1e-6))
+
+    def layer(self, i: int) -> str:
+        """What the names of a layer's tensors begin with, as they are stored."""
+        return f"{self.prefix}{self.family.layers}.{i}"
+
+    def head(self, kind: str = "weight") -> str | None:
+        """Name of the head's stored weight or bias; None where it is tied to the embedding, or has none."""
+        if kind == "weight" and self.config.get("tie_word_embeddings", False):
+            return None
+        names = (f"{head}.{kind}" for head in self.family.head)
+        return next((name for name in names if name in self.tensors.entries), None)
 
     def module(self, layer: int, role: str) -> str:
         """Full module path of a projection, as PEFT and transformers name it."""
@@ -178,11 +202,11 @@ class Checkpoint:
 
     def layer_tensors(self, layer: int, roles: tuple[str, ...] | None = None) -> list[str]:
         """Names of a layer's tensors: all, or those of some projections and of the norms they read through."""
-        prefix = f"{self.family.layer(layer)}."
+        prefix = f"{self.layer(layer)}."
         if roles is None:
             return [n for n in self.tensors.entries if n.startswith(prefix) and not n.endswith(self.family.ignored)]
-        wanted = {f"{self.family.projections[role].module}." for role in roles}
-        wanted |= {f"{norm}." for role in roles if (norm := self.family.projections[role].norm)}
+        found = [self.family.projections[role] for role in roles if role in self.family.projections]
+        wanted = {f"{name}." for p in found for name in (p.module, p.norm, p.after) if name}
         return [n for n in self.layer_tensors(layer) if n.removeprefix(prefix).startswith(tuple(wanted))]
 
     def fingerprint(self) -> str:

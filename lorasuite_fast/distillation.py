@@ -33,7 +33,7 @@ from .errors import LoraSuiteError
 from .families import Family
 from .hidden_states import MICRO_BATCH, LayerStream, StreamedLayer, padded
 from .phases import PhaseClock
-from .projection import Factors
+from .projection import Factors, inverse
 
 GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Factors on the fitted updates from which held-out positions choose."""
@@ -168,56 +168,60 @@ class _Side:
         row, column = self.at[n]
         return hidden[row, column].float()
 
-    @property
-    def eps(self) -> float:
-        return float(self.model.config.get("rms_norm_eps", 1e-6))
-
     def last(self, states: Tensor) -> Tensor:
-        """(n, d) residual states -> what the head reads: RMSNorm with the final norm's gain."""
-        return states / self.rms(states) * final_gain(self.model).to(states)
+        """(n, d) residual states -> what the head reads: behind the final norm."""
+        family = self.model.family
+        gain, shift = final_norm(self.model)
+        centred = states - states.mean(-1, keepdim=True) if family.layer_norm else states
+        normed = centred / self.rms(states) * gain.to(states)
+        return normed if shift is None else normed + shift.to(states)
 
     def rms(self, states: Tensor) -> Tensor:
-        return (states.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        """What the final norm divides by, (n, 1)."""
+        if self.model.family.layer_norm:
+            states = states - states.mean(-1, keepdim=True)
+        return (states.square().mean(-1, keepdim=True) + self.model.epsilon).sqrt()
 
     def head(self, tokens: Tensor) -> Head:
-        name = f"{self.model.family.head}.bias"
-        stored = name in self.model.tensors.entries
-        bias = self.model.tensors.view(name)[tokens].float().to(self.device) if stored else None
-        return Head(unembedding(self.model)[tokens].float().to(self.device), bias)
+        name, config = self.model.head("bias"), self.model.config
+        bias = None if name is None else self.model.tensors.view(name)[tokens].float().to(self.device)
+        cap = config.get("final_logit_softcapping") or None
+        return Head(unembedding(self.model)[tokens].float().to(self.device), bias, cap=cap)
 
 
 def unembedding(model: Checkpoint) -> Tensor:
     """(V, d), a view: the head's own weight, or the embedding it is tied to."""
-    name = f"{model.family.head}.weight"
-    tied = model.config.get("tie_word_embeddings", False) or name not in model.tensors.entries
-    return model.tensors.view(model.embedding_name if tied else name)
+    return model.tensors.view(model.head() or model.embedding_name)
 
 
-def final_gain(model: Checkpoint) -> Tensor:
-    """(d,) float32 gain of the norm in front of the head."""
-    stored = model.tensors.view(f"{model.family.prefix}{model.family.final_norm}.weight")
-    return stored.float() + model.family.gain_offset
+def final_norm(model: Checkpoint) -> tuple[Tensor, Tensor | None]:
+    """Gain and shift (None for RMSNorm) of the norm in front of the head, (d,) float32."""
+    name = f"{model.prefix}{model.family.final_norm}"
+    gain = model.tensors.view(f"{name}.weight").float() + model.family.gain_offset
+    return gain, model.tensors.view(f"{name}.bias").float() if model.family.layer_norm else None
+
+
+def gained_rows(rows: Tensor, model: Checkpoint) -> Tensor:
+    """Rows of the unembedding (s, d) as maps of the normed residual stream: the final norm's gain, and its centring."""
+    rows = rows * final_norm(model)[0].to(rows)
+    return rows - rows.mean(-1, keepdim=True) if model.family.layer_norm else rows
 
 
 @contextmanager
-def updated(module: nn.Module, family: Family, factors: dict[str, Factors]) -> Iterator[None]:
-    """Adds `B A x` to the named projections of a layer while the context lasts; the weights stay as they are.
+def updated(module: nn.Module, model: Checkpoint, factors: dict[str, Factors]) -> Iterator[None]:
+    """Adds `B A x` to the named projections of a layer while the context lasts; the weights stay as they are."""
 
-    Raises:
-        LoraSuiteError: a projection that is part of a fused one.
-    """
-    fused = [role for role in factors if family.projections[role].part is not None]
-    if fused:
-        raise LoraSuiteError(f"{family.model_type}: distill does not know updates of fused projections ({fused[0]})")
+    def hook(role: str, b: Tensor, a: Tensor) -> Any:
+        rows = model.family.rows(role, model.shape)
 
-    def hook(b: Tensor, a: Tensor) -> Any:
         def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return output + inputs[0] @ a.T.to(output) @ b.T.to(output)
+            change = inputs[0] @ a.T.to(output) @ b.T.to(output)
+            return output + change if rows is None else output.index_add(-1, rows.to(output.device), change)
 
         return add
 
     handles = [
-        module.get_submodule(family.projections[role].module).register_forward_hook(hook(b, a))
+        module.get_submodule(model.family.projections[role].module).register_forward_hook(hook(role, b, a))
         for role, (b, a) in factors.items()
     ]
     try:
@@ -228,14 +232,14 @@ def updated(module: nn.Module, family: Family, factors: dict[str, Factors]) -> I
 
 
 @contextmanager
-def inputs_of(module: nn.Module, family: Family, role: str) -> Iterator[list[Tensor]]:
-    """What a projection of a layer read in the latest call, as the one element of a list."""
+def calls_of(module: nn.Module, family: Family, role: str) -> Iterator[list[Tensor]]:
+    """What a projection of a layer read and gave in the latest call, as the two elements of a list."""
     seen: list[Tensor] = []
 
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[:] = inputs[:1]
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        seen[:] = inputs[0], output
 
-    handle = module.get_submodule(family.projections[role].module).register_forward_pre_hook(keep)
+    handle = module.get_submodule(family.projections[role].module).register_forward_hook(keep)
     try:
         yield seen
     finally:
@@ -371,7 +375,7 @@ def distill(
         before, after = _old_states(o, source, dtype, trust_remote_code, step)
     with clock.phase("output map", 1) as step:
         weights = _token_weights(heads[0], before, after, torch.nonzero(~held).flatten(), settings.seed)
-        gained = heads[1].weight * final_gain(new).to(device)
+        gained = gained_rows(heads[1].weight, new)
         mapped = fit_output_map(heads[0].weight, gained, weights)
         change = _controlled((after - before) @ mapped.U.T.cpu(), settings)
         sides = before[held], after[held]
@@ -442,7 +446,7 @@ def _old_states(
             if i == layer.index
         }
         _run(layer, before)
-        with updated(layer.module, side.model.family, factors):
+        with updated(layer.module, side.model, factors):
             _run(layer, after)
         step(layer.index + 1)
     taken = [torch.cat([side.last(side.take(n, h)).cpu() for n, h in enumerate(hidden)]) for hidden in (before, after)]
@@ -514,23 +518,26 @@ class _Fit:
         _check_finite(self.side.model, torch.cat([self.side.take(n, h) for n, h in enumerate(base)]))
 
     def _layer(self, layer: StreamedLayer, base: list[Tensor], adapted: list[Tensor]) -> None:
-        family, device = self.side.model.family, self.side.device
+        model, device = self.side.model, self.side.device
         found: dict[str, Factors] = {}
         for role in self.settings.roles:
             hidden = list(adapted)
-            out, into = self.side.model.shape.expected(role)
+            out, into = model.shape.expected(role)
+            gain = self._gain_after(layer, role)
             sums = _Sums(into, out, device)
-            with updated(layer.module, family, found), inputs_of(layer.module, family, role) as seen:
+            with updated(layer.module, model, found), calls_of(layer.module, model.family, role) as seen:
                 for n, output in enumerate(layer.run(hidden)):
                     train = ~self.held[n].to(device)
-                    x = self.side.take(n, seen[0])
+                    x, y = (self.side.take(n, states) for states in seen)
+                    if gain is not None:
+                        # What the norm behind the projection divides by; the rest of its derivative is left out.
+                        x = x / (y.square().mean(-1, keepdim=True) + model.epsilon).sqrt()
                     sums.add(x[train], self._left(n, base[n], output)[0][train])
-            found[role] = reduced_rank_ridge(
-                sums.gram, sums.cross, self.rank, self.settings.ridge, self.metric.to(device)
-            )
+            fitted = reduced_rank_ridge(sums.gram, sums.cross, self.rank, self.settings.ridge, self.metric.to(device))
+            found[role] = fitted if gain is None else Factors(inverse(gain)[:, None] * fitted.b, fitted.a)
             self.updates[layer.index, role] = Factors(found[role].b.cpu(), found[role].a.cpu())
         left = wanted = 0.0
-        with updated(layer.module, family, found):
+        with updated(layer.module, model, found):
             for n, output in enumerate(layer.run(adapted)):
                 held = self.held[n].to(device)
                 rest, target = self._left(n, base[n], output)
@@ -538,10 +545,19 @@ class _Fit:
                 wanted += float(target[held].double().square().sum())
         self.explained[layer.index] = 1 - left / wanted if wanted else 0.0
 
+    def _gain_after(self, layer: StreamedLayer, role: str) -> Tensor | None:
+        """Gain of the norm behind a projection, (d_n,), if there is one."""
+        family = self.side.model.family
+        norm = family.projections[role].after
+        if norm is None:
+            return None
+        weight = layer.module.get_parameter(f"{norm}.weight")
+        return weight.detach().float() + family.gain_offset
+
     def _left(self, n: int, base: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """What is left of the target at micro-batch n's positions, and the target; (positions, d_n) each.
 
-        RMSNorm in front of the head divides by the size of the state, so the target is multiplied by it.
+        The norm in front of the head divides by the size of the state, so the target is multiplied by it.
         """
         reference = self.side.take(n, base)
         target = self.side.rms(reference) * self.change[n].to(reference)
@@ -557,12 +573,12 @@ def _new_states(
     fit.entering = []
     entering = list(rows.split(side.micro_batch))
     hidden = {gain: list(entering) for gain in GAINS}
-    family, device = side.model.family, side.device
+    device = side.device
     for done, layer in enumerate(stream, 1):
         found = {role: f for (j, role), f in fit.updates.items() if j == layer.index}
         for gain in GAINS:
             factors = {role: Factors(gain * f.b.to(device), f.a.to(device)) for role, f in found.items()}
-            with updated(layer.module, family, factors if gain else {}):
+            with updated(layer.module, side.model, factors if gain else {}):
                 _run(layer, hidden[gain])
         step(done)
     return {

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Update, adapter_files
+from .adapter import Adapter, Update, adapter_files, by_module
 from .build import SELF
 from .calibration import load_examples
 from .checkpoint import Checkpoint
@@ -16,7 +16,7 @@ from .distillation import Distilled, Settings, distill
 from .errors import LoraSuiteError
 from .loader import Layer
 from .phases import PhaseClock
-from .projection import Factors, balanced
+from .projection import update_norm
 from .result import LayerResult
 from .self_text import self_written
 
@@ -89,17 +89,13 @@ def distil_adapter(
     updates: dict[tuple[int, str], Update] = {}
     sizes: dict[int, dict[str, float]] = {}
     for (j, role), factors in sorted(distilled.updates.items()):
-        rank = factors.a.shape[0]
-        size = 0.0
-        if distilled.gain:
-            factors, sigma = balanced(factors)
-            size = float(torch.linalg.vector_norm(sigma))
-        updates[j, role] = Update(Factors(factors.b.to(dtype), factors.a.to(dtype)), float(rank), rslora=False)
-        sizes.setdefault(j, {})[role] = size / float(_norm(new, j, role))
+        # The scale is in the factors: alpha = r.
+        updates[j, role] = Update(factors, float(factors.a.shape[0]), rslora=False)
+        sizes.setdefault(j, {})[role] = update_norm(factors) / float(_norm(new, j, role))
     rank = max(update.rank for update in updates.values())
-    # The scale is in the factors: alpha = r.
     config = source.config | {"r": rank, "lora_alpha": rank, "use_rslora": False}
-    files = adapter_files(updates, replace(source, config=config), new.family.model_type, new.shape.L, new.name)
+    merged = by_module(updates, new.family, new.shape, dtype)
+    files = adapter_files(merged, replace(source, config=config), new.family.model_type, new.shape.L, new.name)
     cka = plan.tensors["cka"]
     layers = [
         LayerResult(

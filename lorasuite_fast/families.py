@@ -5,8 +5,11 @@ Adding a family is adding a row. Names are checked against the checkpoint's own 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from .errors import LoraSuiteError
 
@@ -20,17 +23,19 @@ class Projection:
     """One linear map of a layer.
 
     Attributes:
-        module: module path inside the layer; its weight is (out, in).
+        module: module path inside the layer; its weight is (out, in). Projections naming one module share a fused
+            weight, of which each has some rows (`Family.rows`).
         norm: the norm whose output it reads; None where it reads heads (o) or neurons (down). Two projections naming
             one norm are parallel.
-        part: None, or which part of a fused weight this is (see `Family.fused`).
-        bias: the config key that says whether there is a bias, or True / False.
+        after: the norm its output passes before it joins the residual stream, if there is one.
+        bias: the config key that says whether there is a bias, or True / False. bias_default: where the key is absent.
     """
 
     module: str
     norm: str | None = None
-    part: str | None = None
+    after: str | None = None
     bias: str | bool = False
+    bias_default: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,11 +43,21 @@ class Family:
     """Where everything is in one architecture.
 
     Attributes:
-        prefix: of the transformer's own modules in the checkpoint of the causal language model.
-        fused: layout of a fused q, k, v weight: None, "blocks" (per head q, k, v) or "stacked" (all q, all k, all v).
+        prefix: of the transformer's own modules in the causal language model.
+        head: names the head goes by, if it is not tied to the embedding.
+        fused: layout of the rows of a fused q, k, v weight: None, "blocks" (per head its q, k and v) or "stacked" (all
+            of q, all of k, all of v; likewise gate and up).
+        layer_norm: norms subtract the mean and have a bias (LayerNorm), instead of RMSNorm.
         gain_offset: added to a norm's stored weight to get its gain (1 where the file stores gain - 1).
-        extra: further tensors a layer holds, that no projection needs.
+        epsilon: config key of the norms' epsilon.
+        embedding_norm: a norm between the embedding and the residual stream.
+        scaled_embedding: embeddings are multiplied by sqrt(d) on their way into the residual stream.
+        head_dim: config.json's default for head_dim; None for d / H.
+        mlp_ratio: f / d, where the config does not say f.
+        extra: further tensors a layer holds, that no projection needs. optional: those it may hold.
         ignored: tensor name endings some files hold though they follow from the config.
+        config_names: further names of config keys, by the usual one.
+        refused: config keys, and the one value of each that is understood.
     """
 
     model_type: str
@@ -51,18 +66,62 @@ class Family:
     embedding: str = "embed_tokens"
     layers: str = "layers"
     final_norm: str = "norm"
-    head: str = "lm_head"
+    head: tuple[str, ...] = ("lm_head",)
     fused: str | None = None
+    layer_norm: bool = False
     gain_offset: float = 0.0
+    epsilon: str = "rms_norm_eps"
+    embedding_norm: str | None = None
+    scaled_embedding: bool = False
+    head_dim: int | None = None
+    mlp_ratio: int | None = None
     extra: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
-    config_names: dict[str, str] = field(default_factory=dict)
+    config_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    refused: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(role for role in ROLES if role in self.projections)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the MLP's neurons are `act(gate·x) (up·x)`, instead of `act(up·x)`."""
+        return "gate" in self.projections
 
     def layer(self, i: int) -> str:
         return f"{self.prefix}{self.layers}.{i}"
 
     def norms(self) -> list[str]:
-        return sorted({p.norm for p in self.projections.values() if p.norm})
+        named = ({p.norm, p.after} for p in self.projections.values())
+        return sorted({norm for pair in named for norm in pair if norm})
+
+    def sharing(self, module: str) -> tuple[str, ...]:
+        """The roles whose weights one module holds, in the order of the table."""
+        return tuple(role for role, p in self.projections.items() if p.module == module)
+
+    def modules(self) -> list[str]:
+        return list(dict.fromkeys(p.module for p in self.projections.values()))
+
+    def rows(self, role: str, shape: Shape) -> Tensor | None:
+        """Rows of the module's weight that belong to a role, (out,) int64; None where all of them do."""
+        roles = self.sharing(self.projections[role].module)
+        if len(roles) == 1:
+            return None
+        if self.fused == "blocks":
+            return (
+                torch.arange(shape.H * len(roles) * shape.h)
+                .view(shape.H, len(roles), -1)[:, roles.index(role)]
+                .flatten()
+            )
+        start = sum(shape.expected(r)[0] for r in roles[: roles.index(role)])
+        return torch.arange(start, start + shape.expected(role)[0])
+
+    def module_shape(self, module: str, shape: Shape) -> tuple[int, int]:
+        """(out, in) of a module's weight, fused or not."""
+        sizes = [shape.expected(role) for role in self.sharing(module)]
+        return sum(out for out, _ in sizes), sizes[0][1]
 
 
 def _llama_projections(qkv_bias: str | bool, o_bias: str | bool, mlp_bias: str | bool) -> dict[str, Projection]:
@@ -78,16 +137,103 @@ def _llama_projections(qkv_bias: str | bool, o_bias: str | bool, mlp_bias: str |
     }
 
 
+def _sandwiched(projections: dict[str, Projection]) -> dict[str, Projection]:
+    """Gemma 2 and 3: a norm in front of and behind both the attention and the MLP."""
+    mlp, after_attention, after_mlp = (
+        "pre_feedforward_layernorm",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+    )
+    return projections | {
+        "o": replace(projections["o"], after=after_attention),
+        "gate": replace(projections["gate"], norm=mlp),
+        "up": replace(projections["up"], norm=mlp),
+        "down": replace(projections["down"], after=after_mlp),
+    }
+
+
+def _phi3_projections() -> dict[str, Projection]:
+    unfused = _llama_projections(False, False, False)
+    modules = dict.fromkeys("qkv", "self_attn.qkv_proj") | dict.fromkeys(("gate", "up"), "mlp.gate_up_proj")
+    return {role: replace(p, module=modules.get(role, p.module)) for role, p in unfused.items()}
+
+
+def _fused_projections(attention: str, bias: str | bool) -> dict[str, Projection]:
+    """GPT-NeoX and Bloom."""
+    fused = Projection(f"{attention}.query_key_value", "input_layernorm", bias=bias, bias_default=True)
+    return {
+        "q": fused,
+        "k": fused,
+        "v": fused,
+        "o": Projection(f"{attention}.dense", bias=bias, bias_default=True),
+        "up": Projection("mlp.dense_h_to_4h", "post_attention_layernorm", bias=True),
+        "down": Projection("mlp.dense_4h_to_h", bias=True),
+    }
+
+
+_HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_GEMMA: dict[str, Any] = {"gain_offset": 1.0, "scaled_embedding": True, "head_dim": 256}
+
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         Family("llama", _llama_projections("attention_bias", "attention_bias", "mlp_bias")),
         Family("mistral", _llama_projections(False, False, False)),
         Family("qwen2", _llama_projections(True, False, False)),
+        Family("qwen3", _llama_projections("attention_bias", "attention_bias", False), extra=_HEAD_NORMS),
+        Family("phi3", _phi3_projections(), fused="stacked"),
+        Family("gemma", _llama_projections("attention_bias", "attention_bias", False), **_GEMMA),
+        Family("gemma2", _sandwiched(_llama_projections("attention_bias", "attention_bias", False)), **_GEMMA),
         Family(
-            "qwen3",
-            _llama_projections("attention_bias", "attention_bias", False),
-            extra=("self_attn.q_norm.weight", "self_attn.k_norm.weight"),
+            "gemma3_text",
+            _sandwiched(_llama_projections("attention_bias", "attention_bias", False)),
+            extra=_HEAD_NORMS,
+            **_GEMMA,
+        ),
+        Family(
+            "gpt_neox",
+            _fused_projections("attention", "attention_bias"),
+            prefix="gpt_neox.",
+            embedding="embed_in",
+            final_norm="final_layer_norm",
+            head=("lm_head", "embed_out"),
+            fused="blocks",
+            layer_norm=True,
+            epsilon="layer_norm_eps",
+        ),
+        Family(
+            "bloom",
+            _fused_projections("self_attention", True),
+            prefix="transformer.",
+            embedding="word_embeddings",
+            layers="h",
+            final_norm="ln_f",
+            fused="blocks",
+            layer_norm=True,
+            epsilon="layer_norm_epsilon",
+            embedding_norm="word_embeddings_layernorm",
+            mlp_ratio=4,
+            config_names={
+                "num_hidden_layers": ("n_layer",),
+                "num_attention_heads": ("n_head",),
+                "hidden_size": ("n_embed",),
+            },
+            refused={"apply_residual_connection_post_layernorm": False},
+        ),
+        Family(
+            "phi",
+            {
+                "q": Projection("self_attn.q_proj", "input_layernorm", bias=True),
+                "k": Projection("self_attn.k_proj", "input_layernorm", bias=True),
+                "v": Projection("self_attn.v_proj", "input_layernorm", bias=True),
+                "o": Projection("self_attn.dense", bias=True),
+                "up": Projection("mlp.fc1", "input_layernorm", bias=True),
+                "down": Projection("mlp.fc2", bias=True),
+            },
+            final_norm="final_layernorm",
+            layer_norm=True,
+            epsilon="layer_norm_eps",
+            optional=tuple(f"self_attn.{x}_layernorm.{y}" for x in "qk" for y in ("weight", "bias")),
         ),
     )
 }
@@ -137,17 +283,19 @@ def shape_of(config: dict[str, Any], family: Family, where: str) -> Shape:
     """Reads the sizes from config.json, with transformers' own defaults for absent optional keys."""
 
     def read(key: str, default: int | None = None) -> int:
-        name = family.config_names.get(key, key)
-        value = config.get(name)
-        if value is None:
-            value = default
+        names = (key, *family.config_names.get(key, ()))
+        value = next((config[name] for name in names if config.get(name) is not None), default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise LoraSuiteError(f"{where}: config.json needs a positive integer {name}, found {value!r}")
+            raise LoraSuiteError(f"{where}: config.json needs a positive integer {names[-1]}, found {value!r}")
         return value
 
+    for key, understood in family.refused.items():
+        if config.get(key, understood) != understood:
+            raise LoraSuiteError(f"{where}: config.json sets {key} to {config[key]!r}, which is not supported")
     H, d = read("num_attention_heads"), read("hidden_size")
-    G = read("num_key_value_heads", H)
-    h = read("head_dim", d // H)
+    G = H if family.fused == "blocks" else read("num_key_value_heads", H)
+    h = read("head_dim", family.head_dim or d // H)
     if H % G:
         raise LoraSuiteError(f"{where}: config.json: {H} attention heads cannot share {G} key/value heads")
-    return Shape(V=read("vocab_size"), d=d, h=h, H=H, G=G, f=read("intermediate_size"), L=read("num_hidden_layers"))
+    f = family.mlp_ratio * d if family.mlp_ratio else read("intermediate_size")
+    return Shape(V=read("vocab_size"), d=d, h=h, H=H, G=G, f=f, L=read("num_hidden_layers"))

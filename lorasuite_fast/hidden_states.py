@@ -76,16 +76,26 @@ class _Call:
 
 def _record_calls(model: Any, layers: list[nn.Module], embedded: Tensor, mask: Tensor) -> tuple[Tensor, list[_Call]]:
     """The hidden states entering layer 0, and the call of every layer."""
+    try:
+        return _recorded(model, layers, embedded, mask, as_tuple=False)
+    except (IndexError, TypeError, RuntimeError, ValueError):
+        # Layers of some architectures return a tuple.
+        return _recorded(model, layers, embedded, mask, as_tuple=True)
+
+
+def _recorded(
+    model: Any, layers: list[nn.Module], embedded: Tensor, mask: Tensor, *, as_tuple: bool
+) -> tuple[Tensor, list[_Call]]:
     calls: list[_Call] = []
     entering: list[Tensor] = []
 
-    def stand_in(hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+    def stand_in(hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
         if not calls:
             entering.append(hidden)
         calls.append(_Call(arguments, keywords))
         if len(calls) == len(layers):
             raise _Recorded
-        return hidden
+        return (hidden,) if as_tuple else hidden
 
     for layer in layers:
         layer.forward = stand_in
@@ -170,8 +180,8 @@ class LayerStream:
                 f"{checkpoint.folder}: transformers builds {len(self._layers)} layers, the checkpoint holds {L}"
             )
         embedding = model.get_submodule(family.embedding)
+        embedding.padding_idx = None
         table = checkpoint.tensors.view(checkpoint.embedding_name)
-        embedding.weight = nn.Parameter(table, requires_grad=False)
         self._load_ends(model)
         self.hidden: list[Tensor] = []
         self.masks: list[Tensor] = []
@@ -179,7 +189,10 @@ class LayerStream:
         with torch.no_grad():
             for start in range(0, len(ids), micro_batch):
                 part = mask[start : start + micro_batch].to(device)
-                embedded = embedding(ids[start : start + micro_batch]).to(device=device, dtype=dtype)
+                # Only the rows that are read, in the dtype of the pass: some families scale them in it.
+                used, place = ids[start : start + micro_batch].unique(return_inverse=True)
+                embedding.weight = nn.Parameter(table[used].to(dtype), requires_grad=False)
+                embedded = embedding(place).to(device)
                 entering, calls = _record_calls(model, self._layers, embedded, part)
                 self.hidden.append(entering.to(keep or device))
                 self.masks.append(part)
@@ -192,8 +205,9 @@ class LayerStream:
         outside = (f"{family.layers}.", f"{family.embedding}.", f"{family.final_norm}.")
         for name, _ in list(model.named_parameters()):
             if not name.startswith(outside):
-                value = self.checkpoint.tensors.view(f"{family.prefix}{name}").to(self.device, self.dtype)
-                self.checkpoint.check_finite(value, f"{family.prefix}{name}")
+                stored = f"{self.checkpoint.prefix}{name}"
+                value = self.checkpoint.tensors.view(stored).to(self.device, self.dtype)
+                self.checkpoint.check_finite(value, stored)
                 _set(model, name, value)
         for name, buffer in list(model.named_buffers()):
             # The embedding itself stays on the CPU, on the memory map.

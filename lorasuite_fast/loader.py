@@ -30,7 +30,7 @@ class Layer:
 
     def __init__(self, checkpoint: Checkpoint, index: int, tensors: dict[str, Tensor], device: torch.device) -> None:
         self.checkpoint, self.index, self.tensors, self.device = checkpoint, index, tensors, device
-        self.prefix = f"{checkpoint.family.layer(index)}."
+        self.prefix = f"{checkpoint.layer(index)}."
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, index: int, roles: tuple[str, ...] | None = None) -> Layer:
@@ -53,8 +53,11 @@ class Layer:
         return tensor
 
     def weight(self, role: str, dtype: torch.dtype) -> Tensor:
-        """(out, in) weight of one projection."""
-        return self.read(f"{self.checkpoint.family.projections[role].module}.weight", dtype)
+        """(out, in) weight of one projection; its rows of a fused one."""
+        family = self.checkpoint.family
+        weight = self.read(f"{family.projections[role].module}.weight", dtype)
+        rows = family.rows(role, self.checkpoint.shape)
+        return weight if rows is None else weight[rows.to(weight.device)]
 
     def gain(self, role: str, dtype: torch.dtype) -> Tensor:
         """(d,) gain of the norm a projection reads through."""
@@ -62,6 +65,16 @@ class Layer:
         if norm is None:
             raise ValueError(f"{role} does not read the residual stream")
         return self.read(f"{norm}.weight", dtype) + self.checkpoint.family.gain_offset
+
+    def shift(self, role: str, dtype: torch.dtype) -> Tensor | None:
+        """(d,) bias of the norm a projection reads through; None where the family's norms have none."""
+        norm = self.checkpoint.family.projections[role].norm
+        return self.read(f"{norm}.bias", dtype) if norm and self.checkpoint.family.layer_norm else None
+
+    def gain_after(self, role: str, dtype: torch.dtype) -> Tensor | None:
+        """(d,) gain of the norm a projection's output passes before it joins the residual stream, if there is one."""
+        norm = self.checkpoint.family.projections[role].after
+        return None if norm is None else self.read(f"{norm}.weight", dtype) + self.checkpoint.family.gain_offset
 
     def release(self) -> None:
         """Lets go of the tensors; views of them must not be used any more."""

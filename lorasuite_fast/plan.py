@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ._version import __version__
-from .adapter import Adapter, Update, adapter_files, check_base, read_adapter
+from .adapter import Adapter, Update, adapter_files, by_module, check_base, read_adapter
 from .build import AUTO, EXACT_R2, Inputs, Options, build
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError, WriteError
@@ -25,7 +25,7 @@ from .families import ATTENTION, FAMILIES, ROLES, Shape
 from .memory import Limits, parse_memory
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
-from .projection import METHODS, PlannedLayer, balanced
+from .projection import METHODS, PlannedLayer, update_norm
 from .ranks import Ranks
 from .result import LayerResult, Migration
 from .work import Work, clean_up, work_folder
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from .distillation import Settings
 
 FORMAT = "lorasuite-fast plan"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
@@ -149,7 +149,8 @@ class TransferPlan:
             records = ModelRecord.of(inputs.old), ModelRecord.of(inputs.new)
             step(2)
         built, unfinished = build(inputs, options, clock, ranks or Ranks(), None if work is None else Path(work))
-        chosen = options.as_dict() | {"examples": built.examples, "method": built.method}
+        found = {"examples": built.examples, "method": built.method, "roles": list(built.roles)}
+        chosen = options.as_dict() | found
         plan = cls(*records, chosen, built.mapping, built.tensors, built.facts, clock.phases, built.limits)
         plan._work.append(unfinished)
         return plan
@@ -351,30 +352,31 @@ class TransferPlan:
     def _project(
         self, source: Adapter, models: Any, step: Any
     ) -> tuple[dict[tuple[int, str], Update], list[LayerResult]]:
+        """Updates by (new layer, module), and what came of each layer."""
         method = METHODS[self.options["method"]]
         W_h, S = self.tensors["W_h"], self.tensors["S"]
         updates: dict[tuple[int, str], Update] = {}
         results = []
         for done, (j, i) in enumerate(sorted(self.layers.items()), 1):
             prefix = f"layers.{j}."
-            layer = PlannedLayer(i, j, _Prefixed(self.tensors, prefix), W_h, S, self.old.shape, self.new.shape, models)
+            stored = _Prefixed(self.tensors, prefix)
+            ratio = float(self.facts["rms_ratio"])
+            layer = PlannedLayer(i, j, stored, W_h, S, ratio, self.old.shape, self.new.shape, models)
             sizes: dict[str, float] = {}
             for role in source.roles:
                 update = source.updates.get((i, role))
                 if update is None:
                     continue
                 factors = type(update.factors)(*(factor.float() for factor in update.factors))
-                carried, sigma = balanced(method.project(layer, role, factors))
-                dtype = update.factors.a.dtype
-                updates[j, role] = Update(
-                    type(carried)(carried.b.to(dtype), carried.a.to(dtype)), update.alpha, update.rslora
-                )
-                size = abs(update.scale) * float(torch.linalg.vector_norm(sigma))
+                carried = method.project(layer, role, factors)
+                updates[j, role] = Update(carried, update.alpha, update.rslora)
+                size = abs(update.scale) * update_norm(carried)
                 norm = float(layer.tensors[f"{role}.norm"])
                 sizes[role] = size / norm if norm else 0.0
             results.append(self._layer_result(layer, sizes))
             step(done)
-        return updates, results
+        dtype = next(iter(source.updates.values())).factors.a.dtype
+        return by_module(updates, FAMILIES[self.new.family], self.new.shape, dtype), results
 
     def _layer_result(self, layer: PlannedLayer, sizes: dict[str, float]) -> LayerResult:
         def mean(similarity: str, match: str) -> float | None:

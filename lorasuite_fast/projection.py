@@ -5,6 +5,10 @@ Both are exact in rank: an update of rank r stays one, nothing is truncated. `Pa
 effect in the new model, and is exact wherever a linear map between the two models exists.
 
 Notation: x_n ≈ x_o W_h, x_o ≈ x_n S (row vectors); weights are (out, in); `B` (out, r), `A` (r, in).
+
+`LeastSquares` takes norms as they are. In front of a projection the gains (and the centring of LayerNorm) are folded
+into what reads through them. Behind one, as in Gemma 2 and 3, a norm makes the output's size free, so that the new
+weight itself says what it is.
 """
 
 from __future__ import annotations
@@ -19,10 +23,14 @@ from torch import Tensor
 from lorasuite_kernels import apply_head_blocks, balance, head_blocks, head_similarity, shared_gram
 
 from .checkpoint import Checkpoint
+from .errors import LoraSuiteError
 from .families import ATTENTION, MLP, Shape
 from .loader import Layer
 from .mapping import match_heads, match_neurons
 from .transfer import RCOND, solve_normal
+
+_STORED = ("gain_old", "gain_new", "shift_old", "shift_new", "after_old", "after_new", "scale")
+_MOST_CORRECTION = 10
 
 
 class Factors(NamedTuple):
@@ -40,6 +48,7 @@ class Pair:
     new: Layer
     W_h: Tensor
     S: Tensor
+    rms_ratio: float
     heads: str = "hungarian"
     texts: list[str] = field(default_factory=list)
     """Calibration examples, for methods that read text."""
@@ -52,16 +61,45 @@ class Pair:
         return [side.weight(role, self.W_h.dtype) for role in roles]
 
     def gained(self, side: Layer, roles: tuple[str, ...]) -> list[Tensor]:
-        """Weights that read the residual stream, with the gain of the norm before them folded in."""
+        """Weights that read the residual stream, with the gain of the norm before them folded in.
+
+        Of a LayerNorm, which centres what it reads, also with the centring.
+        """
         # One at a time, so that no two raw weights are there at once.
-        return [side.weight(role, self.W_h.dtype) * side.gain(role, self.W_h.dtype) for role in roles]
+        dtype, centred = self.W_h.dtype, side.checkpoint.family.layer_norm
+        folded = (side.weight(role, dtype) * side.gain(role, dtype) for role in roles)
+        return [without_mean(w) if centred else w for w in folded]
 
     def read_in(self, weight: Tensor) -> Tensor:
-        """An old map of the normalised residual stream as a map of the new one: W S^T sqrt(d_o / d_n).
+        """An old map of the normalised residual stream as a map of the new one: W S^T rms_n / rms_o.
 
-        RMSNorm fixes the root mean square over the width, not the length, hence the factor.
+        Norms fix the root mean square over the width, and the ratio of the streams' is measured on the embeddings; it
+        is sqrt(d_o / d_n) where the map between the models keeps lengths.
         """
-        return weight @ (self.S.T * (self.S.shape[1] / self.S.shape[0]) ** 0.5)
+        return weight @ (self.S.T * self.rms_ratio)
+
+    def written(self, role: str) -> Tensor:
+        """(d_n, in): an old weight that writes to the residual stream, carried to the new one; a norm behind it is
+        undone on the new side and applied on the old, up to a factor."""
+        weight = self.weights(self.old, (role,))[0]
+        before, after = (side.gain_after(role, weight.dtype) for side in (self.old, self.new))
+        return carry_writes(weight, self.W_h, before, after)
+
+
+def carry_writes(weight: Tensor, W_h: Tensor, gain_old: Tensor | None, gain_new: Tensor | None) -> Tensor:
+    """diag(g_n)^{-1} W_h^T diag(g_o) W, (d_n, k), for W (d_o, k); a gain that is None is 1."""
+    carried = W_h.T @ (weight if gain_old is None else gain_old[:, None] * weight)
+    return carried if gain_new is None else carried * inverse(gain_new)[:, None]
+
+
+def inverse(gain: Tensor) -> Tensor:
+    """1 / gain, and 0 where the gain is 0."""
+    return torch.where(gain != 0, 1 / gain, 0)
+
+
+def without_mean(w: Tensor) -> Tensor:
+    """Rows without their mean: what a map of centred vectors amounts to."""
+    return w - w.mean(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -73,6 +111,7 @@ class PlannedLayer:
     tensors: Mapping[str, Tensor]
     W_h: Tensor
     S: Tensor
+    rms_ratio: float
     old_shape: Shape
     new_shape: Shape
     checkpoints: Callable[[], tuple[Checkpoint, Checkpoint]]
@@ -100,7 +139,13 @@ def _project_rows(layer: PlannedLayer, role: str, x: Tensor, *, mean_of_matched:
     Grouped attention averages the new group's query heads: over all of them, unmatched ones counting as zero (the
     published rule, with the group size of the new model), or over the matched ones alone.
     """
-    old, new, match = layer.old_shape, layer.new_shape, layer.tensors["heads.match"]
+    return _carry_heads(layer.tensors, role, x, layer.old_shape, layer.new_shape, mean_of_matched=mean_of_matched)
+
+
+def _carry_heads(
+    tensors: Mapping[str, Tensor], role: str, x: Tensor, old: Shape, new: Shape, *, mean_of_matched: bool = True
+) -> Tensor:
+    match = tensors["heads.match"]
     grouped = role in ("k", "v")
     weight = (match >= 0).float()
     if grouped:
@@ -108,7 +153,7 @@ def _project_rows(layer: PlannedLayer, role: str, x: Tensor, *, mean_of_matched:
         size = groups.sum(1, keepdim=True).clamp_min(1) if mean_of_matched else groups.shape[1]
         weight = (groups / size).flatten()
     return apply_head_blocks(
-        layer.tensors[f"{role}.blocks"],
+        tensors[f"{role}.blocks"],
         x,
         match,
         weight,
@@ -158,9 +203,9 @@ class Paper:
 class LeastSquares:
     """Data-free least squares: A reads the same features, B writes through the map between matched heads or neurons.
 
-    Read-in maps have the norm gains folded in and the factor sqrt(d_o / d_n) (`Pair.read_in`). With M = W_o[a] carried
-    to the new width: R = W_n[b] M^T (M M^T)^{-1} carries B of q, k, v; R' = M_V N^T (N N^T)^{-1} with N = W_nV[b]
-    carries A of o. MLP neurons are matched one to one, since the nonlinearity lets only permutations through.
+    Read-in maps have the norm gains folded in and the ratio of the streams' sizes (`Pair.read_in`). With M = W_o[a]
+    carried to the new width: R = W_n[b] M^T (M M^T)^{-1} carries B of q, k, v; R' = M_V N^T (N N^T)^{-1} with
+    N = W_nV[b] carries A of o. MLP neurons are matched one to one: the nonlinearity lets only permutations through.
     """
 
     name = "lstsq"
@@ -173,15 +218,17 @@ class LeastSquares:
         if set(roles) & set(MLP):
             tensors |= self._neurons(pair)
         for role in roles:
-            if pair.old.checkpoint.family.projections[role].norm is not None:
-                tensors[f"{role}.gain_old"] = pair.old.gain(role, torch.float32)
-                tensors[f"{role}.gain_new"] = pair.new.gain(role, torch.float32)
+            for side, layer in (("old", pair.old), ("new", pair.new)):
+                if pair.old.checkpoint.family.projections[role].norm is not None:
+                    tensors[f"{role}.gain_{side}"] = layer.gain(role, torch.float32)
+                found = {"shift": layer.shift(role, torch.float32), "after": layer.gain_after(role, torch.float32)}
+                tensors |= {f"{role}.{name}_{side}": t.clone() for name, t in found.items() if t is not None}
         return tensors
 
     def _attention(self, pair: Pair, roles: tuple[str, ...]) -> dict[str, Tensor]:
         old, new = pair.shapes
         q, k, v = (pair.read_in(w) for w in pair.gained(pair.old, ("q", "k", "v")))
-        o_t = pair.weights(pair.old, ("o",))[0].T @ pair.W_h
+        o_t = pair.written("o").T
         q_n, k_n, v_n = pair.gained(pair.new, ("q", "k", "v"))
         (o_n,) = pair.weights(pair.new, ("o",))
         similarity = head_similarity(q, k, v, o_t.T, q_n, k_n, v_n, o_n, heads=(old.H, new.H), kv_heads=(old.G, new.G))
@@ -196,26 +243,43 @@ class LeastSquares:
             blocks["v"] = head_blocks(whiten(v, old.G), v_n, match, blocks=groups, old_share=share)
         if "o" in roles:
             blocks["o"] = head_blocks(v, whiten(v_n, new.G), match, blocks=groups, old_share=share)
-        return _attention_tensors(similarity, match, blocks)
+        tensors = _attention_tensors(similarity, match, blocks)
+        if "o" in roles and any(side.gain_after("o", torch.float32) is not None for side in (pair.old, pair.new)):
+            carried = _carry_heads(tensors, "o", o_t, old, new)
+            tensors["o.scale"] = _fitted_scale(carried.float(), o_n.T.float()).view(1)
+        return tensors
 
     def _neurons(self, pair: Pair) -> dict[str, Tensor]:
-        gate, up = (pair.read_in(w) for w in pair.gained(pair.old, ("gate", "up")))
-        down = pair.weights(pair.old, ("down",))[0].T @ pair.W_h
-        gate_n, up_n = pair.gained(pair.new, ("gate", "up"))
-        down_n = pair.weights(pair.new, ("down",))[0].T.contiguous()
-        match = match_neurons((gate, up, down), (gate_n, up_n, down_n))
-        scales, similarity = _neuron_fit((gate, up, down), (gate_n, up_n, down_n), match)
+        gated = [side.checkpoint.family.gated for side in (pair.old, pair.new)]
+        if gated[0] != gated[1]:
+            names = [side.checkpoint.family.model_type for side in (pair.old, pair.new)]
+            raise LoraSuiteError(
+                f"the MLP's neurons are gated in {names[1 - gated[0]]} and not in {names[1 - gated[1]]}: they cannot "
+                "be matched one to one; pass --roles q,k,v,o, or --method distill"
+            )
+        reading = ("gate", "up") if gated[0] else ("up",)
+        old = (*(pair.read_in(w) for w in pair.gained(pair.old, reading)), pair.written("down").T)
+        new = (*pair.gained(pair.new, reading), pair.weights(pair.new, ("down",))[0].T.contiguous())
+        match = match_neurons(_three(old), _three(new))
+        scales, similarity = _neuron_fit(old, new, match)
         return {"neurons.match": match, "neurons.similarity": similarity, "neurons.scales": scales}
 
     def project(self, layer: PlannedLayer, role: str, update: Factors) -> Factors:
         b, a = update
-        if role == "o":
-            return Factors(layer.W_h.T @ b, _project_rows(layer, role, a.T, mean_of_matched=True).T)
-        if role == "down":
-            return Factors(layer.W_h.T @ b, self._by_neuron(layer, role, a.T).T)
-        gain_o, gain_n = layer.tensors[f"{role}.gain_old"].to(a), layer.tensors[f"{role}.gain_new"].to(a)
-        ratio = (layer.old_shape.d / layer.new_shape.d) ** 0.5
-        a_n = (a * gain_o) @ layer.S.T * ratio * torch.where(gain_n != 0, 1 / gain_n, 0)
+        stored = {name: layer.tensors[f"{role}.{name}"].to(a) for name in _STORED if f"{role}.{name}" in layer.tensors}
+        if role in ("o", "down"):
+            b_n = carry_writes(b, layer.W_h, stored.get("after_old"), stored.get("after_new"))
+            if role == "down":
+                return Factors(b_n, self._by_neuron(layer, role, a.T).T)
+            return Factors(b_n * stored.get("scale", 1), _project_rows(layer, role, a.T, mean_of_matched=True).T)
+        read = a * stored["gain_old"]
+        if "shift_old" in stored:
+            read = without_mean(read)
+        reciprocal = inverse(stored["gain_new"])
+        a_n = read @ layer.S.T * layer.rms_ratio * reciprocal
+        if "shift_new" in stored:
+            constant = a @ stored["shift_old"] if "shift_old" in stored else 0
+            a_n = _with_constant(a_n, constant, stored["shift_new"], reciprocal)
         if role in ATTENTION:
             return Factors(_project_rows(layer, role, b, mean_of_matched=True), a_n)
         return Factors(self._by_neuron(layer, role, b), a_n)
@@ -223,7 +287,8 @@ class LeastSquares:
     @staticmethod
     def _by_neuron(layer: PlannedLayer, role: str, x: Tensor) -> Tensor:
         match = layer.tensors["neurons.match"]
-        scale = layer.tensors["neurons.scales"][MLP.index(role)].to(x)
+        scales = layer.tensors["neurons.scales"]
+        scale = scales[MLP.index(role) - len(MLP) + len(scales)].to(x)
         return x[match.clamp_min(0)] * (scale * (match >= 0))[:, None]
 
 
@@ -260,10 +325,32 @@ def pinv_times(w: Tensor, x: Tensor) -> Tensor:
     return (w.T.double() @ solve_normal(gram.oo, x.double())[0]).to(x.dtype)
 
 
-def _neuron_fit(
-    old: tuple[Tensor, Tensor, Tensor], new: tuple[Tensor, Tensor, Tensor], match: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Least-squares scale of each matched (gate, up, down) pair, (3, f_n), and the pair's cosine, (f_n,).
+def _three(weights: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor, Tensor]:
+    """(gate or None, up, down)."""
+    return (None, weights[0], weights[1]) if len(weights) == 2 else (weights[0], weights[1], weights[2])
+
+
+def _fitted_scale(carried: Tensor, found: Tensor) -> Tensor:
+    """The factor on `carried` that comes closest to `found`; over rows that were carried at all."""
+    product, square = (carried * found).sum(), carried.square().sum()
+    return torch.where(square > 0, product / square, 1)
+
+
+def _with_constant(a: Tensor, constant: Tensor | float, shift: Tensor, reciprocal: Tensor) -> Tensor:
+    """A that gives `constant` (r,) on the new norm's shift, and on its centred part what it gave.
+
+    What a LayerNorm hands on is `g z + b` with z centred, so that A may change by any multiple of 1 / g. Where that
+    takes more than ten times the row itself (a shift orthogonal to 1 / g, or none), the constant is lost: a LoRA of
+    this model cannot express it.
+    """
+    sum_ = (shift * reciprocal).sum()
+    size = torch.where(sum_ != 0, (constant - a @ shift) / sum_, torch.inf)
+    allowed = size.abs() * reciprocal.norm() <= _MOST_CORRECTION * a.norm(dim=1)
+    return a + torch.where(allowed, size, 0)[:, None] * reciprocal
+
+
+def _neuron_fit(old: tuple[Tensor, ...], new: tuple[Tensor, ...], match: Tensor) -> tuple[Tensor, Tensor]:
+    """Least-squares scale of each matched neuron's vectors (of gate if gated, up, down), and the pair's cosine, (f_n,).
 
     The sign comes with the scale: up and down of a gated neuron may both be negated.
     """
@@ -276,10 +363,18 @@ def _neuron_fit(
         scales.append(torch.where(square > 0, product / square, 0) * has.to(product))
         inner.append(product)
         squares.append((square, torch.linalg.vecdot(w_n, w_n)))
-    total = inner[0] + (inner[1] + inner[2]).abs()
+    total = inner[-2] + inner[-1]
+    if len(inner) == 3:
+        total = inner[0] + total.abs()
     norms = (sum(s for s, _ in squares) * sum(s for _, s in squares)).sqrt()
     similarity = torch.where(norms > 0, total / norms, 0) * has.to(total)
     return torch.stack(scales), similarity
+
+
+def update_norm(update: Factors) -> float:
+    """Frobenius norm of B A."""
+    b, a = (factor.double() for factor in update)
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())
 
 
 def balanced(update: Factors) -> tuple[Factors, Tensor]:

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .adapter import CONFIG, WEIGHTS, read_adapter
+from .adapter import CONFIG, WEIGHTS, by_module, read_adapter
 from .aligned_states import LoadedModel
 from .calibration import load_examples
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
-from .families import ATTENTION, ROLES
+from .families import ATTENTION, ROLES, Family
 from .memory import parse_memory
 from .output import check_output, write_folder
 from .phases import Phase, PhaseClock, Progress, release_memory
@@ -303,25 +303,32 @@ def _new_peft(
     source = None if start is None else read_adapter(start, family, checkpoint.shape, checkpoint.name)
     known = source.roles if source else ()
     wanted = {*(roles or known or ATTENTION), *known}
-    largest = max((u.rank for u in source.updates.values()), default=1) if source else 1
+    known_updates = by_module(source.updates, family, checkpoint.shape, torch.float32) if source else {}
+    largest = max((u.rank for u in known_updates.values()), default=1)
     r = max(rank or 8, largest)
     torch.manual_seed(seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha or 2 * r,
-        target_modules=[family.projections[role].module.rpartition(".")[2] for role in ROLES if role in wanted],
+        target_modules=_module_names(family, wanted),
     )
     peft_model = get_peft_model(model.model, config)
     if source is not None:
         scale = config.lora_alpha / r
-        for (layer, role), update in source.updates.items():
-            module = peft_model.base_model.model.get_submodule(checkpoint.module(layer, role))
+        for (layer, inside), update in known_updates.items():
+            module = peft_model.base_model.model.get_submodule(f"{family.layer(layer)}.{inside}")
             a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
             with torch.no_grad():
                 a[: update.rank] = update.factors.a
                 b[:, : update.rank] = update.factors.b * (update.scale / scale)
     return peft_model
+
+
+def _module_names(family: Family, roles: set[str]) -> list[str]:
+    """Last parts of the module paths of some roles; of those the family has."""
+    paths = (family.projections[role].module for role in family.roles if role in roles)
+    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
 def _memory_of_training(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lorasuite_kernels import SharedGram, shared_gram
 
@@ -38,8 +39,49 @@ Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
+class Stream:
+    """An embedding table (V, d), and what becomes of its rows on their way into the residual stream.
+
+    Attributes:
+        factor: they are multiplied by it. norm: they pass a LayerNorm with this gain (d,), shift (d,) and epsilon.
+    """
+
+    table: Tensor
+    factor: float = 1.0
+    norm: tuple[Tensor, Tensor, float] | None = None
+
+    @classmethod
+    def of(cls, model: Checkpoint) -> Stream:
+        """Raises LoraSuiteError if the embedding or its norm holds NaN or infinity."""
+        table = model.tensors.view(model.embedding_name)
+        model.check_finite(table, model.embedding_name)
+        factor = model.shape.d**0.5 if model.family.scaled_embedding else 1.0
+        if model.family.embedding_norm is None:
+            return cls(table, factor)
+        names = [f"{model.prefix}{model.family.embedding_norm}.{kind}" for kind in ("weight", "bias")]
+        gain, shift = (model.tensors.view(name).double() for name in names)
+        for name, tensor in zip(names, (gain, shift), strict=True):
+            model.check_finite(tensor, name)
+        return cls(table, factor, (gain, shift, model.epsilon))
+
+    @property
+    def width(self) -> int:
+        return self.table.shape[1]
+
+    def rows(self, index: Tensor) -> Tensor:
+        """(n, d) rows, normed but not multiplied by the factor."""
+        rows = self.table[index]
+        if self.norm is None:
+            return rows
+        gain, shift, epsilon = self.norm
+        return functional.layer_norm(rows.double(), (self.width,), gain, shift, epsilon)
+
+
+@dataclass(frozen=True)
 class Transfer:
     """W_h (d_o, d_n) and S (d_n, d_o), float32, and how they came about.
+
+    `rms_ratio` is the root mean square of the new model's shared rows over that of the old one's.
 
     R² is measured on every 20th shared token, with maps fitted on the others: 1 - |error|² / |deviation from mean|².
     It is None for the identity, which fits nothing.
@@ -54,6 +96,7 @@ class Transfer:
     rank: int
     r2: float | None
     r2_back: float | None
+    rms_ratio: float
 
 
 def _smallest_ratio(gram: Tensor, factor: Tensor) -> float:
@@ -89,6 +132,19 @@ def solve_normal(gram: Tensor, cross: Tensor, ridge: float = 0.0) -> tuple[Tenso
     return vectors @ ((vectors.T @ cross) / values[:, None]), int(keep.sum())
 
 
+def stream_equations(old: Stream, new: Stream, idx_o: Tensor, idx_n: Tensor, *, chunk: int = CHUNK_ROWS) -> SharedGram:
+    """`normal_equations` of two streams' rows, their factors left out; normed rows are made a chunk at a time."""
+    if old.norm is None and new.norm is None:
+        return normal_equations(old.table, new.table, idx_o, idx_n, chunk=chunk)
+    total: SharedGram | None = None
+    for part_o, part_n in zip(idx_o.split(chunk), idx_n.split(chunk), strict=True):
+        every = torch.arange(len(part_o))
+        found = shared_gram(old.rows(part_o), new.rows(part_n), every, every, both=True, chunk=chunk)
+        total = found if total is None else _add(total, found)
+    assert total is not None
+    return total
+
+
 def normal_equations(
     e_o: Tensor, e_n: Tensor, idx_o: Tensor, idx_n: Tensor, *, both: bool = True, chunk: int = CHUNK_ROWS
 ) -> SharedGram:
@@ -114,15 +170,15 @@ def _well_conditioned(gram: Tensor, least: float) -> Tensor | None:
     return factor if not int(info) and _smallest_ratio(gram, factor) > least else None
 
 
-def _r2(x: Tensor, x_rows: Tensor, y: Tensor, y_rows: Tensor, w: Tensor) -> float | None:
+def _r2(x: Stream, x_rows: Tensor, y: Stream, y_rows: Tensor, w: Tensor) -> float | None:
     """1 - |y - x w|² / |y - mean|² over paired rows, a chunk of rows at a time."""
     if not len(x_rows):
         return None
-    mean = torch.stack([y[part].double().sum(0) for part in y_rows.split(_R2_ROWS)]).sum(0) / len(y_rows)
+    mean = torch.stack([y.rows(part).double().sum(0) for part in y_rows.split(_R2_ROWS)]).sum(0) / len(y_rows)
     error = spread = 0.0
     for part_x, part_y in zip(x_rows.split(_R2_ROWS), y_rows.split(_R2_ROWS), strict=True):
-        target = y[part_y].double()
-        error += float((target - x[part_x].double() @ w).square().sum())
+        target = y.rows(part_y).double()
+        error += float((target - x.rows(part_x).double() @ w).square().sum())
         spread += float((target - mean).square().sum())
     return 1 - error / spread if spread > 0 else None
 
@@ -137,12 +193,12 @@ def _add(total: SharedGram, other: SharedGram) -> SharedGram:
 
 
 def fit_transfer(
-    e_o: Tensor, e_n: Tensor, shared: SharedTokens, *, ridge: float = 0.0, chunk: int = CHUNK_ROWS
+    old: Stream, new: Stream, shared: SharedTokens, *, ridge: float = 0.0, chunk: int = CHUNK_ROWS
 ) -> Transfer:
-    """Fits W_h and S on the shared rows of two embedding tables.
+    """Fits W_h and S on the rows of the shared tokens in two residual streams.
 
     Args:
-        e_o: (V_o, d_o), e_n: (V_n, d_n), any floating dtype, may be memory-mapped.
+        old, new: tables (V_o, d_o) and (V_n, d_n), any floating dtype, may be memory-mapped.
         ridge: added to the normal equations, as a share of their mean diagonal; asks for an answer where the shared
             tokens alone do not determine one.
         chunk: rows multiplied at a time.
@@ -150,8 +206,8 @@ def fit_transfer(
     Raises:
         LoraSuiteError: fewer trained shared tokens than d_o, or rows spanning less than MIN_RANK of d_o, without ridge.
     """
-    shared = drop_untrained(shared, e_o, e_n)
-    d_o = e_o.shape[1]
+    shared = drop_untrained(shared, old.table, new.table)
+    d_o = old.width
     if len(shared) < d_o and not ridge:
         raise LoraSuiteError(
             f"the two vocabularies share {len(shared)} trained tokens, fewer than the old width {d_o}, which does not "
@@ -161,22 +217,24 @@ def fit_transfer(
         raise LoraSuiteError("the two vocabularies share no trained tokens; nothing can be carried between them")
     held = torch.zeros(len(shared), dtype=torch.bool)
     held[_HELD_OUT - 1 :: _HELD_OUT] = True
-    train = normal_equations(e_o, e_n, shared.old[~held], shared.new[~held], chunk=chunk)
-    old, new = shared.old[held], shared.new[held]
+    train = stream_equations(old, new, shared.old[~held], shared.new[~held], chunk=chunk)
+    held_o, held_n = shared.old[held], shared.new[held]
     assert train.nn is not None
-    r2 = _r2(e_o, old, e_n, new, solve_normal(train.oo, train.on, ridge)[0])
-    r2_back = _r2(e_n, new, e_o, old, solve_normal(train.nn, train.on.T, ridge)[0])
-    total = _add(train, normal_equations(e_o, e_n, old, new, chunk=chunk))
+    r2 = _r2(old, held_o, new, held_n, solve_normal(train.oo, train.on, ridge)[0])
+    r2_back = _r2(new, held_n, old, held_o, solve_normal(train.nn, train.on.T, ridge)[0])
+    total = _add(train, stream_equations(old, new, held_o, held_n, chunk=chunk)) if len(held_o) else train
     assert total.nn is not None
     solution, rank = solve_normal(total.oo, total.on, ridge)
-    W_h = solution.float().contiguous()
+    factor = new.factor / old.factor
+    W_h = (solution * factor).float().contiguous()
     del solution
     if rank < MIN_RANK * d_o:
         raise LoraSuiteError(
             f"the embeddings of the {len(shared)} shared tokens span {rank} of {d_o} old dimensions, less than "
             f"{MIN_RANK:.0%}; pass a ridge (--ridge 1e-3) to accept an approximation"
         )
-    S = solve_normal(total.nn, total.on.T, ridge)[0].float().contiguous()
+    S = (solve_normal(total.nn, total.on.T, ridge)[0] / factor).float().contiguous()
+    sizes = [float(gram.diagonal().mean()) for gram in (total.oo, total.nn)]
     return Transfer(
         W_h,
         S,
@@ -187,6 +245,7 @@ def fit_transfer(
         rank,
         r2,
         r2_back,
+        factor * (sizes[1] / sizes[0]) ** 0.5 if min(sizes) > 0 else 1.0,
     )
 
 
@@ -205,14 +264,9 @@ def build_transfer(
         if d_o != d_n:
             raise LoraSuiteError(f"--transfer identity needs equal widths; old has {d_o}, new has {d_n}")
         eye = torch.eye(d_o)
-        return Transfer(eye, eye.clone(), "identity", tokens.identical, len(tokens), 0, d_o, None, None)
-    tables = []
-    for model in (old, new):
-        table = model.tensors.view(model.embedding_name)
-        model.check_finite(table, model.embedding_name)
-        tables.append(table)
+        return Transfer(eye, eye.clone(), "identity", tokens.identical, len(tokens), 0, d_o, None, None, 1.0)
     try:
-        return fit_transfer(tables[0], tables[1], tokens, ridge=ridge, chunk=chunk)
+        return fit_transfer(Stream.of(old), Stream.of(new), tokens, ridge=ridge, chunk=chunk)
     finally:
         for model in (old, new):
             model.tensors.release([model.embedding_name])

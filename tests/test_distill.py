@@ -22,8 +22,8 @@ from lorasuite_fast.alignment import Alignment
 from lorasuite_fast.calibration import load_examples
 from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.distillation import Distilled, Settings, distill, reduced_rank_ridge, updated
-from lorasuite_fast.families import FAMILIES
 from lorasuite_fast.phases import PhaseClock
+from lorasuite_fast.projection import Factors
 from lorasuite_fast.self_text import self_written
 
 from planted import Planted, effect, plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
@@ -311,12 +311,12 @@ def test_a_rank_is_refused_where_the_method_keeps_the_adapters(planted: Pair, tm
         migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", settings=Settings(rank=2))
 
 
-def test_updates_are_gone_with_their_context() -> None:
+def test_updates_are_gone_with_their_context(planted: Pair) -> None:
     layer = tiny_model("llama", 0).model.layers[0]
     x = torch.randn(2, layer.self_attn.o_proj.in_features)
     plain = layer.self_attn.o_proj(x)
     b, a = torch.ones(plain.shape[-1], 1), torch.ones(1, x.shape[-1])
-    with updated(layer, FAMILIES["llama"], {"o": (b, a)}):  # type: ignore[dict-item]
+    with updated(layer, Checkpoint(planted.root / "old"), {"o": Factors(b, a)}):
         assert torch.allclose(layer.self_attn.o_proj(x), plain + x.sum(-1, keepdim=True), atol=1e-4)
     assert torch.equal(layer.self_attn.o_proj(x), plain)
 

@@ -48,7 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plant(old, tokenizer, d_new=48, layers_new=3, heads_new=6, intermediate_new=64, added_tokens=20, seed=3).save(
         root / "new"
     )
-    save_folder(tiny_model("llama", 5, layers=3, tied=True), tiny_tokenizer(330, seed=2), root / "other")
+    save_folder(tiny_model("llama", 5, layers=3, vocab=330, tied=True), tiny_tokenizer(330, seed=2), root / "other")
     return root
 
 

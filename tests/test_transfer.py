@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorasuite_fast import LoraSuiteError
-from lorasuite_fast.transfer import FLOAT32_CONDITION, fit_transfer, normal_equations, solve_normal
+from lorasuite_fast.transfer import FLOAT32_CONDITION, Stream, fit_transfer, normal_equations, solve_normal
 from lorasuite_fast.vocabulary import SharedTokens
 from lorasuite_kernels import shared_gram
 
@@ -35,7 +35,7 @@ def relative(found: Tensor, expected: Tensor) -> float:
 def test_both_directions_solve_the_least_squares_problem(dtype: torch.dtype, condition: float) -> None:
     e_o, e_n, shared = tables(0, 5000, 24, 36, condition)
     e_o, e_n = e_o.to(dtype), e_n.to(dtype)
-    found = fit_transfer(e_o, e_n, shared)
+    found = fit_transfer(Stream(e_o), Stream(e_n), shared)
     x, y = e_o[shared.old].double(), e_n[shared.new].double()
     assert relative(found.W_h, torch.linalg.lstsq(x, y).solution) < 1e-5
     assert relative(found.S, torch.linalg.lstsq(y, x).solution) < 1e-5
@@ -54,13 +54,13 @@ def test_large_tables_keep_their_accuracy_whatever_the_products_are_taken_in(
     exact = x.T @ x
     # Tables beyond FLOAT32_CONDITION are multiplied in float64.
     assert relative(gram.oo, exact) < (1e-6 if condition < FLOAT32_CONDITION**0.5 else 1e-13)
-    assert relative(fit_transfer(e_o, e_n, shared).W_h, torch.linalg.lstsq(x, y).solution) < 1e-5
+    assert relative(fit_transfer(Stream(e_o), Stream(e_n), shared).W_h, torch.linalg.lstsq(x, y).solution) < 1e-5
 
 
 def test_r2_is_measured_on_tokens_the_fit_did_not_see() -> None:
     e_o, e_n, shared = tables(1, 60, 24, 36, 1.0, noise=0.0)
     e_n = torch.randn(e_n.shape, generator=torch.Generator().manual_seed(5))
-    found = fit_transfer(e_o, e_n, shared)
+    found = fit_transfer(Stream(e_o), Stream(e_n), shared)
     x, y = e_o[shared.old].double(), e_n[shared.new].double()
     seen = float(1 - (y - x @ found.W_h.double()).square().sum() / (y - y.mean(0)).square().sum())
     assert seen > 0.2
@@ -81,11 +81,11 @@ def test_a_singular_gram_gives_the_solution_of_least_norm() -> None:
 
 def test_fewer_shared_tokens_than_the_old_width_are_refused() -> None:
     e_o, e_n, shared = tables(3, 24, 24, 36, 1.0)
-    fit_transfer(e_o, e_n, shared)
+    fit_transfer(Stream(e_o), Stream(e_n), shared)
     short = SharedTokens(shared.old[:23], shared.new[:23], identical=False)
     with pytest.raises(LoraSuiteError, match="share 23 trained tokens, fewer than the old width 24"):
-        fit_transfer(e_o, e_n, short)
-    assert torch.isfinite(fit_transfer(e_o, e_n, short, ridge=1e-3).W_h).all()
+        fit_transfer(Stream(e_o), Stream(e_n), short)
+    assert torch.isfinite(fit_transfer(Stream(e_o), Stream(e_n), short, ridge=1e-3).W_h).all()
 
 
 @pytest.mark.parametrize("products", [torch.float64, torch.float32])

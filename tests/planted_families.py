@@ -1,0 +1,402 @@
+"""Planted upgrades of the families that `planted` does not know: LayerNorm, parallel blocks, fused weights, Gemma.
+
+As there, the new model computes the old one's function in another shape, so that every map between them is known:
+`x_n = stretch · x_o Q` for the residual streams. Norms keep arbitrary gains and shifts on both sides. Written against
+the layouts of transformers' own modules, in float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPTNeoXConfig,
+    Phi3Config,
+    PhiConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from planted import Planted, _draw, _head_map, _map_ids, _normal, _plant_tokenizer, _planted_generation
+
+
+@dataclass(frozen=True)
+class Names:
+    """Where transformers keeps a family's tensors; per layer where not said otherwise."""
+
+    prefix: str
+    embedding: str
+    layers: str
+    final_norm: str
+    q: str
+    o: str
+    up: str
+    down: str
+    attention_norm: str
+    mlp_norm: str
+    k: str | None = None
+    v: str | None = None
+    gate: str | None = None
+    after_attention: str | None = None
+    after_mlp: str | None = None
+    layer_norm: bool = True
+    offset: float = 0.0
+    fused: str | None = None
+    head_bias: bool = False
+    embedding_norm: str | None = None
+
+
+_GEMMA: dict[str, Any] = {
+    "prefix": "model.", "embedding": "embed_tokens", "layers": "layers", "final_norm": "norm",
+    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj", "layer_norm": False, "offset": 1.0,
+}  # fmt: skip
+_SANDWICH: dict[str, Any] = {
+    "attention_norm": "input_layernorm", "after_attention": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm", "after_mlp": "post_feedforward_layernorm",
+}  # fmt: skip
+
+NAMES = {
+    "gpt_neox": Names(
+        "gpt_neox.", "embed_in", "layers", "final_layer_norm", "attention.query_key_value", "attention.dense",
+        "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "input_layernorm", "post_attention_layernorm", fused="per head",
+    ),
+    "bloom": Names(
+        "transformer.", "word_embeddings", "h", "ln_f", "self_attention.query_key_value", "self_attention.dense",
+        "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "input_layernorm", "post_attention_layernorm", fused="per head",
+        embedding_norm="word_embeddings_layernorm",
+    ),
+    "phi": Names(
+        "model.", "embed_tokens", "layers", "final_layernorm", "self_attn.q_proj", "self_attn.dense", "mlp.fc1",
+        "mlp.fc2", "input_layernorm", "input_layernorm", k="self_attn.k_proj", v="self_attn.v_proj", head_bias=True,
+    ),
+    "phi3": Names(
+        "model.", "embed_tokens", "layers", "norm", "self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj",
+        "mlp.down_proj", "input_layernorm", "post_attention_layernorm", gate="mlp.gate_up_proj", layer_norm=False,
+        fused="stacked",
+    ),
+    "gemma": Names(**_GEMMA, attention_norm="input_layernorm", mlp_norm="post_attention_layernorm"),
+    "gemma2": Names(**_GEMMA, **_SANDWICH),
+    "gemma3_text": Names(**_GEMMA, **_SANDWICH),
+}  # fmt: skip
+TARGETS = {
+    "gpt_neox": (["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]),
+    "bloom": (["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]),
+    "phi": (["q_proj", "k_proj", "v_proj", "dense"], ["fc1", "fc2"]),
+    "phi3": (["qkv_proj", "o_proj"], ["gate_up_proj", "down_proj"]),
+} | dict.fromkeys(
+    ("gemma", "gemma2", "gemma3_text"),
+    (["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]),
+)
+"""PEFT target modules of the attention, and of the MLP."""
+
+
+def config_of(family: str, *, d: int, layers: int, heads: int, kv_heads: int, head_dim: int, f: int, vocab: int,
+              eps: float = 1e-6, tied: bool = False, parallel: bool = True) -> Any:  # fmt: skip
+    """A configuration of the given sizes; bos 1 and eos 2. What a family derives from the width is checked."""
+    common: dict[str, Any] = {
+        "vocab_size": vocab, "hidden_size": d, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    usual = {"num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": f,
+             "max_position_embeddings": 256, "pad_token_id": 0}  # fmt: skip
+    if family not in ("gemma", "gemma2", "gemma3_text") and head_dim != d // heads:
+        raise ValueError(f"{family} has heads of d / H = {d // heads}, not {head_dim}")
+    if family == "bloom":
+        if f != 4 * d:
+            raise ValueError("Bloom has f = 4 d")
+        return BloomConfig(**common, n_layer=layers, n_head=heads, layer_norm_epsilon=eps, pad_token_id=0)
+    if family == "gpt_neox":
+        return GPTNeoXConfig(**common, **usual, layer_norm_eps=eps, use_parallel_residual=parallel, hidden_act="gelu")
+    if family == "phi":
+        return PhiConfig(**common, **usual, layer_norm_eps=eps, num_key_value_heads=kv_heads)
+    if family == "phi3":
+        return Phi3Config(**common, **usual, rms_norm_eps=eps, num_key_value_heads=kv_heads,
+                          original_max_position_embeddings=256)  # fmt: skip
+    gemma = {"rms_norm_eps": eps, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+    if family == "gemma":
+        return GemmaConfig(**common, **usual, **gemma)
+    gemma |= {"query_pre_attn_scalar": 12, "sliding_window": 8, "attn_logit_softcapping": None}
+    if family == "gemma2":
+        return Gemma2Config(**common, **usual, **gemma, final_logit_softcapping=8.0)
+    return Gemma3TextConfig(**common, **usual, **gemma)
+
+
+def random_model(config: Any, seed: int) -> PreTrainedModel:
+    """Random float32 weights: std 1/sqrt(fan in), biases 0.3, gains in (0.5, 1.5)."""
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    offset = NAMES[config.model_type].offset
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.copy_(_normal(rng, *weight.shape) / math.sqrt(weight.shape[1]))
+            elif name.endswith("bias"):
+                weight.copy_(_normal(rng, *weight.shape) * 0.3)
+            else:
+                weight.copy_(0.5 + torch.rand(weight.shape, generator=rng) - offset)
+        if config.model_type == "bloom":
+            # A gain that differs by channel does not survive a rotation of the stream it writes to.
+            model.transformer.word_embeddings_layernorm.weight.fill_(1.3)
+    return model
+
+
+def _rotation(rng: torch.Generator, names: Names, d_o: int, d_n: int) -> Tensor:
+    """Q (d_o, d_n), orthonormal rows: keeps the mean for LayerNorm, a signed choice of channels where norms behind the
+    projections have gains of their own, else anything."""
+    if names.after_attention:
+        signs = torch.where(torch.rand(d_o, generator=rng) < 0.5, -1.0, 1.0).double()
+        Q = torch.zeros(d_o, d_n, dtype=torch.float64)
+        Q[torch.arange(d_o), _draw(rng, d_n, d_o)] = signs
+        return Q
+    if not names.layer_norm:
+        return torch.linalg.qr(_normal(rng, d_n, d_o)).Q.T
+
+    def basis(d: int) -> Tensor:
+        start = torch.cat([torch.ones(d, 1, dtype=torch.float64), _normal(rng, d, d - 1)], 1)
+        found = torch.linalg.qr(start).Q
+        return found * torch.where(found[0, 0] < 0, -1.0, 1.0)
+
+    return basis(d_o) @ basis(d_n)[:, :d_o].T
+
+
+class _Planter:
+    """Carries one model's tensors; `self.old` and `self.new` are state dicts in float64."""
+
+    def __init__(self, model: PreTrainedModel, config: Any, rng: torch.Generator, stretch: float) -> None:
+        self.names = NAMES[config.model_type]
+        self.config_o, self.config_n, self.rng, self.stretch = model.config, config, rng, stretch
+        self.old = {name: tensor.double() for name, tensor in model.state_dict().items()}
+        self.new: dict[str, Tensor] = {}
+        self.d_o, self.d_n = model.config.hidden_size, config.hidden_size
+        self.Q = _rotation(rng, self.names, self.d_o, self.d_n)
+        self.H_o, self.H_n = model.config.num_attention_heads, config.num_attention_heads
+        self.G_o, self.G_n = (getattr(c, "num_key_value_heads", c.num_attention_heads) for c in (model.config, config))
+        self.h_o, self.h_n = (
+            getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads for c in (model.config, config)
+        )
+        self.R = torch.eye(self.h_o, dtype=torch.float64)
+        if self.h_n != self.h_o:
+            self.R = torch.linalg.qr(_normal(rng, self.h_n, self.h_o)).Q.T
+
+    def norm(self, old: str, new: str) -> None:
+        """A norm in front of something, with new gains and shifts; what reads through it makes up for them."""
+        self.new[f"{new}.weight"] = 0.5 + torch.rand(self.d_n, generator=self.rng).double() - self.names.offset
+        if self.names.layer_norm:
+            # Off centre: the constant an adapter reads off the old shift can then be expressed (see _with_constant).
+            self.new[f"{new}.bias"] = _normal(self.rng, self.d_n) * 0.3 + 0.2
+
+    def gains(self, old: str, new: str) -> tuple[Tensor, Tensor]:
+        return self.old[f"{old}.weight"] + self.names.offset, self.new[f"{new}.weight"] + self.names.offset
+
+    def read(self, weight: Tensor, bias: Tensor | None, old: str, new: str) -> tuple[Tensor, Tensor | None]:
+        """An old map (out, d_o) of what norm `old` gives as a map of what norm `new` gives, and its bias."""
+        g_o, g_n = self.gains(old, new)
+        folded = weight * g_o
+        if self.names.layer_norm:
+            folded = folded - folded.mean(1, keepdim=True)
+        carried = folded @ self.Q * math.sqrt(self.d_o / self.d_n) / g_n
+        if not self.names.layer_norm:
+            return carried, bias
+        b_o, b_n = self.old[f"{old}.bias"], self.new[f"{new}.bias"]
+        # What a LayerNorm hands on has no part along 1 / g, so the map may have any there.
+        carried = carried + _normal(self.rng, len(weight), 1) * 0.2 / g_n
+        wanted = weight @ b_o - carried @ b_n
+        if bias is None:
+            return carried + (wanted / (b_n / g_n).sum())[:, None] / g_n, None
+        return carried, bias + wanted
+
+    def ends(self, token_map: Mapping[int, int]) -> None:
+        names, rng, V = self.names, self.rng, self.config_n.vocab_size
+        table = f"{names.prefix}{names.embedding}.weight"
+        rows = list(token_map.values())
+
+        def placed(matrix: Tensor) -> Tensor:
+            new = _normal(rng, V, *matrix.shape[1:]) * matrix.std()
+            new[rows] = matrix[list(token_map)]
+            return new
+
+        scaled = math.sqrt(self.d_o / self.d_n) if "gemma" in self.config_o.model_type else 1.0
+        self.new[table] = placed(self.old[table]) @ self.Q * self.stretch * scaled
+        if names.embedding_norm:
+            norm = f"{names.prefix}{names.embedding_norm}"
+            gain = self.old[f"{norm}.weight"][0] * self.stretch * math.sqrt(self.d_o / self.d_n)
+            self.new[f"{norm}.weight"] = torch.full((self.d_n,), float(gain), dtype=torch.float64)
+            self.new[f"{norm}.bias"] = self.old[f"{norm}.bias"] @ self.Q * self.stretch
+        final = f"{names.prefix}{names.final_norm}"
+        self.norm(final, final)
+        head = self.old.get("lm_head.weight", self.old[table])
+        bias = placed(self.old["lm_head.bias"]) if names.head_bias else None
+        self.new["lm_head.weight"], bias = self.read(placed(head), bias, final, final)
+        if bias is not None:
+            self.new["lm_head.bias"] = bias
+
+    def layer(self, i: int, j: int, head_map: list[int], neuron_map: list[int], *, empty: bool) -> None:
+        """New layer j from old layer i; an empty one has random weights that write nothing."""
+        names = self.names
+        old, new = (f"{names.prefix}{names.layers}.{n}." for n in (i, j))
+        for norm in {names.attention_norm, names.mlp_norm}:
+            self.norm(f"{old}{norm}", f"{new}{norm}")
+        for norm in ("self_attn.q_norm", "self_attn.k_norm"):
+            if f"{old}{norm}.weight" in self.old:
+                self.new[f"{new}{norm}.weight"] = self.old[f"{old}{norm}.weight"]
+        sizes = {}
+        for norm in filter(None, (names.after_attention, names.after_mlp)):
+            # Sizes of the outputs are free here; rotated channels keep their gains.
+            sizes[norm] = 0.5 + float(torch.rand(1, generator=self.rng))
+            gain = self.Q.abs().T @ (self.old[f"{old}{norm}.weight"] + 1) * math.sqrt(self.d_o / self.d_n)
+            self.new[f"{new}{norm}.weight"] = gain * self.stretch + (gain == 0) - 1
+        keep = 0.0 if empty else 1.0
+        self._attention(old, new, head_map, keep * sizes.get(names.after_attention or "", self.stretch))
+        self._mlp(old, new, neuron_map, keep * sizes.get(names.after_mlp or "", self.stretch))
+
+    def _split(self, module: str) -> tuple[list[Tensor], list[Tensor | None]]:
+        """q, k and v of the old layer: weights (heads, h, d) and biases (heads, h)."""
+        H, G, h = self.H_o, self.G_o, self.h_o
+        weight, bias = self.old[f"{module}.weight"], self.old.get(f"{module}.bias")
+        if self.names.fused == "per head":
+            parts = weight.view(H, 3, h, -1)
+            biases = None if bias is None else bias.view(H, 3, h)
+            return [parts[:, n] for n in range(3)], [None if biases is None else biases[:, n] for n in range(3)]
+        q, k, v = weight.split([H * h, G * h, G * h])
+        return [w.view(-1, h, w.shape[1]) for w in (q, k, v)], [None] * 3
+
+    def _attention(self, old: str, new: str, head_map: list[int], size: float) -> None:
+        names, h_n = self.names, self.h_n
+        if names.fused:
+            weights, biases = self._split(f"{old}{names.q}")
+        else:
+            modules = [f"{old}{name}" for name in (names.q, names.k, names.v)]
+            weights = [self.old[f"{m}.weight"].view(-1, self.h_o, self.d_o) for m in modules]
+            found = [self.old.get(f"{m}.bias") for m in modules]
+            biases = [None if b is None else b.view(-1, self.h_o) for b in found]
+        group_o, group_n = self.H_o // self.G_o, self.H_n // self.G_n
+        query = {b: a for a, b in enumerate(head_map)}
+        grouped = {b // group_n: a // group_o for b, a in query.items()}
+        norms = f"{old}{names.attention_norm}", f"{new}{names.attention_norm}"
+        made = []
+        for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            source, count = (query, self.H_n) if n == 0 else (grouped, self.G_n)
+            factor = math.sqrt(self.h_n / self.h_o) if n == 0 else 1.0
+            flat, flat_bias = self.read(weight.flatten(0, 1), None if bias is None else bias.flatten(), *norms)
+            rows = factor * torch.einsum("ahd,hk->akd", flat.view(-1, self.h_o, self.d_n), self.R)
+            placed = _normal(self.rng, count, h_n, self.d_n) * rows.std()
+            placed[list(source)] = rows[list(source.values())]
+            shift = None
+            if flat_bias is not None:
+                shift = _normal(self.rng, count, h_n) * 0.3
+                shift[list(source)] = (factor * flat_bias.view(-1, self.h_o) @ self.R)[list(source.values())]
+            made.append((placed, shift))
+        if names.fused == "per head":
+            self.new[f"{new}{names.q}.weight"] = torch.stack([w for w, _ in made], 1).reshape(-1, self.d_n)
+            if made[0][1] is not None:
+                self.new[f"{new}{names.q}.bias"] = torch.stack([b for _, b in made], 1).flatten()
+        elif names.fused:
+            self.new[f"{new}{names.q}.weight"] = torch.cat([w.flatten(0, 1) for w, _ in made])
+        else:
+            for name, (weight, bias) in zip((names.q, names.k, names.v), made, strict=True):
+                self.new[f"{new}{name}.weight"] = weight.flatten(0, 1)
+                if bias is not None:
+                    self.new[f"{new}{name}.bias"] = bias.flatten()
+        o = torch.zeros(self.d_n, self.H_n, h_n, dtype=torch.float64)
+        o[:, head_map] = (self.Q.T @ self.old[f"{old}{names.o}.weight"]).unflatten(1, (-1, self.h_o)) @ self.R * size
+        self._write(old, new, names.o, o.flatten(1), size)
+
+    def _mlp(self, old: str, new: str, neuron_map: list[int], size: float) -> None:
+        names = self.names
+        f_o, f_n = (c.hidden_size * 4 if c.model_type == "bloom" else c.intermediate_size
+                    for c in (self.config_o, self.config_n))  # fmt: skip
+        norms = f"{old}{names.mlp_norm}", f"{new}{names.mlp_norm}"
+        for module in dict.fromkeys(filter(None, (names.gate, names.up))):
+            weight, bias = self.read(self.old[f"{old}{module}.weight"], self.old.get(f"{old}{module}.bias"), *norms)
+            parts = len(weight) // f_o
+            rows = _normal(self.rng, parts, f_n, self.d_n) * weight.std()
+            rows[:, neuron_map] = weight.view(parts, f_o, -1)
+            self.new[f"{new}{module}.weight"] = rows.flatten(0, 1)
+            if bias is not None:
+                shift = _normal(self.rng, f_n) * 0.3
+                shift[neuron_map] = bias
+                self.new[f"{new}{module}.bias"] = shift
+        down = torch.zeros(self.d_n, f_n, dtype=torch.float64)
+        down[:, neuron_map] = self.Q.T @ self.old[f"{old}{names.down}.weight"] * size
+        self._write(old, new, names.down, down, size)
+
+    def _write(self, old: str, new: str, module: str, weight: Tensor, size: float) -> None:
+        self.new[f"{new}{module}.weight"] = weight
+        if f"{old}{module}.bias" in self.old:
+            self.new[f"{new}{module}.bias"] = self.old[f"{old}{module}.bias"] @ self.Q * size
+
+
+def plant_family(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    d_new: int,
+    layers_new: int,
+    heads_new: int,
+    f_new: int,
+    seed: int,
+    kv_heads_new: int | None = None,
+    head_dim_new: int | None = None,
+    head_map: list[int] | None = None,
+    stretch: float = 1.0,
+) -> Planted:
+    """Plant an upgrade of a model made by `random_model`; see `planted.plant`.
+
+    `head_dim_new` may be larger than the old one where there is no rotary embedding. `head_map` replaces a random one.
+    """
+    old, rng = model.config, torch.Generator().manual_seed(seed)
+    family, layers_o = old.model_type, old.num_hidden_layers
+    new_tokenizer, token_map, vocab = _plant_tokenizer(tokenizer, old.vocab_size, 20, 0.1, rng)
+    kv_heads_o = getattr(old, "num_key_value_heads", old.num_attention_heads)
+    h = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads
+    epsilon = next(
+        getattr(old, key) for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if hasattr(old, key)
+    )
+    config = config_of(
+        family,
+        d=d_new,
+        layers=layers_new,
+        heads=heads_new,
+        kv_heads=kv_heads_new or heads_new,
+        head_dim=head_dim_new or h,
+        f=f_new,
+        vocab=vocab,
+        eps=epsilon * stretch**2 * old.hidden_size / d_new,
+        parallel=getattr(old, "use_parallel_residual", True),
+    )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, _map_ids(getattr(old, name, None), token_map))
+    identity = set(_draw(rng, layers_new, layers_new - layers_o))
+    layer_map = [j for j in range(layers_new) if j not in identity]
+    if getattr(old, "layer_types", None) is not None:
+        kinds = dict(zip(layer_map, old.layer_types, strict=True))
+        config.layer_types = [kinds.get(j, "full_attention") for j in range(layers_new)]
+    planter = _Planter(model, config, rng, stretch)
+    planter.ends(token_map)
+    f_o = 4 * old.hidden_size if family == "bloom" else old.intermediate_size
+    head_maps, neuron_maps = [], []
+    for j in range(layers_new):
+        heads = head_map or _head_map(rng, old.num_attention_heads, kv_heads_o, heads_new, kv_heads_new or heads_new)
+        neurons = _draw(rng, f_new, f_o)
+        planter.layer(layer_map.index(j) if j in layer_map else 0, j, heads, neurons, empty=j in identity)
+        if j in layer_map:
+            head_maps.append(heads)
+            neuron_maps.append(neurons)
+    new = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    new.generation_config = _planted_generation(model, token_map)
+    missing = new.load_state_dict(copy.deepcopy(planter.new), strict=False)
+    if missing.unexpected_keys or [name for name in missing.missing_keys if "inv_freq" not in name]:
+        raise ValueError(f"{family}: {missing}")
+    ones = [torch.ones(f_o, dtype=torch.float64) for _ in layer_map]
+    return Planted(new, new_tokenizer, layer_map, head_maps, neuron_maps, ones, planter.Q, token_map)
