@@ -16,7 +16,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -35,12 +35,19 @@ from transformers.utils import logging
 from lorasuite_fast import migrate, refine, verify
 from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.distillation import Settings
+from lorasuite_fast.families import ROLES
 from lorasuite_fast.self_text import self_written
 
 RATES, EPOCHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (3, 6, 15)
 TEXT_BYTES = 160_000
 """Of general, domain or self-written text that a closed-form row reads, and of the first two for a refinement."""
 STEPS = 300
+VARIANTS: dict[str, tuple[str, Any]] = {
+    "mlp": ("roles", ROLES),
+    "kl": ("next_token_weight", 0.0),
+    "long": ("steps", 2 * STEPS),
+}
+"""Words in the name of a refined row, and the option of `refine` they change."""
 STARTS = ("nothing", "paper", "distill-self", "refined")
 HEADLINE = (
     "paper",
@@ -263,7 +270,8 @@ class Case:
         kind = next((word for word in ("general", "self", "domain") if word in words), "self")
         out = self.bench.folder(self.name(row))
         if method == "refined":
-            figures = self.refined(kind, control, out)
+            variant = {option: value for word, (option, value) in VARIANTS.items() if word in words}
+            figures = self.refined(kind, control, variant, out)
         elif method == "distill":
             figures = self.distilled(kind, control, 1 if "last" in words else None, out)
         else:
@@ -299,7 +307,7 @@ class Case:
             **result.distilled.as_dict(),
         }
 
-    def refined(self, kind: str, control: str, out: Path) -> dict[str, Any]:
+    def refined(self, kind: str, control: str, variant: dict[str, Any], out: Path) -> dict[str, Any]:
         texts, writing = self.text(kind)
         with measured() as cost:
             result = refine(
@@ -309,7 +317,7 @@ class Case:
                 None,
                 out,
                 text=texts,
-                **({"steps": STEPS, "patience": None, "eval_every": 50} | self.pair.refine),
+                **({"steps": STEPS, "patience": None, "eval_every": 50} | self.pair.refine | variant),
                 control=control,
                 seed=self.seed,
                 overwrite=True,
@@ -460,28 +468,39 @@ def stages(bench: Bench) -> list[Stage]:
             make = partial(shipped_bits, bench.lab, pair, side) if pair.name == "demo" else None
             found.append(Stage(f"{pair.name}/{side}", (), make or partial(bench.lab.pretrain, pair, side)))
 
-    def add(pair: str, domain: str, seed: int, rows: tuple[str, ...]) -> None:
+    def add(pair: str, domain: str, seed: int, rows: Iterable[str]) -> None:
         case = Case(bench, PAIRS[pair], domain, seed)
-        found.extend(case.stage(row) for row in rows)
+        found.extend(case.stage(row) for row in rows if case.name(row) not in {stage.name for stage in found})
 
-    few = ("few-nothing", "few-refined", "few-paper", "few-distill-self")
     basis = ("adapter", "full", "text")
+    few, few_others = ("few-nothing", "few-refined"), ("few-paper", "few-distill-self")
+    demo = ("demo", "bible")
     tiny = [(pair, domain) for domain in DOMAINS for pair in PAIRS if pair != "demo"]
-    checked = (*HEADLINE, *few)
-    add("demo", "bible", 0, (*basis, *HEADLINE, *few[:2]))
-    for pair, domain in tiny:
-        add(pair, domain, 0, (*basis, *HEADLINE, *few))
-    add("demo", "bible", 0, few[2:])
-    for pair, domain in [("demo", "bible"), *tiny]:
-        add(pair, domain, 0, tuple(f"verify-{row}" for row in checked))
+    checked = [f"verify-{row}" for row in ("full", *HEADLINE, *few, *few_others)]
+    add(*demo, 0, (*basis, *HEADLINE, *few))
+    for case in tiny:
+        others = few_others if case[1] == "bible" else ()
+        add(*case, 0, (*basis, *HEADLINE, *few, *others, *(c for c in checked if c[7:] not in few_others or others)))
+    add(*demo, 0, checked[:-2])
     for seed in SEEDS[1:]:
-        for pair, domain in [("demo", "bible"), *tiny]:
-            add(pair, domain, seed, (*basis, *HEADLINE, *few))
-            add(pair, domain, seed, tuple(f"verify-{row}" for row in checked))
-    for pair, domain in [("demo", "bible"), *tiny]:
-        add(pair, domain, 0, FURTHER)
-        add(pair, domain, 0, tuple(f"verify-{row}" for row in FURTHER))
-    add("demo", "code", 0, (*basis, *HEADLINE, *few, *(f"verify-{row}" for row in checked)))
+        for case in tiny:
+            if case[1] == "bible":
+                add(*case, seed, (*basis, *HEADLINE, *few, *(c for c in checked if c[7:] not in few_others)))
+    add(*demo, 0, few_others)
+    for case in tiny:
+        add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
+    for seed in SEEDS[1:]:
+        add(*demo, seed, (*basis, "refined", *few))
+        for case in tiny:
+            add(*case, seed, (*basis, *HEADLINE, *few, *(c for c in checked if c[7:] not in few_others)))
+    for case in (demo, *tiny):
+        add(*case, 0, (*few_others, *checked))
+        add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
+        add(*case, 0, [f"refined-{words}{c}" for words in ("mlp", "kl", "mlp-kl", "long") for c in ("", "-shuffled")])
+    for seed in SEEDS[1:]:
+        for case in (*tiny, demo):
+            add(*case, seed, (*basis, *HEADLINE, *few, *few_others, *checked))
+    add("demo", "code", 0, (*basis, *HEADLINE, *few, *few_others, *checked))
     return found
 
 
