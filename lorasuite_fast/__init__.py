@@ -12,12 +12,14 @@ from ._version import __version__
 from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
+    from .finetuning import Finetuning, finetune
     from .plan import TransferPlan, migrate
     from .refinement import Refinement, refine
     from .result import LayerResult, Migration
     from .verification import Verification, verify
 
 __all__ = [
+    "Finetuning",
     "LayerResult",
     "LoraSuiteError",
     "Migration",
@@ -25,12 +27,15 @@ __all__ = [
     "TransferPlan",
     "Verification",
     "__version__",
+    "finetune",
     "migrate",
     "refine",
     "verify",
 ]
 
 _HOMES = {
+    "Finetuning": "finetuning",
+    "finetune": "finetuning",
     "TransferPlan": "plan",
     "migrate": "plan",
     "Migration": "result",

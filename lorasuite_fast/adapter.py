@@ -20,10 +20,11 @@ from .projection import Factors, balanced
 from .tensor_files import TensorFiles
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>A|B|E|magnitude_vector)(\.weight)?")
+_PARTS = {"LORA": {"A", "B"}, "DORA": {"A", "B", "magnitude_vector"}, "ADALORA": {"A", "B", "E"}}
+_ALLOCATION = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
 _PLAIN_INITS = (True, False, None, "gaussian", "eva")
 _UNSUPPORTED = {
-    "use_dora": "DoRA adapters",
     "fan_in_fan_out": "adapters with fan_in_fan_out",
     "lora_bias": "adapters with lora_bias",
     "modules_to_save": "adapters that save whole modules (modules_to_save)",
@@ -37,11 +38,15 @@ _UNSUPPORTED = {
 
 @dataclass(frozen=True)
 class Update:
-    """One module's update: the raw factors, its alpha, and its scale s (`ΔW = s B A`)."""
+    """One module's update: the raw factors, its alpha, and its scale s (`ΔW = s B A`).
+
+    `magnitude` (out,) is DoRA's: the adapted weight is `diag(magnitude / |W + ΔW|) (W + ΔW)`, norms taken by row.
+    """
 
     factors: Factors
     alpha: float
     rslora: bool
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -66,6 +71,10 @@ class Adapter:
         return tuple(role for role in ("q", "k", "v", "o", "gate", "up", "down") if role in present)
 
     @property
+    def dora(self) -> bool:
+        return bool(self.config.get("use_dora"))
+
+    @property
     def base(self) -> str | None:
         name = self.config.get("base_model_name_or_path")
         return name if isinstance(name, str) and name else None
@@ -87,8 +96,8 @@ def _number(value: Any, name: str, where: Path) -> float:
 
 def _check_config(config: dict[str, Any], where: Path) -> None:
     kind = config.get("peft_type")
-    if kind != "LORA":
-        raise LoraSuiteError(f"{where}: peft_type is {kind!r}; only LORA adapters can be migrated")
+    if kind not in ("LORA", "ADALORA"):
+        raise LoraSuiteError(f"{where}: peft_type is {kind!r}; only LORA and ADALORA adapters can be migrated")
     for key, what in _UNSUPPORTED.items():
         if config.get(key):
             raise LoraSuiteError(f"{where}: {what} are not supported ({key} is set)")
@@ -110,9 +119,10 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
                 raise LoraSuiteError(
                     f"{where}: {key} has the pattern {pattern!r}, which is no regex ({error})"
                 ) from None
-    rank = _number(config.get("r"), "r", where)
+    name = "init_r" if kind == "ADALORA" else "r"
+    rank = _number(config.get(name), name, where)
     if rank < 1 or rank != int(rank):
-        raise LoraSuiteError(f"{where}: rank r is {config.get('r')!r}; it must be a positive integer")
+        raise LoraSuiteError(f"{where}: rank {name} is {config.get(name)!r}; it must be a positive integer")
 
 
 def _place_of(module: str, family: Family, where: Path) -> tuple[int, str]:
@@ -128,6 +138,9 @@ def _place_of(module: str, family: Family, where: Path) -> tuple[int, str]:
 
 def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, base: str) -> Adapter:
     """Reads a PEFT LoRA folder and checks every factor against the model it is said to belong to.
+
+    AdaLoRA comes back as the plain LoRA it amounts to: its singular values are multiplied into B, ranks it pruned are
+    gone, and alpha gives its scale, lora_alpha / init_r.
 
     Args:
         source: the folder. family, shape, base: of the old model, the name for messages.
@@ -156,36 +169,71 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
     files.close()
     if not found:
         raise LoraSuiteError(f"{folder / WEIGHTS}: holds no LoRA weights")
+    kind = "DORA" if config.get("use_dora") else str(config["peft_type"])
     updates: dict[tuple[int, str], Update] = {}
-    for module, pair in found.items():
+    for module, parts in found.items():
         layer, inside = _place_of(module, family, folder / WEIGHTS)
-        if len(pair) != 2:
-            missing = "B" if "A" in pair else "A"
-            raise LoraSuiteError(f"{folder / WEIGHTS}: {module}.lora_{missing}.weight is missing")
+        for missing in sorted(_PARTS[kind] - set(parts)):
+            raise LoraSuiteError(f"{folder / WEIGHTS}: {module}.{_stored_name(missing, kind)} is missing")
+        for further in sorted(set(parts) - _PARTS[kind]):
+            raise LoraSuiteError(f"{folder / WEIGHTS}: {module}.lora_{further} does not belong to a {kind} adapter")
         if layer >= shape.L:
             raise LoraSuiteError(
                 f"{folder / WEIGHTS}: {module} is beyond the {shape.L} layers of {base}; is this adapter's base OLD?"
             )
         sizes = family.module_shape(inside, shape)
-        _check_factors(module, pair["B"], pair["A"], sizes, folder / WEIGHTS, base)
-        declared = _number(
-            _pattern_value(config.get("rank_pattern") or {}, module, config["r"]), "rank", folder / CONFIG
-        )
-        if declared != pair["A"].shape[0]:
-            raise LoraSuiteError(
-                f"{folder / WEIGHTS}: {module} has rank {pair['A'].shape[0]}, {CONFIG} gives it {declared:g}"
-            )
-        alpha = _pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-        alpha = _number(alpha, "lora_alpha", folder / CONFIG)
+        if kind == "ADALORA" and parts["A"].shape[0] == 0:
+            continue
+        _check_factors(module, parts, sizes, kind, folder / WEIGHTS, base)
+        update = _update_of(module, parts, config, kind, folder)
         for role in family.sharing(inside):
             rows = family.rows(role, shape)
-            b = pair["B"] if rows is None else pair["B"][rows]
-            updates[layer, role] = Update(Factors(b, pair["A"]), alpha, bool(config.get("use_rslora")))
+            updates[layer, role] = update if rows is None else _with_rows(update, rows)
+    if not updates:
+        raise LoraSuiteError(f"{folder / WEIGHTS}: every rank is pruned; there is nothing to migrate")
+    if kind == "ADALORA":
+        config = {name: value for name, value in config.items() if name not in _ALLOCATION}
+        config |= {"peft_type": "LORA", "r": max(u.rank for u in updates.values()), "rank_pattern": {}}
     return Adapter(str(folder), config, dict(sorted(updates.items())))
 
 
-def _check_factors(module: str, b: Tensor, a: Tensor, sizes: tuple[int, int], where: Path, base: str) -> None:
-    out, into = sizes
+def _update_of(module: str, parts: dict[str, Tensor], config: dict[str, Any], kind: str, folder: Path) -> Update:
+    """One module's update, its rank checked against the configuration."""
+    rank, where = parts["A"].shape[0], folder / CONFIG
+    patterns = config.get("rank_pattern") or {}
+    if kind == "ADALORA":
+        kept = next((mask for name, mask in patterns.items() if f"{module}." in f"{name}."), None)
+        if kept is not None and (not isinstance(kept, list) or sum(map(bool, kept)) != rank):
+            raise LoraSuiteError(f"{folder / WEIGHTS}: {module} has rank {rank}, unlike the rank_pattern of {CONFIG}")
+        alpha = _number(config.get("lora_alpha"), "lora_alpha", where)
+        # As PEFT has it: the rank the training began with, and a small number against division by zero.
+        scale = (alpha if alpha > 0 else rank) / (config["init_r"] + 1e-5)
+        return Update(Factors(parts["B"] * parts["E"].T, parts["A"]), scale * rank, rslora=False)
+    declared = _number(_pattern_value(patterns, module, config["r"]), "rank", where)
+    if declared != rank:
+        raise LoraSuiteError(f"{folder / WEIGHTS}: {module} has rank {rank}, {CONFIG} gives it {declared:g}")
+    alpha = _number(
+        _pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha")), "lora_alpha", where
+    )
+    rslora = bool(config.get("use_rslora"))
+    return Update(Factors(parts["B"], parts["A"]), alpha, rslora, parts.get("magnitude_vector"))
+
+
+def _with_rows(update: Update, rows: Tensor) -> Update:
+    b, a = update.factors
+    magnitude = None if update.magnitude is None else update.magnitude[rows]
+    return replace(update, factors=Factors(b[rows], a), magnitude=magnitude)
+
+
+def _stored_name(part: str, kind: str) -> str:
+    """What PEFT calls a part in the file, behind the module's path."""
+    return f"lora_{part}.weight" if part in "AB" and kind != "ADALORA" else f"lora_{part}"
+
+
+def _check_factors(
+    module: str, parts: dict[str, Tensor], sizes: tuple[int, int], kind: str, where: Path, base: str
+) -> None:
+    (out, into), b, a = sizes, parts["B"], parts["A"]
     fits = b.ndim == 2 and a.ndim == 2 and b.shape[0] == out and a.shape[1] == into and b.shape[1] == a.shape[0]
     if not fits:
         raise LoraSuiteError(
@@ -194,11 +242,16 @@ def _check_factors(module: str, b: Tensor, a: Tensor, sizes: tuple[int, int], wh
         )
     if a.shape[0] == 0:
         raise LoraSuiteError(f"{where}: {module} has rank 0; there is nothing to migrate")
-    for which, tensor in (("A", a), ("B", b)):
+    for which, shape in (("E", (a.shape[0], 1)), ("magnitude_vector", (out,))):
+        if which in parts and tuple(parts[which].shape) != shape:
+            found = list(parts[which].shape)
+            raise LoraSuiteError(f"{where}: {module}.lora_{which} is {found}, expected {list(shape)}")
+    for which, tensor in parts.items():
+        name = f"{module}.{_stored_name(which, kind)}"
         if not tensor.dtype.is_floating_point:
-            raise LoraSuiteError(f"{where}: {module}.lora_{which}.weight is {tensor.dtype}, not a floating dtype")
+            raise LoraSuiteError(f"{where}: {name} is {tensor.dtype}, not a floating dtype")
         if not torch.isfinite(tensor).all():
-            raise LoraSuiteError(f"{where}: {module}.lora_{which}.weight holds NaN or infinity; train or save it again")
+            raise LoraSuiteError(f"{where}: {name} holds NaN or infinity; train or save it again")
 
 
 def by_module(
@@ -263,8 +316,11 @@ def adapter_files(
     modules = {key: f"{family.layer(key[0])}.{key[1]}" for key in updates}
     tensors: dict[str, Tensor] = {}
     for key, update in updates.items():
-        for which, tensor in (("A", update.factors.a), ("B", update.factors.b)):
-            name = f"base_model.model.{modules[key]}.lora_{which}.weight"
+        named = {"lora_A.weight": update.factors.a, "lora_B.weight": update.factors.b}
+        if update.magnitude is not None:
+            named["lora_magnitude_vector"] = update.magnitude
+        for which, tensor in named.items():
+            name = f"base_model.model.{modules[key]}.{which}"
             if not torch.isfinite(tensor).all():
                 raise LoraSuiteError(f"the migrated {name} holds NaN or infinity; nothing was written")
             tensors[name] = tensor.contiguous()

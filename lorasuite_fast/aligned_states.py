@@ -244,7 +244,7 @@ class LoadedModel:
         Raises:
             LoraSuiteError: token ids beyond the embedding, NaN or infinity, a head that cannot be read off.
         """
-        self._check_ids(rows)
+        self.check_ids(rows)
         starts = [0]
         for p in positions:
             starts.append(starts[-1] + len(p))
@@ -275,7 +275,8 @@ class LoadedModel:
     def _described(self) -> str:
         return f"{self.name} with {self.adapter}" if self.adapter else self.name
 
-    def _check_ids(self, rows: list[list[int]]) -> None:
+    def check_ids(self, rows: list[list[int]]) -> None:
+        """Raises LoraSuiteError for token ids beyond the embedding."""
         highest, held = max(map(max, rows)), self.model.get_input_embeddings().weight.shape[0]
         if highest >= held:
             raise LoraSuiteError(
@@ -338,7 +339,7 @@ class LoadedModel:
                 windows.append((n, ends.prefix + ids[start:stop], len(ends.prefix) + first - start))
                 first, start = stop, stop - 1
         if windows:
-            self._check_ids([row for _, row, _ in windows])
+            self.check_ids([row for _, row, _ in windows])
         vocabulary = self.model.get_output_embeddings().weight.shape[0] if windows else 1
         longest = max((len(row) for _, row, _ in windows), default=1)
         batch = max(1, min(_MICRO_BATCH, _LOGITS // (longest * vocabulary)))

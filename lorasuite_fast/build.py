@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasuite_kernels import Gram, StreamingCKA, gram
+from lorasuite_kernels import Gram
 
 from ._version import __version__
 from .calibration import MIN_EXAMPLES, load_examples
@@ -32,6 +32,7 @@ from .phases import PhaseClock
 from .phases import memory as process_memory
 from .projection import METHODS, Pair
 from .ranks import Ranks
+from .similarity import layer_gram, streaming
 from .transfer import Transfer, build_transfer
 from .vocabulary import common_ids, shared_tokens
 from .work import Work, stacked, unstacked
@@ -53,6 +54,7 @@ class Options:
     calibration: str | os.PathLike[str] | None
     examples: int
     layers: str
+    similarity: str
     heads: str
     transfer: str
     method: str
@@ -71,6 +73,7 @@ class Options:
             "calibration": "shipped" if self.calibration is None else os.fspath(self.calibration),
             "max_tokens": MAX_TOKENS,
             "layers": self.layers,
+            "similarity": self.similarity,
             "heads": self.heads,
             "transfer": self.transfer,
             "method": self.method,
@@ -191,13 +194,13 @@ def _steps(
         with clock.phase(phase, model.shape.L, limits.predicted[phase]) as step:
             grams.append(_grams(model, ids, options, limits, ranks, work, step))
     with clock.phase("similarity", 1) as step:
-        cka = _cka(*grams)
-        mapping = map_layers(cka, options.layers)
+        similarity = ranks.share(_similarity(options.similarity, *grams) if ranks.first else None)
+        mapping = map_layers(similarity, options.layers)
         step(1)
     phase = "heads and projections"
     with clock.phase(phase, len(mapping), limits.predicted[phase]) as step:
         pairs = _pairs(inputs, options, carried, mapping, ranks, work, step)
-    tensors = {"W_h": carried.W_h, "S": carried.S, "cka": cka}
+    tensors = {"W_h": carried.W_h, "S": carried.S, "cka": similarity}
     for j in mapping:
         tensors |= {f"layers.{j}.{name}": tensor for name, tensor in pairs[j].items()}
     facts = {
@@ -332,7 +335,7 @@ def _run_block(
     grams: dict[tuple[int, int], Gram] = {}
     for i, vectors in pooled_layers(stream):
         for n, part in enumerate(parts):
-            found = gram(vectors[None, part])
+            found = layer_gram(options.similarity, vectors[None, part])
             grams[n, i] = Gram(*(tensor.cpu() for tensor in found))
         if work:
             work.save(f"{model.role}.gram.{i}", stacked([t for n in range(len(parts)) for t in grams[n, i]]))
@@ -367,8 +370,8 @@ def _saved_state(model: Checkpoint, work: Work | None, last: int) -> tuple[int, 
     return best
 
 
-def _cka(old: dict[tuple[int, int], Gram], new: dict[tuple[int, int], Gram]) -> Tensor:
-    """(L_o, L_n), each HSIC term averaged over the minibatches first."""
+def _similarity(measure: str, old: dict[tuple[int, int], Gram], new: dict[tuple[int, int], Gram]) -> Tensor:
+    """(L_o, L_n), over all minibatches."""
 
     def stack(grams: dict[tuple[int, int], Gram], minibatch: int) -> Gram:
         layers = [grams[key] for key in sorted(grams) if key[0] == minibatch]
@@ -376,7 +379,7 @@ def _cka(old: dict[tuple[int, int], Gram], new: dict[tuple[int, int], Gram]) -> 
 
     minibatches = 1 + max(n for n, _ in old)
     L_o, L_n = (sum(n == 0 for n, _ in grams) for grams in (old, new))
-    stream = StreamingCKA(L_o, L_n)
+    stream = streaming(measure, L_o, L_n)
     for n in range(minibatches):
         stream.update_grams(stack(old, n), stack(new, n))
     return stream.compute()

@@ -14,7 +14,7 @@ EXAMPLE_CHARACTERS = 1000
 MIN_EXAMPLES = 4
 
 
-def _cut(text: str) -> list[str]:
+def cut_text(text: str) -> list[str]:
     """Examples of about EXAMPLE_CHARACTERS, cut at line ends; a longer line is an example of its own."""
     examples: list[str] = []
     lines: list[str] = []
@@ -70,7 +70,7 @@ def load_examples(source: str | os.PathLike[str] | None, count: int, seed: int) 
             raise LoraSuiteError(f"{path}: is not UTF-8 text") from None
         except OSError as error:
             raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
-        examples = _json_lines(text, where) if path.suffix == ".jsonl" else _cut(text)
+        examples = _json_lines(text, where) if path.suffix == ".jsonl" else cut_text(text)
     if count < MIN_EXAMPLES:
         raise LoraSuiteError(f"--examples {count}: CKA needs at least {MIN_EXAMPLES}")
     if len(examples) < MIN_EXAMPLES:

@@ -1,4 +1,4 @@
-"""The command line: `lorasuite-fast migrate`, `refine`, `plan`, `apply` and `verify`."""
+"""The command line: `lorasuite-fast migrate`, `refine`, `finetune`, `plan`, `apply` and `verify`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
     from .distillation import Distilled, Settings
+    from .finetuning import Finetuning
     from .phases import Phase
     from .phases import Progress as Report
     from .plan import TransferPlan
     from .ranks import Ranks
     from .result import Migration
+
+DIVERGED = 3
+"""Exit code of a training that diverged; what it started from is then in OUT."""
 
 app = typer.Typer(
     name="lorasuite-fast",
@@ -49,7 +53,13 @@ Calibration = Annotated[
     ),
 ]
 Examples = Annotated[int, typer.Option(help="Calibration examples to read, 128 tokens of each.", min=4)]
-Layers = Annotated[Literal["cka", "first", "medium", "last"], typer.Option(help="How layers are mapped.")]
+Layers = Annotated[
+    Literal["cka", "first", "medium", "last"], typer.Option(help="How layers are mapped; cka: the most similar ones.")
+]
+Similarity = Annotated[
+    Literal["cka", "mean-cca", "squared-cca", "pwcca", "procrustes"],
+    typer.Option(help="How the similarity of layers is measured."),
+]
 Heads = Annotated[Literal["hungarian", "identity"], typer.Option(help="How heads are matched.")]
 TransferKind = Annotated[
     Literal["embedding", "identity"], typer.Option(help="Transfer matrix: fitted on shared tokens, or the identity.")
@@ -61,6 +71,9 @@ MethodName = Annotated[
     ),
 ]
 Rank = Annotated[int | None, typer.Option(help="Of the result, with distill. Default: the adapter's own.", min=1)]
+Fill = Annotated[
+    str, typer.Option(help="New layers without a partner: none, zero (to be trained) or nearest (half its update).")
+]
 Fitted = Annotated[
     int | None,
     typer.Option(help="How many of the last new layers distill fits. Default: half of them.", min=1),
@@ -71,6 +84,13 @@ RefineText = Annotated[
         help="Unlabelled text to refine on: .jsonl with a field `text`, or .txt. Default, `self`: the old model with "
         "its adapter writes it."
     ),
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
+]
+Epochs = Annotated[int, typer.Option(help="How often each sample is read.", min=1)]
+CompletionOnly = Annotated[
+    bool, typer.Option("--completion-only", help="Count only what answers the prompt in the loss.")
 ]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
 Dtype = Annotated[
@@ -194,6 +214,12 @@ def _share(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def _measure(plan: TransferPlan) -> str:
+    """Heading of the layers' similarity; plans of older releases name no measure."""
+    measure = plan.options.get("similarity", "cka")
+    return "CKA" if measure == "cka" else str(measure)
+
+
 def _print_transfer(console: Console, plan: TransferPlan) -> None:
     facts, old, new = plan.facts, plan.old.shape, plan.new.shape
     console.print(
@@ -224,7 +250,7 @@ def _print_transfer(console: Console, plan: TransferPlan) -> None:
 
 def _print_layers(console: Console, result: Migration) -> None:
     table = Table(title="Layers", title_justify="left")
-    for name in ("new", "old", "CKA", "head cosine", "neuron cosine", "relative size of the update"):
+    for name in ("new", "old", _measure(result.plan), "head cosine", "neuron cosine", "relative size of the update"):
         table.add_column(name, justify="left" if name.startswith("relative") else "right")
     partners = {layer.new_layer: layer for layer in result.layers}
     for j in range(result.plan.new.shape.L):
@@ -294,6 +320,21 @@ def _print_distilled(console: Console, distilled: Distilled) -> None:
     )
 
 
+def _print_finetuned(console: Console, tuned: Finetuning) -> None:
+    lost = [
+        f"{count:,} of its samples {what}"
+        for count, what in (
+            (tuned.truncated, f"were cut off at {tuned.options['max_tokens']} tokens"),
+            (tuned.left_out, "were left out, nothing to learn being left of them there"),
+        )
+        if count
+    ]
+    if lost:
+        console.print(f"[yellow]data: {'; '.join(lost)}[/yellow]", soft_wrap=True, highlight=False)
+    style = "yellow" if tuned.kept_start else None
+    console.print(tuned.summary, style=style, highlight=False, markup=False, soft_wrap=True)
+
+
 def _print_result(result: Migration, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
@@ -306,7 +347,9 @@ def _print_result(result: Migration, as_json: bool) -> None:
         _print_distilled(console, result.distilled)
     if result.refined is not None:
         console.print(result.refined.summary, highlight=False, markup=False, soft_wrap=True)
-    if result.warning:
+    if result.finetuned is not None:
+        _print_finetuned(console, result.finetuned)
+    elif result.warning:
         console.print(f"[yellow]WARNING: {result.warning}.[/yellow]", soft_wrap=True)
     if result.unused_old_layers:
         console.print(f"old layers without a partner, left out: {', '.join(map(str, result.unused_old_layers))}")
@@ -322,6 +365,7 @@ def migrate(
     calibration: Calibration = None,
     examples: Examples = 64,
     layers: Layers = "cka",
+    similarity: Similarity = "cka",
     heads: Heads = "hungarian",
     transfer: TransferKind = "embedding",
     method: MethodName = "auto",
@@ -331,6 +375,7 @@ def migrate(
     ridge: Ridge = 0.0,
     rank: Rank = None,
     distill_layers: Fitted = None,
+    fill: Fill = "none",
     refine: Annotated[
         str | None,
         typer.Option(
@@ -339,6 +384,13 @@ def migrate(
         ),
     ] = None,
     refine_text: RefineText = None,
+    finetune: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Then train the result on labelled data, as `finetune` does."),
+    ] = None,
+    finetune_epochs: Epochs = 3,
+    finetune_rate: Annotated[float, typer.Option(help="Learning rate of --finetune at its first step.")] = 1e-3,
+    completion_only: CompletionOnly = False,
     memory: Memory = None,
     mapped: Mapped = True,
     overwrite: Overwrite = False,
@@ -360,6 +412,7 @@ def migrate(
             calibration=calibration,
             examples=examples,
             layers=layers,
+            similarity=similarity,
             heads=heads,
             transfer=transfer,
             method=method,
@@ -370,14 +423,23 @@ def migrate(
             memory=memory,
             mapped=mapped,
             settings=_settings(rank, distill_layers, seed),
+            fill=fill,
             refine=_steps(refine) if refine is not None else _default_refinement(device),
             refine_text=refine_text,
+            finetune=finetune,
+            finetune_options={
+                "epochs": finetune_epochs,
+                "learning_rate": finetune_rate,
+                "completion_only": completion_only,
+            },
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             progress=report,
             say=_say,
         )
     _print_result(result, as_json)
+    if result.finetuned is not None and result.finetuned.diverged:
+        raise typer.Exit(DIVERGED)
 
 
 @app.command()
@@ -391,6 +453,7 @@ def plan(
     calibration: Calibration = None,
     examples: Examples = 64,
     layers: Layers = "cka",
+    similarity: Similarity = "cka",
     heads: Heads = "hungarian",
     transfer: TransferKind = "embedding",
     method: MethodName = "auto",
@@ -427,6 +490,7 @@ def plan(
             calibration=calibration,
             examples=examples,
             layers=layers,
+            similarity=similarity,
             heads=heads,
             transfer=transfer,
             method=method,
@@ -452,7 +516,7 @@ def plan(
     console = Console()
     _print_transfer(console, built)
     table = Table(title="Layers", title_justify="left")
-    for name in ("new", "old", "CKA"):
+    for name in ("new", "old", _measure(built)):
         table.add_column(name, justify="right")
     for layer in built.summary()["layers"]:
         table.add_row(str(layer["new"]), str(layer["old"]), f"{layer['cka']:.3f}")
@@ -477,6 +541,7 @@ def apply(
     ] = None,
     rank: Rank = None,
     distill_layers: Fitted = None,
+    fill: Fill = "none",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -500,6 +565,7 @@ def apply(
                 new=new,
                 text=text,
                 settings=_settings(rank, distill_layers, loaded.options["seed"]),
+                fill=fill,
                 overwrite=overwrite,
                 progress=report,
             )
@@ -511,7 +577,7 @@ def apply(
         loaded = TransferPlan.load(plan_file)
         if old is not None or new is not None:
             loaded.check_models(old, new)
-        share = loaded.apply_all(adapters, out, overwrite=overwrite, ranks=ranks, progress=report)
+        share = loaded.apply_all(adapters, out, overwrite=overwrite, ranks=ranks, progress=report, fill=fill)
         outcomes = ranks.merge(
             {name: {"error": str(r)} if isinstance(r, LoraSuiteError) else {"out": r.out} for name, r in share.items()}
         )
@@ -631,9 +697,7 @@ def refine(
     dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(help="Of the text, its order and a new adapter.")] = 0,
     memory: Memory = None,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
-    ] = False,
+    gradient_checkpointing: Checkpointing = False,
     cache: Annotated[Path | None, typer.Option(help="Folder that keeps the targets for further runs.")] = None,
     overwrite: Overwrite = False,
     trust_remote_code: RemoteCode = False,
@@ -697,6 +761,137 @@ def refine(
     )
     console.print(result.summary, highlight=False, soft_wrap=True)
     console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model the adapter belongs to: folder or hub id.")],
+    adapter: Annotated[
+        str, typer.Argument(metavar="ADAPTER", help="PEFT folder for MODEL to start from, or `none`: from zero.")
+    ],
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA",
+            help="Labelled data: .json, .jsonl or .txt, a folder saved by `datasets`, or a hub id. Records have "
+            "instruction, output and perhaps input; prompt and completion; messages; or text.",
+        ),
+    ],
+    out: OutArgument,
+    epochs: Epochs = 3,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, in place of epochs.", min=1)] = None,
+    batch: Annotated[int, typer.Option(help="Samples a step reads.", min=1)] = 16,
+    micro_batch: Annotated[int | None, typer.Option(help="Samples computed at once. Default: all.", min=1)] = None,
+    learning_rate: Annotated[float, typer.Option(help="At the first step; falls linearly to 0.")] = 1e-3,
+    max_tokens: Annotated[int, typer.Option(help="Of a sample; the rest is cut off.", min=2)] = 256,
+    template: Annotated[
+        str,
+        typer.Option(
+            metavar="alpaca|chat|FILE",
+            help="How records become prompts: the paper's form, the tokenizer's chat template, or a file with "
+            "{instruction} and {input}.",
+        ),
+    ] = "alpaca",
+    completion_only: CompletionOnly = False,
+    validation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE|DATA",
+            help="Samples to choose the best checkpoint on: a share of the data such as 0.1, or data of its own.",
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of an adapter from zero. Default: 32.", min=1)] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of an adapter from zero. Default: its rank.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Of an adapter from zero. Default: 0.")] = None,
+    roles: Annotated[
+        str | None, typer.Option(help="Projections of an adapter from zero, like q,v. Default: q,k,v,o.")
+    ] = None,
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints. Default: an epoch, 50 at most.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order of the samples, dropout and an adapter from zero.")] = 0,
+    device: Device = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float64"],
+        typer.Option(help="Of the base model; auto is bfloat16 on a GPU that has it, else float32."),
+    ] = "auto",
+    gradient_checkpointing: Checkpointing = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train an adapter of MODEL on labelled data, from the factors it has.
+
+    Interrupted, the same command goes on from its last checkpoint. Where training diverges, OUT gets what ADAPTER
+    holds, and the exit code is 3.
+
+    Example: lorasuite-fast finetune new-model my-adapter-new samples.jsonl my-adapter-tuned
+    """
+    with _run(as_json) as report:
+        from .finetuning import finetune as run
+
+        result = run(
+            model,
+            None if adapter == "none" else adapter,
+            data,
+            out,
+            epochs=epochs,
+            steps=steps,
+            batch=batch,
+            micro_batch=micro_batch,
+            learning_rate=learning_rate,
+            max_tokens=max_tokens,
+            template=_template(template),
+            completion_only=completion_only,
+            validation=_validation(validation),
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            roles=None if roles is None else [role.strip() for role in roles.split(",")],
+            save_every=save_every,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            gradient_checkpointing=gradient_checkpointing,
+            overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+            progress=report,
+            say=_say,
+        )
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+    else:
+        console = Console()
+        if result.evaluations:
+            table = Table()
+            for name in ("step", "validation loss, nats a token"):
+                table.add_column(name, justify="right")
+            for e in result.evaluations:
+                table.add_row(str(e.step), f"{e.loss:.4f}")
+            console.print(table)
+        console.print(_phase_table(result.phases))
+        _print_finetuned(console, result)
+        console.print(f"written: {result.out}", highlight=False, soft_wrap=True)
+    if result.diverged:
+        raise typer.Exit(DIVERGED)
+
+
+def _template(name: str) -> str:
+    if name in ("alpaca", "chat"):
+        return name
+    try:
+        return Path(name).expanduser().read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoraSuiteError(f"--template {name}: is neither alpaca nor chat nor a text file ({error})") from None
+
+
+def _validation(text: str | None) -> float | str | None:
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def _version(value: bool) -> None:

@@ -32,6 +32,7 @@ from .effect import effect_sums, resamples, statistics
 from .errors import LoraSuiteError
 from .families import Family
 from .hidden_states import MICRO_BATCH, LayerStream, StreamedLayer, padded
+from .magnitude import stored_factors
 from .phases import PhaseClock
 from .projection import Factors, inverse
 
@@ -208,15 +209,27 @@ def gained_rows(rows: Tensor, model: Checkpoint) -> Tensor:
 
 
 @contextmanager
-def updated(module: nn.Module, model: Checkpoint, factors: dict[str, Factors]) -> Iterator[None]:
-    """Adds `B A x` to the named projections of a layer while the context lasts; the weights stay as they are."""
+def updated(
+    module: nn.Module, model: Checkpoint, factors: dict[str, Factors], scales: dict[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Adds `B A x` to the named projections of a layer while the context lasts; the weights stay as they are.
+
+    Args:
+        scales: role -> factors (out,) on the outputs without their bias, the update included (DoRA).
+    """
 
     def hook(role: str, b: Tensor, a: Tensor) -> Any:
-        rows = model.family.rows(role, model.shape)
+        rows, scale = model.family.rows(role, model.shape), (scales or {}).get(role)
 
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            change = inputs[0] @ a.T.to(output) @ b.T.to(output)
-            return output + change if rows is None else output.index_add(-1, rows.to(output.device), change)
+        def add(linear: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            at = None if rows is None else rows.to(output.device)
+            part = output if at is None else output[..., at]
+            changed = part + inputs[0] @ a.T.to(output) @ b.T.to(output)
+            if scale is not None:
+                bias: Any = getattr(linear, "bias", None)
+                shift = 0 if bias is None else bias if at is None else bias[at]
+                changed = (changed - shift) * scale.to(output) + shift
+            return changed if at is None else output.index_copy(-1, at, changed)
 
         return add
 
@@ -440,13 +453,18 @@ def _old_states(
     stream = side.stream(dtype, trust_remote_code=trust_remote_code)
     before, after = stream.hidden, list(stream.hidden)
     for layer in stream:
+        here = {role: u for (i, role), u in source.updates.items() if i == layer.index}
         factors = {
             role: Factors(u.factors.b.float().to(side.device) * u.scale, u.factors.a.float().to(side.device))
-            for (i, role), u in source.updates.items()
-            if i == layer.index
+            for role, u in here.items()
+        }
+        scales = {
+            role: stored_factors(side.model, layer.index, role, u)
+            for role, u in here.items()
+            if u.magnitude is not None
         }
         _run(layer, before)
-        with updated(layer.module, side.model, factors):
+        with updated(layer.module, side.model, factors, scales):
             _run(layer, after)
         step(layer.index + 1)
     taken = [torch.cat([side.last(side.take(n, h)).cpu() for n, h in enumerate(hidden)]) for hidden in (before, after)]

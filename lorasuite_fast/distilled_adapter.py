@@ -14,6 +14,7 @@ from .calibration import load_examples
 from .checkpoint import Checkpoint
 from .distillation import Distilled, Settings, distill
 from .errors import LoraSuiteError
+from .fill import SHARE, fill_layers
 from .loader import Layer
 from .phases import PhaseClock
 from .projection import update_norm
@@ -44,11 +45,13 @@ def distil_adapter(
     settings: Settings | None,
     clock: PhaseClock,
     *,
+    fill: tuple[str, float] = ("none", SHARE),
     trust_remote_code: bool = False,
 ) -> DistilledAdapter:
-    """Distils an adapter with a plan's options.
+    """Distils an adapter with a plan's options. The result is a plain LoRA, whatever kind the source is.
 
     Args:
+        fill: as `fill_layers` has it, with the share, for the layers that are not fitted.
         text: "shipped", "self", or a .jsonl or .txt file.
 
     Raises:
@@ -93,8 +96,17 @@ def distil_adapter(
         updates[j, role] = Update(factors, float(factors.a.shape[0]), rslora=False)
         sizes.setdefault(j, {})[role] = update_norm(factors) / float(_norm(new, j, role))
     rank = max(update.rank for update in updates.values())
-    config = source.config | {"r": rank, "lora_alpha": rank, "use_rslora": False}
-    merged = by_module(updates, new.family, new.shape, dtype)
+    config = source.config | {"r": rank, "lora_alpha": rank, "use_rslora": False, "use_dora": False}
+    merged = fill_layers(
+        by_module(updates, new.family, new.shape, dtype),
+        new.family,
+        new.shape,
+        fill[0],
+        rank=rank,
+        alpha=rank,
+        share=fill[1],
+        seed=settings.seed,
+    )
     files = adapter_files(merged, replace(source, config=config), new.family.model_type, new.shape.L, new.name)
     cka = plan.tensors["cka"]
     layers = [

@@ -22,16 +22,19 @@ from .build import AUTO, EXACT_R2, Inputs, Options, build
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
+from .fill import SHARE, fill_layers
 from .memory import Limits, parse_memory
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .projection import METHODS, PlannedLayer, update_norm
 from .ranks import Ranks
 from .result import LayerResult, Migration
+from .similarity import MEASURES
 from .work import Work, clean_up, work_folder
 
 if TYPE_CHECKING:
     from .distillation import Settings
+    from .samples import Data
 
 FORMAT = "lorasuite-fast plan"
 FORMAT_VERSION = 2
@@ -62,8 +65,9 @@ class TransferPlan:
         old, new: the two models' names, fingerprints, families and sizes.
         options: the options it was built with.
         layers: new layer -> old layer, for the new layers that have a partner.
-        tensors: W_h (d_o, d_n), S (d_n, d_o), cka (L_o, L_n) and what the method stored per layer, by name; float32
-            but for the matches. A loaded plan's tensors stay in its file until asked for.
+        tensors: W_h (d_o, d_n), S (d_n, d_o), cka (L_o, L_n; of whatever measure the option `similarity` names) and
+            what the method stored per layer, by name; float32 but for the matches. A loaded plan's tensors stay in its
+            file until asked for.
         facts: shared tokens, rank and fit of the transfer matrices.
         phases, limits: time and memory of the build, and what was expected; not saved with the plan, which is the same
             to the bit for the same inputs.
@@ -88,6 +92,7 @@ class TransferPlan:
         calibration: str | os.PathLike[str] | None = None,
         examples: int = 64,
         layers: str = "cka",
+        similarity: str = "cka",
         heads: str = "hungarian",
         transfer: str = "embedding",
         method: str = "auto",
@@ -110,7 +115,9 @@ class TransferPlan:
             calibration: .jsonl or .txt of unlabelled text for CKA and distillation; None takes the text shipped with
                 the package. "self" has the old model with its adapter write the text to distil from, at `apply`.
             examples: how many calibration examples both models read, split into the same pieces, 128 of each.
-            layers: cka, first, medium or last. heads: hungarian or identity. transfer: embedding or identity.
+            layers: cka (the most similar ones), first, medium or last. heads: hungarian or identity. transfer:
+                embedding or identity.
+            similarity: of layers: cka, mean-cca, squared-cca, pwcca or procrustes (`similarity.layer_similarity`).
             method: lstsq (exact wherever the new model computes the old function), distill (fits the adapter's effect
                 on text, at `apply`), paper (Eq. 3 of LoRASuite) or auto: lstsq where held-out tokens say that it is
                 exact (R² of both transfer matrices at least 0.999), distill elsewhere.
@@ -131,6 +138,7 @@ class TransferPlan:
             calibration=calibration,
             examples=examples,
             layers=_check_choice("layer mapping", layers, ("cka", "first", "medium", "last")),
+            similarity=_check_choice("similarity", similarity, MEASURES),
             heads=_check_choice("head mapping", heads, ("hungarian", "identity")),
             transfer=_check_choice("transfer", transfer, ("embedding", "identity")),
             method=_check_choice("method", method, (AUTO, *METHODS)),
@@ -262,6 +270,8 @@ class TransferPlan:
         new: str | os.PathLike[str] | None = None,
         text: str | os.PathLike[str] | None = None,
         settings: Settings | None = None,
+        fill: str = "none",
+        fill_share: float = SHARE,
         trust_remote_code: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
@@ -269,10 +279,12 @@ class TransferPlan:
         """Carries one PEFT LoRA folder to the new model and writes the result as another.
 
         Args:
-            old, new: where the models are now. They are opened only then, where Eq. (3) needs MLP weights, and by
-                distill, which runs both.
+            old, new: where the models are now. They are opened only then, where Eq. (3) needs MLP weights, for DoRA,
+                whose magnitudes need them, and by distill, which runs both.
             text: for distill, in place of the plan's calibration text: .jsonl, .txt or "self".
             settings: rank of the result and the rest of distill's settings.
+            fill: what new layers without a partner get (`fill_layers`): none, zero or nearest; of the nearest update
+                `fill_share`.
 
         Raises:
             LoraSuiteError: an adapter of another base, or one the plan does not cover; OUT is then untouched.
@@ -288,7 +300,16 @@ class TransferPlan:
             from .distilled_adapter import distil_adapter
 
             asked = self.options["calibration"] if text is None else os.fspath(text)
-            result = distil_adapter(self, models(), source, asked, settings, clock, trust_remote_code=trust_remote_code)
+            result = distil_adapter(
+                self,
+                models(),
+                source,
+                asked,
+                settings,
+                clock,
+                fill=(fill, fill_share),
+                trust_remote_code=trust_remote_code,
+            )
             with clock.phase("write", 1):
                 write_folder(target, result.files, overwrite=overwrite)
             phases = [*self.phases, *clock.phases]
@@ -302,9 +323,7 @@ class TransferPlan:
                 f"{', '.join(self.options['roles'])}; build the plan with --roles all"
             )
         with clock.phase("apply", len(self.layers)) as step:
-            updates, results = self._project(source, models, step)
-            if not updates:
-                raise LoraSuiteError(f"{source.where}: none of its layers has a partner in the new model")
+            updates, results = self._project(source, models, fill, fill_share, step)
             files = adapter_files(updates, source, self.new.family, self.new.shape.L, self.new.name)
             write_folder(target, files, overwrite=overwrite)
         return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))
@@ -317,11 +336,13 @@ class TransferPlan:
         overwrite: bool = False,
         ranks: Ranks | None = None,
         progress: Progress | None = None,
+        **options: Any,
     ) -> dict[str, Migration | LoraSuiteError]:
         """Carries many adapters, each into a sub-folder of its own name; one that cannot be carried stops no other.
 
         Args:
             folder: made if it does not exist. ranks: each process takes its share, and returns the results of that.
+            options: further ones of `apply`.
 
         Returns:
             For each adapter, as given, the result or the error.
@@ -342,7 +363,7 @@ class TransferPlan:
         results: dict[str, Migration | LoraSuiteError] = {}
         for done, (adapter, name) in enumerate(share, 1):
             try:
-                results[os.fspath(adapter)] = self.apply(adapter, target / name, overwrite=overwrite)
+                results[os.fspath(adapter)] = self.apply(adapter, target / name, overwrite=overwrite, **options)
             except LoraSuiteError as error:
                 results[os.fspath(adapter)] = error
             if progress:
@@ -350,12 +371,13 @@ class TransferPlan:
         return results
 
     def _project(
-        self, source: Adapter, models: Any, step: Any
+        self, source: Adapter, models: Any, fill: str, fill_share: float, step: Any
     ) -> tuple[dict[tuple[int, str], Update], list[LayerResult]]:
         """Updates by (new layer, module), and what came of each layer."""
         method = METHODS[self.options["method"]]
         W_h, S = self.tensors["W_h"], self.tensors["S"]
         updates: dict[tuple[int, str], Update] = {}
+        magnitudes: dict[tuple[int, str], Tensor] = {}
         results = []
         for done, (j, i) in enumerate(sorted(self.layers.items()), 1):
             prefix = f"layers.{j}."
@@ -370,13 +392,35 @@ class TransferPlan:
                 factors = type(update.factors)(*(factor.float() for factor in update.factors))
                 carried = method.project(layer, role, factors)
                 updates[j, role] = Update(carried, update.alpha, update.rslora)
+                if source.dora:
+                    from .magnitude import carry_factors, stored_factors
+
+                    magnitudes[j, role] = carry_factors(layer, role, stored_factors(models()[0], i, role, update))
                 size = abs(update.scale) * update_norm(carried)
                 norm = float(layer.tensors[f"{role}.norm"])
                 sizes[role] = size / norm if norm else 0.0
             results.append(self._layer_result(layer, sizes))
             step(done)
+        if not updates:
+            raise LoraSuiteError(f"{source.where}: none of its layers has a partner in the new model")
         dtype = next(iter(source.updates.values())).factors.a.dtype
-        return by_module(updates, FAMILIES[self.new.family], self.new.shape, dtype), results
+        family, shape = FAMILIES[self.new.family], self.new.shape
+        rank, alpha = int(source.config["r"]), float(source.config["lora_alpha"])
+        merged = fill_layers(
+            by_module(updates, family, shape, dtype),
+            family,
+            shape,
+            fill,
+            rank=rank,
+            alpha=alpha,
+            share=fill_share,
+            seed=self.options["seed"],
+        )
+        if source.dora:
+            from .magnitude import with_magnitudes
+
+            merged = with_magnitudes(merged, magnitudes, models()[1])
+        return merged, results
 
     def _layer_result(self, layer: PlannedLayer, sizes: dict[str, float]) -> LayerResult:
         def mean(similarity: str, match: str) -> float | None:
@@ -488,8 +532,12 @@ def migrate(
     *,
     overwrite: bool = False,
     settings: Settings | None = None,
+    fill: str = "none",
+    fill_share: float = SHARE,
     refine: int | str = 0,
     refine_text: str | os.PathLike[str] | None = None,
+    finetune: Data | None = None,
+    finetune_options: dict[str, Any] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     **options: Any,
@@ -497,17 +545,26 @@ def migrate(
     """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
 
     With `refine` the result is then the start of a training without labels (`refinement.refine`) of as many steps;
-    "auto" takes as many as the text is worth, and none where least squares are exact.
+    "auto" takes as many as the text is worth, and none where least squares are exact. With `finetune` it is trained on
+    labelled data last (`finetuning.finetune`).
 
     Args:
         old, new: model folders or hub ids. adapter: a PEFT LoRA folder trained on old. out: the folder to write.
-        settings: rank of the result and the rest of distill's settings. options: those of `TransferPlan.build`.
+        settings: rank of the result and the rest of distill's settings. fill, fill_share: as `TransferPlan.apply` has
+            them. options: those of `TransferPlan.build`.
         refine_text: None has the old model write it with its adapter; else a .jsonl or .txt file.
-        say: called with one sentence, the steps planned, before a refinement starts.
+        finetune: labelled data, as `finetuning.finetune` takes them. finetune_options: its further arguments.
+        say: called with one sentence, the steps planned, before a training starts.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
+    if finetune is not None:
+        from .finetuning import migrate_and_finetune
+
+        options |= {"settings": settings, "refine": refine, "refine_text": refine_text}
+        return migrate_and_finetune(old, new, adapter, out, finetune, finetune_options or {}, overwrite=overwrite,
+                                    progress=progress, say=say, **options)  # fmt: skip
     start = time.perf_counter()
     if refine != "auto" and (isinstance(refine, str) or refine < 0):
         raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
@@ -531,6 +588,8 @@ def migrate(
             adapter,
             unrefined if refine else out,
             settings=settings,
+            fill=fill,
+            fill_share=fill_share,
             trust_remote_code=options.get("trust_remote_code", False),
             overwrite=overwrite or bool(refine),
             progress=progress,
@@ -543,6 +602,8 @@ def migrate(
     if refine:
         from .refinement import refine as run
 
+        # Such a start is trained as it is.
+        keeps_dora = source.dora and plan.options["method"] != "distill"
         refined = run(
             old,
             adapter,
@@ -551,8 +612,8 @@ def migrate(
             out,
             text=refine_text,
             steps=refine,
-            roles=source.roles,
-            rank=int(source.config["r"]),
+            roles=None if keeps_dora else source.roles,
+            rank=None if keeps_dora else int(source.config["r"]),
             seed=plan.options["seed"],
             device=plan.options["device"],
             memory=options.get("memory"),

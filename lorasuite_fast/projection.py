@@ -139,12 +139,13 @@ def _project_rows(layer: PlannedLayer, role: str, x: Tensor, *, mean_of_matched:
     Grouped attention averages the new group's query heads: over all of them, unmatched ones counting as zero (the
     published rule, with the group size of the new model), or over the matched ones alone.
     """
-    return _carry_heads(layer.tensors, role, x, layer.old_shape, layer.new_shape, mean_of_matched=mean_of_matched)
+    return carry_heads(layer.tensors, role, x, layer.old_shape, layer.new_shape, mean_of_matched=mean_of_matched)
 
 
-def _carry_heads(
+def carry_heads(
     tensors: Mapping[str, Tensor], role: str, x: Tensor, old: Shape, new: Shape, *, mean_of_matched: bool = True
 ) -> Tensor:
+    """What `_project_rows` says, for tensors and shapes instead of a layer."""
     match = tensors["heads.match"]
     grouped = role in ("k", "v")
     weight = (match >= 0).float()
@@ -245,7 +246,7 @@ class LeastSquares:
             blocks["o"] = head_blocks(v, whiten(v_n, new.G), match, blocks=groups, old_share=share)
         tensors = _attention_tensors(similarity, match, blocks)
         if "o" in roles and any(side.gain_after("o", torch.float32) is not None for side in (pair.old, pair.new)):
-            carried = _carry_heads(tensors, "o", o_t, old, new)
+            carried = carry_heads(tensors, "o", o_t, old, new)
             tensors["o.scale"] = _fitted_scale(carried.float(), o_n.T.float()).view(1)
         return tensors
 

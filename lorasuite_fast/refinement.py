@@ -301,6 +301,8 @@ def _new_peft(
         return model.peft
     family = checkpoint.family
     source = None if start is None else read_adapter(start, family, checkpoint.shape, checkpoint.name)
+    if source is not None and source.dora:
+        raise LoraSuiteError(f"{start}: a DoRA start is trained as it is; leave out roles and rank")
     known = source.roles if source else ()
     wanted = {*(roles or known or ATTENTION), *known}
     known_updates = by_module(source.updates, family, checkpoint.shape, torch.float32) if source else {}
@@ -645,8 +647,8 @@ def _split(targets: Targets, seed: int) -> tuple[list[int], list[int]]:
     return sorted(held), sorted(order)
 
 
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete one; the trainer's state is written last."""
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a Trainer; its state is written last."""
     found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
@@ -748,7 +750,7 @@ def _train(
         with model.disable_adapter():
             trainer.base_kl = trainer.total_kl()
         first = trainer.agreement()
-        last = _last_checkpoint(folder / "trainer")
+        last = last_checkpoint(folder / "trainer")
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
     evaluations = [Evaluation(0, first, None, None)] + [

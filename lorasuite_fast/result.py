@@ -9,6 +9,7 @@ from .phases import Phase
 
 if TYPE_CHECKING:
     from .distillation import Distilled
+    from .finetuning import Finetuning
     from .plan import TransferPlan
     from .refinement import Refinement
 
@@ -18,8 +19,9 @@ class LayerResult:
     """One new layer that has a partner, or that distillation has fitted; the partner is None where it has none.
 
     Attributes:
-        cka: of the partner's hidden states with this layer's. head_similarity, neuron_similarity: mean cosine over the
-            matched heads and neurons, None where the adapter does not touch them.
+        cka: of the partner's hidden states with this layer's, or whatever measure the plan's option `similarity` names.
+        head_similarity, neuron_similarity: mean cosine over the matched heads and neurons, None where the adapter does
+            not touch them.
         explained: share of distillation's target reached behind this layer on held-out text, None with other methods.
         update: role -> Frobenius norm of s·B A over that of the new weight.
     """
@@ -37,8 +39,8 @@ class LayerResult:
 class Migration:
     """The outcome of `migrate` or `TransferPlan.apply`; the adapter itself is in the folder `out`.
 
-    `distilled` is there where the adapter was distilled, `refined` where it was then refined; `warning` says if
-    held-out text speaks against the result.
+    `distilled` is there where the adapter was distilled, `refined` where it was then refined, `finetuned` where it was
+    then trained on labelled data; `warning` says if held-out text, or that training, speaks against the result.
     """
 
     plan: TransferPlan
@@ -50,10 +52,13 @@ class Migration:
     seconds: float | None = None
     distilled: Distilled | None = None
     refined: Refinement | None = None
+    finetuned: Finetuning | None = None
 
     @property
     def warning(self) -> str | None:
         """A sentence for the user where held-out text shows that the result cannot be trusted; None elsewhere."""
+        if self.finetuned is not None:
+            return self.finetuned.summary.rstrip(".") if self.finetuned.kept_start else None
         if self.refined is not None:
             return None if self.refined.agreement > 0 else self.refined.summary.rstrip(".")
         return None if self.distilled is None else self.distilled.warning
@@ -78,5 +83,6 @@ class Migration:
             "seconds": self.seconds,
             "distillation": None if self.distilled is None else self.distilled.as_dict(),
             "refinement": None if self.refined is None else self.refined.as_dict(),
+            "finetuning": None if self.finetuned is None else self.finetuned.as_dict(),
             "warning": self.warning,
         }

@@ -64,9 +64,13 @@ class Work:
             raise LoraSuiteError(f"{folder}: another process is building the same output; wait for it") from None
         except OSError as error:
             raise WriteError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        try:
+            self.record = self._found(identity) or {"identity": identity}
+        except LoraSuiteError:
+            self.close()
+            raise
         for leftover in folder.glob("*.tmp"):
             leftover.unlink()
-        self.record = self._found(identity) or {"identity": identity}
 
     def _found(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         run = self.folder / _RUN

@@ -167,7 +167,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "damaged config": (lambda root: (root / "new/config.json").write_text("{"), ["new/config.json", "JSON"]),
     "unknown family": (
         lambda root: edit_json(root / "new/config.json", model_type="mamba"),
-        ["'mamba'", "llama, mistral, qwen2, qwen3"],
+        ["'mamba'", "llama, mistral, phi, phi3, qwen2, qwen3"],
     ),
     "config with a text for a number": (
         lambda root: edit_json(root / "new/config.json", hidden_size="big"),
@@ -208,7 +208,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         adapter_tensors(put(LORA.format("B"), 3, float("nan"))),
         ["q_proj.lora_B.weight", "NaN"],
     ),
-    "a DoRA adapter": (adapter_config(use_dora=True), ["DoRA", "not supported"]),
+    "a DoRA adapter without magnitudes": (adapter_config(use_dora=True), ["lora_magnitude_vector is missing"]),
     "saved modules": (adapter_config(modules_to_save=["lm_head"]), ["modules_to_save"]),
     "trained biases": (adapter_config(bias="all"), ["biases", "'all'"]),
     "PiSSA initialisation": (adapter_config(init_lora_weights="pissa"), ["pissa", "base weights"]),
@@ -350,10 +350,10 @@ def test_a_plan_of_another_version_is_refused(root: Path) -> None:
     plan = TransferPlan.build(root / "old", root / "new", examples=8, roles=("v",))
     plan.save(root / "plan")
     data = (root / "plan").read_bytes()
-    key = b'\\"version\\": 1,'
+    key = b'\\"version\\": 2,'
     assert data.count(key) == 1
     (root / "plan").write_bytes(data.replace(key, b'\\"version\\": 9,'))
-    with pytest.raises(LoraSuiteError, match="format version 9, this release reads 1"):
+    with pytest.raises(LoraSuiteError, match="format version 9, this release reads 2"):
         TransferPlan.load(root / "plan")
 
 

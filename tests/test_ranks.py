@@ -54,6 +54,14 @@ def test_two_processes_build_the_same_plan_to_the_bit_and_share_adapters(
         assert one.read_bytes() == two.read_bytes()
 
 
+def test_two_processes_agree_on_another_measure_of_similarity(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for processes in (1, 2):
+        options = ("--examples", 8, "--roles", "q", "--similarity", "pwcca")
+        done = run(processes, "plan", *pair, tmp_path / f"plan-{processes}", *options)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plan-1").read_bytes() == (tmp_path / "plan-2").read_bytes()
+
+
 def test_one_bad_adapter_among_many_fails_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
     plan = tmp_path / "plan"
     assert run(1, "plan", *pair, plan, "--examples", 8).returncode == 0

@@ -5,7 +5,7 @@ Notation: subscript `o` old, `n` new; `d` width, `h` head size, `H` query heads,
 """
 
 from .balance import balance
-from .cka import Gram, StreamingCKA, cka, gram, hsic
+from .cka import Gram, StreamingCKA, cka, full_gram, gram, hsic
 from .dispatch import backend
 from .heads import head_similarity
 from .neurons import NeuronCandidates, neuron_candidates
@@ -21,6 +21,7 @@ __all__ = [
     "backend",
     "balance",
     "cka",
+    "full_gram",
     "gram",
     "head_blocks",
     "head_similarity",

@@ -240,6 +240,24 @@ _gram_op = define(
 )
 
 
+def full_gram(packed: Gram) -> Tensor:
+    """(L, m, m) float64: the symmetric matrices behind packed triangles, their diagonals included.
+
+    A centred Gram matrix's rows sum to zero, so its diagonal is the negative of the others' sums.
+    """
+    L, m = packed.rows.shape
+    blocks = -(-m // PACKED_TILE)
+    full = packed.packed.new_zeros(L, blocks * PACKED_TILE, blocks * PACKED_TILE, dtype=torch.float64)
+    for column in range(blocks):
+        first, stop = column * (column + 1) // 2, (column + 1) * PACKED_TILE
+        tiles = packed.packed[:, first : first + column + 1]
+        full[:, :stop, stop - PACKED_TILE : stop] = tiles.flatten(1, 2)
+    full = full[:, :m, :m]
+    full = full + full.mT
+    full.diagonal(dim1=1, dim2=2).copy_(-full.sum(2))
+    return full
+
+
 def hsic(gx: Gram, gy: Gram) -> Tensor:
     """HSIC1 of all pairs of layers, from their packed triangles.
 

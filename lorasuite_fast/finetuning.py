@@ -1,0 +1,694 @@
+"""Light fine-tuning: an adapter is trained on a few labelled samples, starting from the factors it comes with.
+
+The recipe of the paper (METHOD.md section 7) for adapters just projected: 3 epochs, batches of 16, AdamW, a learning
+rate that falls linearly from 1e-3 without a warm-up, rows of at most 256 tokens. An adapter from zero is trained by the
+same code, so that the two can be compared.
+
+The loss of a step is the mean cross-entropy over all the tokens its batch counts, however the batch is divided.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .adapter import CONFIG, WEIGHTS
+from .aligned_states import LoadedModel, load_tokenizer
+from .checkpoint import Checkpoint, read_json, resolve_folder
+from .errors import LoraSuiteError, WriteError
+from .families import ATTENTION, ROLES, Family
+from .output import check_output, write_folder
+from .phases import Phase, PhaseClock, Progress
+from .plan import migrate, pick_device, pick_dtype
+from .refinement import last_checkpoint
+from .result import Migration
+from .samples import Data, Sample, Samples, load_samples
+from .self_text import adapter_digest
+from .tensor_files import TensorFiles
+from .work import Work
+
+EPOCHS, BATCH, LEARNING_RATE, MAX_TOKENS = 3, 16, 1e-3, 256
+RANK = 32
+"""Of an adapter from zero; its alpha is the same number."""
+_SAVE_STEPS = 50
+"""Most steps between two checkpoints where none are asked for."""
+_COMPARED_STEPS = 16
+"""Steps of the last third whose samples the start's loss is taken on, at most."""
+_ROUNDING = 1e-3
+"""Share by which the loss may lie above the start's: dtype, or the noise of dropout."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats a token over the validation samples after a number of steps; step 0 is the start."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """The outcome of `finetune`; the adapter itself is in the folder `out`.
+
+    Attributes:
+        steps: taken. budget: steps planned. chosen_step: of the state written; 0 is the start.
+        diverged: a loss was NaN or infinite, or the mean loss of the last third of the steps above the start's. The
+            start was then written, unchanged. kept_start: so it was, for this or because nothing was better than it on
+            the validation samples.
+        start_loss, end_loss: nats a token on the same samples, of the start and in the steps of the last third that
+            read them; None where training did not come so far.
+        losses: of each step, before its update. evaluations: empty without validation samples.
+        samples, truncated, left_out: trained on; of these cut off at `max_tokens`; left out because nothing was left to
+            count there. Validation samples are included in the last two.
+        trained_tokens: predictions the loss counted, over all steps.
+        summary: the outcome in one sentence.
+    """
+
+    model: str
+    adapter: str | None
+    out: str
+    steps: int
+    budget: int
+    chosen_step: int
+    diverged: bool
+    kept_start: bool
+    summary: str
+    start_loss: float
+    end_loss: float | None
+    losses: list[float]
+    evaluations: list[Evaluation]
+    samples: int
+    validation_samples: int
+    truncated: int
+    left_out: int
+    trained_tokens: int
+    trainable_parameters: int
+    options: dict[str, Any]
+    phases: list[Phase]
+    seconds: float
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes the process allocated itself, at most."""
+        return max(phase.peak_memory for phase in self.phases)
+
+    @property
+    def peak_device_memory(self) -> int | None:
+        """Bytes of the GPU's allocator, at most; None on a CPU."""
+        return max((p.peak_device_memory for p in self.phases if p.peak_device_memory is not None), default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, what `--json` prints; what is NaN or infinite is None."""
+        costs = {phase.name: phase.seconds for phase in self.phases}
+        memory = {"peak_memory": self.peak_memory, "peak_device_memory": self.peak_device_memory}
+        plain = asdict(self) | {"losses": [_finite(loss) for loss in self.losses]}
+        plain |= {"start_loss": _finite(self.start_loss), "end_loss": _finite(self.end_loss)}
+        plain["evaluations"] = [{"step": e.step, "loss": _finite(e.loss)} for e in self.evaluations]
+        return plain | memory | {"costs": costs}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def finetuning_folder(out: str | os.PathLike[str]) -> Path:
+    """Where a fine-tuning that is to write `out` keeps its work: a hidden sibling."""
+    path = Path(out).expanduser().absolute()
+    return path.with_name(f".{path.name}.finetune")
+
+
+def sample_batches(count: int, batch: int, steps: int, seed: int) -> list[list[int]]:
+    """Which samples each step reads: in every epoch each of them once, in another order; its last batch is the rest."""
+    generator = random.Random(seed)
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        order = list(range(count))
+        generator.shuffle(order)
+        batches += [order[first : first + batch] for first in range(0, count, batch)]
+    return batches[:steps]
+
+
+class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """One padded batch an item: input_ids, attention_mask and labels, (samples, length) each, the longest row first."""
+
+    def __init__(self, samples: Sequence[Sample], batches: list[list[int]]) -> None:
+        self._samples, self._batches = samples, batches
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, n: int) -> dict[str, Tensor]:
+        rows = sorted((self._samples[i] for i in self._batches[n]), key=lambda sample: -len(sample.ids))
+        shape = len(rows), len(rows[0].ids)
+        ids, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+        labels = torch.full(shape, -100)
+        for at, row in enumerate(rows):
+            length = len(row.ids)
+            ids[at, :length], mask[at, :length] = torch.tensor(row.ids), 1
+            labels[at, :length] = torch.tensor([i if c else -100 for i, c in zip(row.ids, row.counted, strict=True)])
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _parts(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
+    """Micro-batches of at most `size` rows, each no wider than its longest row."""
+    for first in range(0, len(batch["input_ids"]), size):
+        width = int(batch["attention_mask"][first].sum())
+        yield {name: tensor[first : first + size, :width] for name, tensor in batch.items()}
+
+
+def _summed_loss(model: Any, part: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of every token that counts, in nats, summed; at least float32."""
+    logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits
+    wanted = part["labels"][:, 1:]
+    counted = wanted != -100
+    chosen = logits[:, :-1][counted]
+    chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
+    return functional.cross_entropy(chosen, wanted[counted], reduction="sum")
+
+
+def _trainer_class() -> Any:
+    """The Trainer, defined when first needed: importing this module must not import transformers."""
+    from torch.utils.data import SequentialSampler
+    from transformers import Trainer, TrainerCallback
+
+    class FinetuningTrainer(Trainer):
+        """Trainer that divides a batch by itself, so that its loss is the mean over the whole batch's tokens."""
+
+        def __init__(self, *args: Any, micro_batch: int, autocast: bool, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.micro_batch, self.autocast = micro_batch, autocast
+            self.diverged_at: int | None = None
+
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            # The batches are in their order already, one item each.
+            return SequentialSampler(self.train_dataset)
+
+        def precision(self) -> Any:
+            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast)
+
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+            model.train()
+            inputs = self._prepare_inputs(inputs)
+            tokens = (inputs["labels"] != -100).sum()
+            total = torch.zeros((), device=tokens.device)
+            for part in _parts(inputs, self.micro_batch):
+                with self.precision():
+                    loss = _summed_loss(model, part) / tokens
+                self.accelerator.backward(loss)
+                total = total + loss.detach()
+            if not math.isfinite(float(total)):
+                self.diverged_at = self.state.global_step + 1
+            return total
+
+        def mean_loss(self, batches: Sequence[dict[str, Tensor]], *, training: bool) -> float:
+            """Over all counted tokens of the batches, as the model stands; `training` leaves its dropout on."""
+            was_training = self.model.training
+            self.model.train(training)
+            summed, tokens = 0.0, 0
+            device = self.args.device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+                torch.manual_seed(self.args.seed)
+                for batch in batches:
+                    inputs = self._prepare_inputs(dict(batch))
+                    tokens += int((inputs["labels"] != -100).sum())
+                    for part in _parts(inputs, self.micro_batch):
+                        with self.precision():
+                            summed += float(_summed_loss(self.model, part))
+            self.model.train(was_training)
+            return summed / tokens
+
+        def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, Any]:
+            loss = self.mean_loss(self.eval_dataset, training=False)
+            if not math.isfinite(loss):
+                self.diverged_at, loss = self.state.global_step, math.inf
+            metrics: dict[str, Any] = {f"{metric_key_prefix}_loss": loss}
+            self.log(metrics)
+            self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    class Course(TrainerCallback):
+        """Reports steps, ends a diverged run, and has the last step evaluated and saved."""
+
+        trainer: Any = None
+
+        def __init__(self, report: Any, evaluated: bool) -> None:
+            self._report, self._evaluated = report, evaluated
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+            if self.trainer.diverged_at is not None:
+                control.should_training_stop = True
+                control.should_save = control.should_evaluate = False
+                return control
+            if state.global_step >= state.max_steps:
+                control.should_save, control.should_evaluate = True, self._evaluated
+            self._report(state.global_step)
+            return control
+
+    return FinetuningTrainer, Course
+
+
+def _new_adapter(loaded: LoadedModel, family: Family, new: Mapping[str, Any], seed: int) -> None:
+    """Puts an adapter that does nothing yet on the model: B zero, A random."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = {family.projections[role].module.rpartition(".")[2] for role in new["roles"]}
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=new["rank"],
+        lora_alpha=new["alpha"],
+        lora_dropout=new["dropout"],
+        target_modules=sorted(modules),
+    )
+    torch.manual_seed(seed)
+    loaded.peft = get_peft_model(loaded.model, config).to(loaded.device)
+
+
+def finetune(
+    model: str | os.PathLike[str],
+    adapter: str | os.PathLike[str] | None,
+    data: Data,
+    out: str | os.PathLike[str],
+    *,
+    epochs: int = EPOCHS,
+    steps: int | None = None,
+    batch: int = BATCH,
+    micro_batch: int | None = None,
+    learning_rate: float = LEARNING_RATE,
+    max_tokens: int = MAX_TOKENS,
+    template: str = "alpaca",
+    completion_only: bool = False,
+    validation: float | Data | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    roles: Sequence[str] | None = None,
+    save_every: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    gradient_checkpointing: bool = False,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Finetuning:
+    """Trains an adapter on labelled samples, from the factors it has, and writes the result as another folder.
+
+    AdamW without weight decay, a learning rate that falls linearly to 0 without a warm-up, gradients clipped to norm 1
+    (the default of transformers' Trainer, which the paper's training code leaves as it is). The base model is frozen.
+    Checkpoints are kept beside OUT until it is complete; the same call goes on from the last one after an interruption,
+    and gives the same adapter to the bit.
+
+    A run that diverges (see `Finetuning.diverged`) writes the adapter it started from, unchanged. ADAPTER itself is
+    never written to.
+
+    Args:
+        model: folder or hub id. adapter: a PEFT folder for it, or None for a new one that does nothing yet.
+        data: a .json, .jsonl or .txt file, a folder saved by `datasets` or the hub id of a data set (both need that
+            package), or a sequence of records: see `samples.read_records` and `samples.SampleMaker`.
+        out: PEFT folder to write.
+        epochs: how often each sample is read. steps: optimizer steps, in place of epochs.
+        batch: samples a step reads. micro_batch: samples computed at once, all by default; changes memory and speed,
+            but of the result only the rounding and the draws of dropout.
+        max_tokens: of a row, special tokens included; the rest is cut off.
+        template: "alpaca", "chat", or a text with {instruction} and {input}: how records become prompts.
+        completion_only: count only what answers the prompt in the loss.
+        validation: samples that are not trained on: a share of the data between 0 and 1, or data of its own. The
+            adapter written is then the one of all checkpoints and the start that has the lowest loss on them.
+        rank, alpha, dropout, roles: of a new adapter: 32, the rank, 0 and q, k, v, o.
+        save_every: steps between checkpoints; by default an epoch, 50 at most.
+        dtype: of the base model and the products; auto is bfloat16 on a GPU that has it, else float32. The adapter is
+            float32 at least.
+        gradient_checkpointing: recompute activations: less memory, more time.
+        say: called with one sentence, what will be done, before the training starts.
+
+    Raises:
+        LoraSuiteError: for input that cannot be used; OUT is then untouched.
+    """
+    begin = time.perf_counter()
+    path = check_output(out, overwrite=overwrite)
+    _check(epochs, steps, batch, micro_batch, learning_rate, max_tokens, rank, alpha, dropout, roles, save_every)
+    if adapter is not None and (rank, alpha, dropout, roles) != (None,) * 4:
+        raise LoraSuiteError("rank, alpha, dropout and roles are those of a new adapter; ADAPTER has its own")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LoraSuiteError("finetune runs in one process; start it without torchrun")
+    run_device = pick_device(device)
+    half = run_device.type == "cuda" and torch.cuda.is_bf16_supported()
+    run_dtype = torch.bfloat16 if dtype == "auto" and half else pick_dtype(dtype)
+    clock = PhaseClock(progress, run_device)
+    checkpoint = Checkpoint(model, "model")
+    start = None if adapter is None else resolve_folder(adapter, what="ADAPTER")
+    if start is not None and start.resolve() == path.resolve():
+        raise LoraSuiteError(f"OUT {out}: is ADAPTER itself, which is never written to; choose another path")
+    with clock.phase("read data", 1):
+        tokenizer = load_tokenizer(model, "MODEL", trust_remote_code=trust_remote_code)
+        wording: dict[str, Any] = {"template": template, "max_tokens": max_tokens, "completion_only": completion_only}
+        training, held_out = _split(data, validation, tokenizer, wording, seed)
+    epoch = math.ceil(len(training.samples) / batch)
+    budget = epochs * epoch if steps is None else steps
+    new: dict[str, Any] = {}
+    if start is None:
+        new = {"rank": rank or RANK, "alpha": alpha or rank or RANK, "dropout": dropout or 0.0}
+        new["roles"] = sorted(roles or ATTENTION, key=ROLES.index)
+    options: dict[str, Any] = {
+        "steps": budget,
+        "batch": batch,
+        "micro_batch": min(micro_batch or batch, batch),
+        "learning_rate": learning_rate,
+        "save_every": save_every or min(epoch, _SAVE_STEPS),
+        "seed": seed,
+        "dtype": str(run_dtype).removeprefix("torch."),
+        **new,
+    }
+    with clock.phase("load", 1):
+        loaded = LoadedModel(
+            checkpoint.folder, "MODEL", device=run_device, dtype=run_dtype, trust_remote_code=trust_remote_code
+        )
+        loaded.check_ids([sample.ids for part in (training, held_out) for sample in part.samples])
+        if start is None:
+            _new_adapter(loaded, checkpoint.family, new, seed)
+        else:
+            loaded.attach(start, trainable=True)
+        # A name of the hub would be looked up there at every checkpoint.
+        loaded.peft.peft_config["default"].base_model_name_or_path = checkpoint.name
+    identity = options | {
+        "model": checkpoint.fingerprint(),
+        "adapter": None if start is None else adapter_digest(start),
+        "data": training.digest(),
+        "validation": held_out.digest(),
+    }
+    folder = finetuning_folder(path)
+    folder.mkdir(exist_ok=True)
+    work = Work(folder / "training", identity)
+    try:
+        work.start()
+        if say:
+            tokens = sum(sample.tokens for sample in training.samples)
+            say(
+                f"fine-tuning: {budget} steps of {batch} samples, from {len(training.samples):,} samples with "
+                f"{tokens:,} tokens to learn"
+            )
+        try:
+            course = _train(
+                work.folder, loaded, start, training.samples, held_out.samples, clock, options, gradient_checkpointing
+            )
+        except LoraSuiteError:
+            # The start itself is broken: there is nothing to go on from.
+            work.discard()
+            with suppress(OSError):
+                folder.rmdir()
+            raise
+        _write(path, course.source, course.source if start is None else start, checkpoint.name, overwrite)
+        work.discard()
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        work.close()
+    return Finetuning(
+        model=os.fspath(model),
+        adapter=None if adapter is None else os.fspath(adapter),
+        out=os.fspath(out),
+        steps=len(course.losses),
+        budget=budget,
+        chosen_step=course.chosen,
+        diverged=course.diverged is not None,
+        kept_start=course.chosen == 0,
+        summary=_summary(course, budget, len(training.samples)),
+        start_loss=course.start_loss,
+        end_loss=course.end_loss,
+        losses=course.losses,
+        evaluations=course.evaluations,
+        samples=len(training.samples),
+        validation_samples=len(held_out.samples),
+        truncated=training.truncated + held_out.truncated,
+        left_out=training.left_out + held_out.left_out,
+        trained_tokens=course.tokens,
+        trainable_parameters=sum(p.numel() for p in loaded.peft.parameters() if p.requires_grad),
+        options=options
+        | wording
+        | {"device": run_device.type, "epochs": budget / epoch, "gradient_checkpointing": gradient_checkpointing},
+        phases=clock.phases,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _check(
+    epochs: int,
+    steps: int | None,
+    batch: int,
+    micro_batch: int | None,
+    learning_rate: float,
+    max_tokens: int,
+    rank: int | None,
+    alpha: float | None,
+    dropout: float | None,
+    roles: Sequence[str] | None,
+    save_every: int | None,
+) -> None:
+    whole = {"epochs": epochs, "steps": steps, "batch": batch, "micro_batch": micro_batch, "rank": rank,
+             "save_every": save_every}  # fmt: skip
+    for name, value in whole.items():
+        if value is not None and value < 1:
+            raise LoraSuiteError(f"{name} is {value}; it must be at least 1")
+    if max_tokens < 2:
+        raise LoraSuiteError(f"max_tokens is {max_tokens}; it must be at least 2")
+    for name, number in (("learning_rate", learning_rate), ("alpha", alpha)):
+        if number is not None and not (math.isfinite(number) and number > 0):
+            raise LoraSuiteError(f"{name} is {number}; it must be above 0")
+    if dropout is not None and not 0 <= dropout < 1:
+        raise LoraSuiteError(f"dropout is {dropout}; it must be at least 0 and below 1")
+    for role in roles or ():
+        if role not in ROLES:
+            raise LoraSuiteError(f"role {role!r} is not one of {', '.join(ROLES)}")
+
+
+def _split(
+    data: Data, validation: float | Data | None, tokenizer: Any, wording: dict[str, Any], seed: int
+) -> tuple[Samples, Samples]:
+    """The samples to train on and those held out."""
+    found = load_samples(data, tokenizer, **wording)
+    if validation is None:
+        return found, Samples([], 0, 0)
+    if not isinstance(validation, int | float):
+        return found, load_samples(validation, tokenizer, **wording)
+    count = len(found.samples)
+    held = round(validation * count)
+    if not (0 < validation < 1 and 0 < held < count):
+        raise LoraSuiteError(
+            f"validation is {validation}; a share must be between 0 and 1 and leave at least one of the {count} "
+            "samples on either side"
+        )
+    chosen = set(random.Random(seed).sample(range(count), held))
+    rest = [sample for n, sample in enumerate(found.samples) if n not in chosen]
+    return replace(found, samples=rest), Samples([found.samples[n] for n in sorted(chosen)], 0, 0)
+
+
+@dataclass(frozen=True)
+class _Course:
+    """What a training came to; `source` holds the adapter chosen, `diverged` says in what way it did."""
+
+    source: Path
+    chosen: int
+    diverged: str | None
+    start_loss: float
+    end_loss: float | None
+    losses: list[float]
+    evaluations: list[Evaluation]
+    tokens: int
+
+
+def _train(
+    folder: Path,
+    loaded: LoadedModel,
+    start: Path | None,
+    samples: list[Sample],
+    held_out: list[Sample],
+    clock: PhaseClock,
+    options: dict[str, Any],
+    checkpointing: bool,
+) -> _Course:
+    from transformers import TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    steps, batch = options["steps"], options["batch"]
+    batches = sample_batches(len(samples), batch, steps, options["seed"])
+    dataset = _Batches(samples, batches)
+    evaluated = _Batches(held_out, [list(range(len(held_out)))[n : n + batch] for n in range(0, len(held_out), batch)])
+    compared = _last_third(steps)
+    trainer_class, course_class = _trainer_class()
+    source = start
+    if source is None:
+        source = folder / "start"
+        loaded.peft.save_pretrained(source)
+    recomputed: dict[str, Any] = {}
+    if checkpointing:
+        recomputed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=1,
+        learning_rate=options["learning_rate"],
+        lr_scheduler_type="linear",
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        optim="adamw_torch",
+        seed=options["seed"],
+        **recomputed,
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=options["save_every"],
+        save_strategy="steps",
+        save_steps=options["save_every"],
+        save_total_limit=2,
+        metric_for_best_model="loss" if held_out else None,
+        greater_is_better=False if held_out else None,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=loaded.device.type == "cpu",
+        dataloader_pin_memory=loaded.device.type == "cuda",
+    )
+    if loaded.device.type == "cuda":
+        # Trainer would split the one batch over every GPU it sees.
+        arguments._n_gpu = 1
+    with clock.phase("start's loss", 1):
+        trainer = trainer_class(
+            model=loaded.peft,
+            args=arguments,
+            train_dataset=dataset,
+            eval_dataset=evaluated,
+            data_collator=lambda items: items[0],
+            micro_batch=options["micro_batch"],
+            autocast=loaded.model.dtype == torch.bfloat16,
+        )
+        trainer.remove_callback(PrinterCallback)
+        first = trainer.mean_loss([dataset[n] for n in compared], training=True)
+        if not math.isfinite(first):
+            raise LoraSuiteError(
+                f"{loaded.name} with this adapter gives NaN or infinity on the data in {loaded.model.dtype}; check its "
+                "weights, or try --dtype float32"
+            )
+        evaluations = [Evaluation(0, trainer.mean_loss(evaluated, training=False))] if held_out else []
+    with clock.phase("train", steps) as report:
+        course = course_class(report, bool(held_out))
+        course.trainer = trainer
+        trainer.add_callback(course)
+        last = last_checkpoint(folder / "trainer")
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    evaluations += [Evaluation(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    tokens = [sum(samples[i].tokens for i in part) for part in batches]
+    end = None
+    if len(losses) == steps:
+        end = sum(losses[n] * tokens[n] for n in compared) / sum(tokens[n] for n in compared)
+    chosen = steps
+    diverged = _divergence(trainer.diverged_at, first, end, folder / "trainer" / f"checkpoint-{steps}")
+    if diverged is not None:
+        chosen = 0
+    elif evaluations:
+        chosen = min(evaluations, key=lambda e: e.loss).step
+    if chosen:
+        source = folder / "trainer" / f"checkpoint-{chosen}"
+    return _Course(source, chosen, diverged, first, end, losses, evaluations, sum(tokens[: len(losses)]))
+
+
+def _last_third(steps: int) -> list[int]:
+    """Steps of the last third, at most _COMPARED_STEPS of them, spread evenly."""
+    third = range(steps - max(1, steps // 3), steps)
+    count = min(len(third), _COMPARED_STEPS)
+    return [third[n * len(third) // count] for n in range(count)]
+
+
+def _divergence(at: int | None, first: float, end: float | None, last: Path) -> str | None:
+    """In what way a run diverged, None if it did not. `last` is the folder of its last state."""
+    if at is not None:
+        return f"the loss was NaN or infinite at step {at}"
+    if end is not None and end > first * (1 + _ROUNDING):
+        return f"the mean loss of the last third was {end:.3f}, above the start's {first:.3f}"
+    files = TensorFiles([last / WEIGHTS])
+    broken = [name for name in files.entries if not torch.isfinite(files.view(name)).all()]
+    files.close()
+    return f"{broken[0]} holds NaN or infinity at the end" if broken else None
+
+
+def _write(path: Path, weights: Path, config_of: Path, base: str, overwrite: bool) -> None:
+    """Puts an adapter at OUT in the name of the model, with the configuration it had."""
+    config = read_json(config_of / CONFIG)
+    config |= {"base_model_name_or_path": base, "inference_mode": True, "revision": None}
+    files = {
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        WEIGHTS: (weights / WEIGHTS).read_bytes(),
+    }
+    write_folder(path, files, overwrite=overwrite)
+
+
+def _summary(course: _Course, budget: int, samples: int) -> str:
+    if course.diverged is not None:
+        return f"Diverged: {course.diverged}; the adapter it started from was written unchanged."
+    if course.chosen == 0:
+        best = course.evaluations[0].loss
+        return (
+            f"Nothing gained: no checkpoint has a lower loss on the validation samples than the start's {best:.3f}; "
+            "the adapter it started from was written unchanged."
+        )
+    end = f"{course.start_loss:.3f} before, {course.end_loss:.3f} in the last third"
+    text = f"Fine-tuned: {budget} steps over {samples:,} samples; loss {end}"
+    if course.evaluations:
+        chosen = next(e.loss for e in course.evaluations if e.step == course.chosen)
+        before = course.evaluations[0].loss
+        text += f"; on the validation samples {before:.3f} before, {chosen:.3f} after step {course.chosen}"
+    return f"{text}."
+
+
+def migrate_and_finetune(
+    old: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    data: Data,
+    tuning: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+    **options: Any,
+) -> Migration:
+    """`plan.migrate` with `options`, then `finetune` of what it wrote with `tuning`; the data are read first."""
+    begin = time.perf_counter()
+    check_output(out, overwrite=overwrite)
+    remote = options.get("trust_remote_code", False)
+    shared = {"seed": options.get("seed", 0), "device": options.get("device", "auto"), "trust_remote_code": remote}
+    wording = {name: tuning[name] for name in ("template", "max_tokens", "completion_only") if name in tuning}
+    load_samples(data, load_tokenizer(new, "NEW", trust_remote_code=remote), **wording)
+    folder = finetuning_folder(out)
+    folder.mkdir(exist_ok=True)
+    migrated = folder / "migrated"
+    try:
+        result = migrate(old, new, adapter, migrated, overwrite=True, progress=progress, say=say, **options)
+    except WriteError:
+        raise
+    except LoraSuiteError:
+        with suppress(OSError):
+            folder.rmdir()
+        raise
+    tuned = finetune(
+        new, migrated, data, out, overwrite=overwrite, progress=progress, say=say, **(shared | dict(tuning))
+    )
+    phases = [*result.phases, *tuned.phases]
+    return replace(result, out=os.fspath(out), finetuned=tuned, phases=phases, seconds=time.perf_counter() - begin)
