@@ -106,7 +106,7 @@ def test_a_lead_within_the_spread_of_the_seeds_does_not_count() -> None:
 def test_what_is_not_measured_is_said_not_to_be() -> None:
     text = reproduce_report.report(rows(full=[0.9]), ["p/arithmetic/0/full", "p/arithmetic/0/few-paper"])
     assert "1 of 2 stages are not measured yet" in text
-    assert "`p/arithmetic/0/few-paper`" in text
+    assert "- `p/arithmetic/0`: few-paper" in text
     assert "| LoRASuite with LFT(100), best setting | 0 | not measured yet" in text
 
 
