@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench demo-pair clean
+.PHONY: demo test lint bench demo-pair quality reproduce clean
 
 demo: $(READY)
 	$(BIN)/python bench/demo.py
@@ -33,6 +33,14 @@ bench: $(READY)
 # Trains the two demo models, the adapter and the baselines again, about an hour on two cores.
 demo-pair: $(READY)
 	$(BIN)/python bench/demo_pair.py
+
+# Several processes may run it at once on one work folder.
+quality: $(READY)
+	$(BIN)/python bench/quality.py
+
+# Takes its pairs and baselines from the same folder as `quality`; several processes may run it at once.
+reproduce: $(READY)
+	$(BIN)/python bench/reproduce.py
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; set PYTHON=...')"

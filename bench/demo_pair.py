@@ -216,15 +216,21 @@ def stage_tokenizers(work: Work) -> None:
     """Train one tokenizer per model on the general text: SentencePiece-style for old, byte-level for new."""
     for name, make in (("old", demo_text.sentencepiece_tokenizer), ("new", demo_text.byte_level_tokenizer)):
         if not (work.root / name / "tokenizer.json").exists():
-            documents = work.texts()["general"]["train"]
-            random.Random(PRETRAIN[name][0].seed).shuffle(documents)
-            held, paragraphs = 0, []
-            for document in documents:
-                held += sum(map(len, document))
-                paragraphs += document
-                if held > TOKENIZER_BYTES:
-                    break
+            paragraphs = tokenizer_text(work.texts()["general"]["train"], PRETRAIN[name][0].seed, TOKENIZER_BYTES)
             make(paragraphs, SHAPES[name]["vocab_size"], 2 * LENGTH).save_pretrained(work.root / name)
+
+
+def tokenizer_text(documents: Sequence[demo_text.Document], seed: int, size: int) -> list[str]:
+    """Return the paragraphs of documents in random order, a little more than ``size`` characters."""
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    held, paragraphs = 0, []
+    for document in order:
+        held += sum(map(len, document))
+        paragraphs += document
+        if held > size:
+            break
+    return paragraphs
 
 
 def packed(documents: Sequence[demo_text.Document], tokenizer: Any, recipe: Recipe) -> torch.Tensor:
@@ -313,11 +319,11 @@ def _pretrain_cycle(work: Work, name: str, cycle: int, recipe: Recipe) -> dict[s
     return {"parameters": sum(p.numel() for p in model.parameters()), **figures}
 
 
-def with_lora(model: Any, base: str) -> Any:
-    """Return ``model`` with a fresh adapter; the caller seeds torch."""
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+def with_lora(model: Any, base: str, targets: Sequence[str] = TARGETS) -> Any:
+    """Return ``model`` with a fresh adapter that names ``base`` as its base; the caller seeds torch."""
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), task_type="CAUSAL_LM")
     wrapped = get_peft_model(model, config)
-    wrapped.peft_config["default"].base_model_name_or_path = f"lorasuite-fast/demo-{base}"
+    wrapped.peft_config["default"].base_model_name_or_path = base
     return wrapped
 
 
@@ -338,7 +344,7 @@ def adapt(work: Work, base: str, folder: str, recipe: Recipe) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         model, tokenizer = work.load(base)
         torch.manual_seed(recipe.seed)
-        model = with_lora(model, base)
+        model = with_lora(model, f"lorasuite-fast/demo-{base}")
         figures = train(model, packed(work.texts()["domain"]["train"], tokenizer, recipe), recipe)
         model.save_pretrained(work.root / folder)
         return {**figures, **scores(work, model, tokenizer)}
@@ -347,31 +353,37 @@ def adapt(work: Work, base: str, folder: str, recipe: Recipe) -> dict[str, Any]:
 
 
 def few(work: Work, rate: float, epochs: int) -> dict[str, Any]:
-    """Train a LoRA adapter of the new model on the 100 samples: AdamW, linear schedule to zero, no warm-up."""
+    """Train a LoRA adapter of the new model on the 100 samples."""
 
     def make() -> dict[str, Any]:
         model, tokenizer = work.load("new")
         torch.manual_seed(5)
-        model = with_lora(model, "new").train()
-        samples = tokenizer(work.texts()["domain"]["few"], add_special_tokens=False)["input_ids"]
-        samples = [sample[: LENGTH - 1] for sample in samples]
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-        steps = epochs * math.ceil(len(samples) / FEW_BATCH)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        order = random.Random(5)
-        for _ in range(epochs):
-            order.shuffle(samples)
-            for first in range(0, len(samples), FEW_BATCH):
-                inputs, labels = _padded(samples[first : first + FEW_BATCH], tokenizer.bos_token_id, model.device)
-                logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
-                functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
-                optimizer.step()
-                schedule.step()
-                optimizer.zero_grad()
+        model = with_lora(model, "lorasuite-fast/demo-new")
+        steps = train_few(model, tokenizer, work.texts()["domain"]["few"], rate, epochs, seed=5)
         return {"rate": rate, "epochs": epochs, "steps": steps, "seed": 5, **scores(work, model, tokenizer)}
 
     return work.result(f"few-{rate:g}-{epochs}", make)
+
+
+def train_few(model: Any, tokenizer: Any, texts: Sequence[str], rate: float, epochs: int, seed: int) -> int:
+    """Train what requires a gradient on a few samples: AdamW, linear schedule to zero, no warm-up; return the steps."""
+    model.train()
+    samples = [ids[: LENGTH - 1] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    steps = epochs * math.ceil(len(samples) / FEW_BATCH)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    order = random.Random(seed)
+    for _ in range(epochs):
+        order.shuffle(samples)
+        for first in range(0, len(samples), FEW_BATCH):
+            inputs, labels = _padded(samples[first : first + FEW_BATCH], tokenizer.bos_token_id, model.device)
+            logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
+            functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+    return steps
 
 
 def stage_full(work: Work) -> list[dict[str, Any]]:

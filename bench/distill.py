@@ -37,10 +37,10 @@ BYTES = 160_000
 EXAMPLE = 400
 
 
-def examples(documents: list[list[str]], size: int) -> list[str]:
+def examples(documents: list[list[str]], size: int, seed: int = 0) -> list[str]:
     """Whole paragraphs of shuffled documents in examples of at least EXAMPLE characters, `size` characters in all."""
     documents = list(documents)
-    random.Random(0).shuffle(documents)
+    random.Random(seed).shuffle(documents)
     found: list[str] = []
     for document in documents:
         held = ""
