@@ -27,6 +27,10 @@ ROWS = {
     "refined-general": ("refined", "general"),
     "refined": ("refined", "self-written"),
     "refined-domain": ("refined", "domain"),
+    "refined-mlp": ("refined, also the MLP", "self-written"),
+    "refined-kl": ("refined, KL alone", "self-written"),
+    "refined-mlp-kl": ("refined, also the MLP, KL alone", "self-written"),
+    "refined-long": ("refined, twice the steps", "self-written"),
 }
 """What the rows without labels are called, and which text they read."""
 STARTS = {
@@ -35,7 +39,7 @@ STARTS = {
     "few-distill-self": "distilled, self-written",
     "few-refined": "refined, self-written",
 }
-DROPPED = ("texts", "evaluations", "phases", "gains", "explained", "teacher", "texts_seen", "cpu_seconds")
+DROPPED = ("texts", "evaluations", "phases", "gains", "explained", "teacher")
 
 
 def compact(results: Path) -> dict[str, Any]:
@@ -133,9 +137,18 @@ def cases(rows: Rows) -> list[tuple[str, str]]:
 
 
 def seconds_of(figures: dict[str, Any]) -> float:
-    """With the writing of the text."""
+    """Wall time, with the writing of the text."""
     seconds: float = figures["seconds"] + figures.get("writing", {}).get("seconds", 0.0)
     return seconds
+
+
+def cpu_seconds_of(figures: dict[str, Any]) -> float:
+    """CPU time, with the writing of the text; where only the stage's is known, its share of the stage's wall time."""
+    share = figures["stage_cpu_seconds"] / max(figures["stage_seconds"], 0.1)
+    own: float = figures.get("cpu_seconds", figures["seconds"] * share)
+    writing = figures.get("writing", {})
+    written: float = writing.get("cpu_seconds", writing.get("seconds", 0.0) * share)
+    return own + written
 
 
 def tokens_of(figures: dict[str, Any]) -> str:
@@ -155,10 +168,10 @@ def case_table(rows: Rows, pair: str, domain: str) -> list[str]:
         f"### {pair}, {domain}",
         "",
         "| row | text | seeds | share | shuffled control | content, points | domain, bits per byte | "
-        "general, bits per byte | seconds | tokens | peak memory, MiB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "general, bits per byte | seconds | CPU seconds | tokens | peak memory, MiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
         f"| new model alone | – | 1 | 0 % | – | – | {nothing['domain_test']:.3f} | {nothing['general_test']:.3f} "
-        "| – | – | – |",
+        "| – | – | – | – |",
     ]
     for row, (what, text) in ROWS.items():
         lines += _row(rows, pair, domain, row, what, text)
@@ -168,8 +181,8 @@ def case_table(rows: Rows, pair: str, domain: str) -> list[str]:
         "After fine-tuning on 100 labelled samples:",
         "",
         "| start | seeds | rate, epochs | share | over LoRA(100), points | domain, bits per byte | "
-        "general, bits per byte | seconds | tokens | peak memory, MiB |",
-        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+        "general, bits per byte | seconds | CPU seconds | tokens | peak memory, MiB |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row, what in STARTS.items():
         first = rows.get(pair, domain, 0, row)
@@ -181,8 +194,8 @@ def case_table(rows: Rows, pair: str, domain: str) -> list[str]:
             f"| {what} | {len(shares)} | {first['best']['rate']:g}, {first['best']['epochs']} "
             f"| **{percent(shares)}** | {spread(lead, 100, 1)} "
             f"| {spread(rows.bits(pair, domain, row, 'domain_test'))} "
-            f"| {spread(rows.bits(pair, domain, row, 'general_test'))} | {first['seconds']:.0f} | {first['tokens']:,} "
-            f"| {memory_of(first)} |"
+            f"| {spread(rows.bits(pair, domain, row, 'general_test'))} | {first['seconds']:.0f} "
+            f"| {cpu_seconds_of(first):.0f} | {first['tokens']:,} | {memory_of(first)} |"
         )
     return [*lines, ""]
 
@@ -202,7 +215,7 @@ def _row(rows: Rows, pair: str, domain: str, row: str, what: str, text: str) -> 
     if not measured:
         return []
     shares = rows.shares(pair, domain, row)
-    seconds = statistics.mean(seconds_of(f) for f in measured)
+    seconds, cpu = (statistics.mean(of(f) for f in measured) for of in (seconds_of, cpu_seconds_of))
     if row == "full" and measured[0].get("recorded"):
         shares, measured = shares[:1], measured[:1]
     controls = rows.shares(pair, domain, f"{row}-shuffled")
@@ -210,7 +223,7 @@ def _row(rows: Rows, pair: str, domain: str, row: str, what: str, text: str) -> 
         f"| {what} | {text} | {len(shares)} | **{percent(shares)}** | {percent(controls)} "
         f"| {spread(rows.content(pair, domain, row), 100, 1)} "
         f"| {spread([f['bits']['domain_test'] for f in measured])} "
-        f"| {spread([f['bits']['general_test'] for f in measured])} | {seconds:.0f} "
+        f"| {spread([f['bits']['general_test'] for f in measured])} | {seconds:.0f} | {cpu:.0f} "
         f"| {tokens_of(measured[0])} | {memory_of(measured[0])} |"
     ]
 
@@ -226,7 +239,8 @@ def floors(rows: Rows) -> list[str]:
             return f"| {what} | {wanted} | not measured | |"
         mean = statistics.mean(values)
         shown = spread(values, scale, 1 if scale == 100 else 3)
-        return f"| {what} | {wanted} | {shown} ({len(values)} seeds) | {'yes' if met(mean) else '**no**'} |"
+        seeds = "1 seed" if len(values) == 1 else f"{len(values)} seeds"
+        return f"| {what} | {wanted} | {shown} ({seeds}) | {'yes' if met(mean) else '**no**'} |"
 
     forgotten = full["bits"]["general_test"]
     lines = ["| demo pair, bible | wanted | measured | met |", "|---|---:|---:|---|"]
@@ -311,7 +325,8 @@ def report(data: dict[str, Any]) -> str:
         "",
         "Share: of the gain in bits per byte of the domain's test text that LoRA(full), trained on the new model with "
         "the whole labelled domain text, has over the new model alone. Shuffled control: the same row with the "
-        "teacher's positions shuffled; content is the row less its control. ± is the standard deviation over seeds.",
+        "teacher's positions shuffled; content is the row less its control. ± is the standard deviation over seeds; a row or seed "
+        "that is not in the tables was not measured.",
         "",
         *floors(rows),
         "",
@@ -393,7 +408,7 @@ def figures(data: dict[str, Any]) -> None:
     figure, axes = plt.subplots(
         lines, columns, figsize=(4.4 * columns + 2.2, 4.6 * lines), sharey=True, squeeze=False, layout="constrained"
     )
-    order = list(reversed(names))
+    order = [row for row in reversed(names) if any(rows.shares(*case, row) for case in shown)]
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
     for axis, (pair, domain) in zip(axes.flat, shown, strict=False):
