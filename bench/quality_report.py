@@ -325,8 +325,8 @@ def report(data: dict[str, Any]) -> str:
         "",
         "Share: of the gain in bits per byte of the domain's test text that LoRA(full), trained on the new model with "
         "the whole labelled domain text, has over the new model alone. Shuffled control: the same row with the "
-        "teacher's positions shuffled; content is the row less its control. ± is the standard deviation over seeds; a row or seed "
-        "that is not in the tables was not measured.",
+        "teacher's positions shuffled; content is the row less its control. ± is the standard deviation over seeds; a "
+        "row or seed that is not in the tables was not measured.",
         "",
         *floors(rows),
         "",
@@ -350,11 +350,11 @@ def report(data: dict[str, Any]) -> str:
         "",
         *VERIFY_NOTES,
         "",
-        *correlations(rows),
-        "",
-        "![verify's explained share against the share measured](quality-verify.png)",
+        *(correlations(rows) if rows.checked() else ["Not measured yet."]),
         "",
     ]
+    if rows.checked():
+        lines += ["![verify's explained share against the share measured](quality-verify.png)", ""]
     return "\n".join(lines)
 
 
