@@ -497,7 +497,8 @@ def stages(bench: Bench) -> list[Stage]:
     for case in (demo, *tiny):
         add(*case, 0, (*few_others, *checked))
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
-        add(*case, 0, [f"refined-{words}{c}" for words in ("mlp", "kl", "mlp-kl", "long") for c in ("", "-shuffled")])
+        variants = [f"refined-{words}{c}" for words in ("mlp", "kl", "mlp-kl", "long") for c in ("", "-shuffled")]
+        add(*case, 0, (*variants, *(f"verify-{row}" for row in variants)))
     for seed in SEEDS[1:]:
         for case in (*tiny, demo):
             add(*case, seed, (*basis, *HEADLINE, *few, *few_others, *checked))

@@ -48,7 +48,10 @@ def compact(results: Path) -> dict[str, Any]:
     for path in sorted(results.rglob("*.json")):
         name = str(path.relative_to(results).with_suffix(""))
         if "@" not in path.name:
-            figures = {key: value for key, value in json.loads(path.read_text()).items() if key not in DROPPED}
+            figures = json.loads(path.read_text())
+            if "evaluations" in figures:
+                figures["course"] = [[e["step"], e["agreement"]] for e in figures["evaluations"]]
+            figures = {key: value for key, value in figures.items() if key not in DROPPED}
             found[name] = {key: _rounded(value) for key, value in figures.items()}
     return found
 
@@ -330,6 +333,10 @@ def report(data: dict[str, Any]) -> str:
         "",
         *floors(rows),
         "",
+        "What bears on the floors that are missed:",
+        "",
+        *findings(rows),
+        "",
         "![Share by row](quality-rows.png)",
         "",
         "## Pairs",
@@ -356,6 +363,48 @@ def report(data: dict[str, Any]) -> str:
     if rows.checked():
         lines += ["![verify's explained share against the share measured](quality-verify.png)", ""]
     return "\n".join(lines)
+
+
+def findings(rows: Rows) -> list[str]:
+    """Why floors are missed, from what was measured."""
+    case = "demo", "bible"
+    lines = []
+    refined = rows.get(*case, 0, "refined")
+    if refined is not None:
+        course = refined["course"]
+        lines.append(
+            "- Refined: at the end of its steps the agreement with the teacher on held-out text had not stopped rising "
+            f"({course[-2][1]:.3f} at step {course[-2][0]}, {course[-1][1]:.3f} at step {course[-1][0]})."
+        )
+    for pair, domain in cases(rows):
+        plain, mlp = (rows.shares(pair, domain, row)[:1] for row in ("refined", "refined-mlp"))
+        if plain and mlp:
+            lines.append(
+                f"- Adapters on gate, up and down as well, {pair}, {domain}, seed 0: {percent(mlp)} instead of "
+                f"{percent(plain)}. They have more parameters than LoRA(full) here."
+            )
+        for words in ("kl", "mlp-kl"):
+            alone, shuffled = (rows.shares(pair, domain, f"refined-{words}{c}") for c in ("", "-shuffled"))
+            if alone or shuffled:
+                lines.append(
+                    f"- Without the next-token loss ({ROWS[f'refined-{words}'][0]}), {pair}, {domain}: "
+                    f"{percent(alone)}, shuffled {percent(shuffled)}."
+                )
+    both = rows.shares(*case, "refined-shuffled"), rows.shares(*case, "distill-self-shuffled")
+    if all(both):
+        lines.append(
+            f"- Content: the shuffled refinement still reads text that the old model wrote with its adapter, and its "
+            f"next-token loss needs no teacher: it reaches {percent(both[0])}, the shuffled closed form on the same "
+            f"text {percent(both[1])}. Row less control is therefore what the aligned teacher adds to such text."
+        )
+    few = rows.get(*case, 0, "few-nothing")
+    if few is not None:
+        lines.append(
+            f"- LoRA(100): its best is {few['best']['epochs']} epochs at {few['best']['rate']:g} "
+            f"({percent(rows.shares(*case, 'few-nothing'))} of the gain, {few['bits']['general_test']:.3f} bits per "
+            "byte on general text): 100 samples forget more than the refinement does, from any start."
+        )
+    return lines
 
 
 def busy(data: dict[str, Any]) -> str:
