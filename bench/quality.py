@@ -180,6 +180,7 @@ class Case:
             start = row[4:]
             needs = (*models,) if start == "nothing" else (*models, self.name(start))
             needs += (f"{first}/{row}",) if self.seed else ()
+            needs += (self.name("few-refined"),) if start not in STARTS else ()
             return Stage(self.name(row), needs, partial(self.few, start))
         if row == "adapter":
             return Stage(self.name(row), models, self.adapt_old)
@@ -361,9 +362,13 @@ class Case:
     def search(self, start: str) -> list[dict[str, Any]]:
         """By halving: every rate at the fewest epochs, the two best at more, the better of these at the most.
 
-        With WHOLE_GRID every rate at every number of epochs.
+        With WHOLE_GRID every rate at every number of epochs. A variant of the refinement takes the rate that was best
+        from the refinement itself, at the middle number of epochs alone.
         """
         fewest, more, most = EPOCHS
+        if start not in STARTS:
+            best = self.bench.get(self.name("few-refined"))["best"]
+            return [self.setting(start, best["rate"], more)]
         runs = {(rate, fewest): self.setting(start, rate, fewest) for rate in RATES}
 
         def rank(epochs: int) -> list[float]:
@@ -498,7 +503,7 @@ def stages(bench: Bench) -> list[Stage]:
         add(*case, 0, (*few_others, *checked))
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
         variants = [f"refined-{words}{c}" for words in ("mlp", "kl", "mlp-kl", "long") for c in ("", "-shuffled")]
-        add(*case, 0, (*variants, *(f"verify-{row}" for row in variants)))
+        add(*case, 0, (*variants, "few-refined-mlp", *(f"verify-{row}" for row in variants)))
     for seed in SEEDS[1:]:
         for case in (*tiny, demo):
             add(*case, seed, (*basis, *HEADLINE, *few, *few_others, *checked))
