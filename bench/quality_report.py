@@ -247,33 +247,56 @@ def floors(rows: Rows) -> list[str]:
         return f"| {what} | {wanted} | {shown} ({seeds}) | {'yes' if met(mean) else '**no**'} |"
 
     forgotten = full["bits"]["general_test"]
+
+    def forgetting(what: str, bits: list[float]) -> str:
+        text = f"forgetting: general text, bits per byte, {what}"
+        return line(text, f"≤ {forgotten:.3f}", bits, lambda v: v <= forgotten, 1)
+
     lines = ["| demo pair, bible | wanted | measured | met |", "|---|---:|---:|---|"]
     lines.append(
         line("closed form, general text, % of LoRA(full)'s gain", "≥ 12", rows.shares(*case, "distill-general"),
              lambda v: v >= 0.12)
     )  # fmt: skip
-    for row, what in (("refined", "refined, self-written text"),):
+    variants = [("", ""), ("-mlp", ", also the MLP")]
+    shown = [v for v in variants if rows.shares(*case, f"refined{v[0]}") or not v[0]]
+    for words, also in shown:
+        row, what = f"refined{words}", f"refined, self-written text{also}"
         lines.append(line(f"{what}, %", "≥ 60", rows.shares(*case, row), lambda v: v >= 0.60))
         lines.append(
             line(f"{what}, less its shuffled control, points", "≥ 45", rows.content(*case, row), lambda v: v >= 0.45)
         )
-    lines.append(
-        line("refined, then 100 labelled samples, %", "≥ 72", rows.shares(*case, "few-refined"), lambda v: v >= 0.72)
-    )
-    lines.append(
-        line(
-            "the same, over LoRA(100) at its best, points",
-            "≥ 10",
-            leads(rows, *case, "few-refined"),
-            lambda v: v >= 0.10,
-        )
-    )
-    for row, what in (("refined", "refined"), ("few-refined", "refined, then 100 samples")):
         bits = rows.bits(*case, row, "general_test")
+        lines.append(forgetting(what, bits))
+    for words, also in shown:
+        row, what = f"few-refined{words}", f"refined{also}, then 100 labelled samples"
+        lines.append(line(f"{what}, %", "≥ 72", rows.shares(*case, row), lambda v: v >= 0.72))
         lines.append(
-            line(f"forgetting: general text, bits per byte, {what}", f"≤ {forgotten:.3f}", bits,
-                 lambda v: v <= forgotten, 1)
-        )  # fmt: skip
+            line(f"{what}, over LoRA(100) at its best, points", "≥ 10", leads(rows, *case, row), lambda v: v >= 0.10)
+        )
+        lines.append(forgetting(what, rows.bits(*case, row, "general_test")))
+    return lines
+
+
+def overview(rows: Rows) -> list[str]:
+    """Shares of the headline rows on every pair and domain, with their shuffled controls."""
+    shown = cases(rows)
+    names = {
+        row: f"{what}, {text}".removesuffix(", –")
+        for row, (what, text) in ROWS.items()
+        if row in ("paper", "distill-general", "distill-self", "refined", "refined-mlp")
+    }
+    names |= {row: f"100 samples from {what}" for row, what in STARTS.items()}
+    lines = [
+        "| share (shuffled control), % | " + " | ".join(f"{pair}, {domain}" for pair, domain in shown) + " |",
+        "|---|" + "---:|" * len(shown),
+    ]
+    for row, name in names.items():
+        cells = []
+        for case in shown:
+            control = rows.shares(*case, f"{row}-shuffled")
+            cells.append(spread(rows.shares(*case, row), 100, 1) + (f" ({spread(control, 100, 1)})" if control else ""))
+        if set(cells) != {"–"}:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -334,6 +357,8 @@ def report(data: dict[str, Any]) -> str:
         "row or seed that is not in the tables was not measured.",
         "",
         *floors(rows),
+        "",
+        *overview(rows),
         "",
         "What bears on the floors that are missed:",
         "",
