@@ -180,6 +180,7 @@ class Case:
             start = row[4:]
             needs = (*models,) if start == "nothing" else (*models, self.name(start))
             needs += (f"{first}/{row}",) if self.seed else ()
+            needs += (self.name("few-refined"),) if start not in STARTS else ()
             return Stage(self.name(row), needs, partial(self.few, start))
         if row == "adapter":
             return Stage(self.name(row), models, self.adapt_old)
@@ -248,11 +249,11 @@ class Case:
         if kind == "self":
             written = self.bench.get(self.name("text"))
             texts = written["texts"]
-            cost = {key: written[key] for key in ("seconds", "peak_memory")}
+            cost = {key: written[key] for key in ("seconds", "cpu_seconds", "peak_memory") if key in written}
         else:
             documents = self.lab.texts.train("general" if kind == "general" else self.domain)
             texts = examples(documents, TEXT_BYTES, self.seed)
-            cost = {"seconds": 0.0, "peak_memory": 0}
+            cost = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_memory": 0}
         if size is not None:
             taken, held = [], 0
             for text in texts:
@@ -349,10 +350,10 @@ class Case:
         if folder.exists():
             folder.unlink()
         folder.symlink_to(source.name, target_is_directory=True)
-        keys = ("seconds", "peak_memory", "steps", "tokens")
+        keys = ("seconds", "cpu_seconds", "peak_memory", "steps", "tokens")
         return {
             "best": {key: best[key] for key in ("rate", "epochs", "domain_valid")},
-            **{key: best[key] for key in keys},
+            **{key: best[key] for key in keys if key in best},
             "settings": [[run["rate"], run["epochs"], run["domain_valid"]] for run in runs],
             "search_seconds": round(sum(run["seconds"] for run in runs), 1),
             "bits": self.score(folder),
@@ -361,9 +362,13 @@ class Case:
     def search(self, start: str) -> list[dict[str, Any]]:
         """By halving: every rate at the fewest epochs, the two best at more, the better of these at the most.
 
-        With WHOLE_GRID every rate at every number of epochs.
+        With WHOLE_GRID every rate at every number of epochs. A variant of the refinement takes the rate that was best
+        from the refinement itself, at the middle number of epochs alone.
         """
         fewest, more, most = EPOCHS
+        if start not in STARTS:
+            best = self.bench.get(self.name("few-refined"))["best"]
+            return [self.setting(start, best["rate"], more)]
         runs = {(rate, fewest): self.setting(start, rate, fewest) for rate in RATES}
 
         def rank(epochs: int) -> list[float]:
@@ -478,25 +483,27 @@ def stages(bench: Bench) -> list[Stage]:
     tiny = [(pair, domain) for domain in DOMAINS for pair in PAIRS if pair != "demo"]
     checked = [f"verify-{row}" for row in ("full", *HEADLINE, *few, *few_others)]
     add(*demo, 0, (*basis, *HEADLINE, *few))
+    checked_first = [c for c in checked if c[7:] not in few_others]
     for case in tiny:
-        others = few_others if case[1] == "bible" else ()
-        add(*case, 0, (*basis, *HEADLINE, *few, *others, *(c for c in checked if c[7:] not in few_others or others)))
-    add(*demo, 0, checked[:-2])
+        add(*case, 0, (*basis, *HEADLINE, *few))
+    for case in (demo, *tiny):
+        add(*case, 0, checked_first)
     for seed in SEEDS[1:]:
         for case in tiny:
             if case[1] == "bible":
-                add(*case, seed, (*basis, *HEADLINE, *few, *(c for c in checked if c[7:] not in few_others)))
-    add(*demo, 0, few_others)
+                add(*case, seed, (*basis, *HEADLINE, *few, *checked_first))
     for case in tiny:
-        add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
+        add(*case, 0, (*few_others, *FURTHER, *(f"verify-{row}" for row in FURTHER)))
+    add(*demo, 0, few_others)
     for seed in SEEDS[1:]:
         add(*demo, seed, (*basis, "refined", *few))
         for case in tiny:
-            add(*case, seed, (*basis, *HEADLINE, *few, *(c for c in checked if c[7:] not in few_others)))
+            add(*case, seed, (*basis, *HEADLINE, *few, *checked_first))
     for case in (demo, *tiny):
         add(*case, 0, (*few_others, *checked))
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
-        add(*case, 0, [f"refined-{words}{c}" for words in ("mlp", "kl", "mlp-kl", "long") for c in ("", "-shuffled")])
+        variants = [f"refined-{words}{c}" for words in ("mlp", "kl", "mlp-kl", "long") for c in ("", "-shuffled")]
+        add(*case, 0, (*variants, "few-refined-mlp", *(f"verify-{row}" for row in variants)))
     for seed in SEEDS[1:]:
         for case in (*tiny, demo):
             add(*case, seed, (*basis, *HEADLINE, *few, *few_others, *checked))
