@@ -535,18 +535,21 @@ def _verified_lines(bench: Bench) -> list[str]:
     found = {name: v for name in ROWS if (v := bench.done(f"verify-{name}"))}
     if not found:
         return []
+    facts = next(iter(found.values()))["facts"]
     lines = [
         "## What `verify` says",
         "",
-        f"On {VERIFIED} examples of {VERIFIED_TOKENS} tokens of the held-out text, unlabelled.",
+        f"On the first {VERIFIED_TOKENS} tokens of {facts['texts']} examples of the held-out text, unlabelled "
+        f"({facts['positions']} aligned positions).",
         "",
-        "| adapter | cosine | explained share | KL share | content cosine | size ratio | top-1 where the old one "
+        "| adapter | cosine | explained share | its mean alone | KL share | content cosine | size ratio | top-1 where the old one "
         "changed | verdict |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, v in found.items():
         e = v["effect"]
-        cells = [e["carried"]["cosine"], e["carried"]["explained_share"], e["carried"]["kl_share"]]
+        cells = [e["carried"]["cosine"], e["carried"]["explained_share"], e["constant"]["explained_share"]]
+        cells += [e["carried"]["kl_share"]]
         cells += [e["content_cosine"], e["size_ratio"], e["carried"]["top1"]]
         lines.append(f"| {name} | {' | '.join(map(_interval, cells))} | {v['verdict']} |")
     return [*lines, ""]
