@@ -40,7 +40,7 @@ from lorasuite_fast.self_text import self_written
 LENGTH, BATCH, STEPS, WARM_UP = 96, 4, 32, 4
 RATE = 3e-3
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-TEXTS, TOKENS, LAYERS = 128, 64, 1
+TEXTS, TOKENS, LAYERS = 64, 64, 1
 """Texts that are distilled from, tokens of each, and how many of the last layers are fitted."""
 TEST_BYTES = {"domain": 8_000, "general": 3_000}
 WINDOW = 256
@@ -56,7 +56,33 @@ PROMPTS = (
 )
 SOURCES = ("shipped", "self", "domain")
 CONTROLLED = ("self-shuffled", "domain-shuffled")
-ROWS = (*SOURCES, *CONTROLLED, "paper", "lora-new", "refined")
+ROWS = (*SOURCES, *CONTROLLED, "paper", "paper-raw", "lora-new", "refined")
+
+FINDINGS = (
+    "## What was found on the way",
+    "",
+    "- The row with domain text had its pass over the old model (258 s wall-clock) taken from an earlier process; its "
+    "cost does not contain that.",
+    "- Gemma 2 and 3 have a norm behind each projection that writes to the residual stream. In Gemma 3 270M the gains "
+    "of one such norm differ by orders of magnitude (layer 8: 0.004 to 407; layer 17: 0.1 to 1,649; some are 0). The "
+    "fit divided its updates by them: on 128 domain texts and the last half of the layers the updates drowned the "
+    "layers' own output (explained share of the target on held-out text -1.7 behind layer 9, -42 to -48 behind layers "
+    "10 to 12, -34 behind layer 17), the gain factor chosen was 0 and the warning said that nothing could be carried "
+    "(1,582 s wall-clock, 369 CPU). Now a change in front of such a norm is penalised for its size "
+    "(`in_front_of_norm`); the rows above are measured with that.",
+    "- Held-out share of the target explained, in the metric of the logits, domain text, 64 texts: last layer alone "
+    "0.24 with penalty 0.01, 0.25 with 0.1 (on the training positions 0.51). Layers 9 and up with penalty 0.01: 0.17 "
+    "behind layer 9, then 0.11, -0.34, -0.55, and -0.75 behind layer 15; layers 11 and up with 0.1: 0.18 behind layer "
+    "11, 0.08 behind the o of layer 12 while the training positions rise to 0.43. With 3,500 training positions every "
+    "further layer fits noise, so one layer was fitted here; the default, half of the layers, needs more text than "
+    "this. One layer and the penalty were chosen on these held-out texts, not on the test text.",
+    "- Eq. (3) makes updates 270 to 560 times as large, relative to the weights, as the old adapter's (median over "
+    "layers, by projection): it holds W_h twice, and W_h contains Gemma's embedding factor sqrt(640).",
+    "- The conversion was checked for its settings too: with the sliding layers' RoPE base at 1e6 in place of 1e4 a "
+    "news paragraph costs 1.07 bits per byte in place of 0.94, with the global ones' at 1e4 0.95.",
+    "- The streamed forward pass over Gemma 3 and its head agree with transformers' logits to 2.5e-5 (of 37).",
+    "",
+)
 
 
 class Bench:
@@ -242,6 +268,11 @@ class Bench:
         if source == "paper":
             plan, _ = self.plan("paper")
             result = plan.apply(self.adapter(), out, overwrite=True)
+            if control == "raw":
+                # Gemma multiplies its embedding by sqrt(d), and W_h, which Eq. (3) holds twice, contains that.
+                config = json.loads((out / "adapter_config.json").read_text())
+                config["lora_alpha"] /= plan.new.shape.d
+                (out / "adapter_config.json").write_text(json.dumps(config))
         else:
             plan, _ = self.plan("auto")
             text, _ = self.calibration(source)
@@ -338,10 +369,8 @@ def report(bench: Bench) -> str:
         *_plan_lines(bench),
         *_row_lines(bench),
         *_verified_lines(bench),
+        *FINDINGS,
     ]
-    notes = Path(__file__).parent / "reports/real_pair_notes.md"
-    if notes.exists():
-        lines += [notes.read_text("utf-8").rstrip(), ""]
     return "\n".join(lines)
 
 
@@ -445,7 +474,8 @@ def _row_lines(bench: Bench) -> list[str]:
         + (", and its share of what LoRA trained on Gemma gains." if yardstick else ".")
         + " Agreement: KL share on the tenth of the texts that was held out from the fit, with its 95 % interval, and "
         "the part of it that depends on the text. Gain factor: chosen on the same texts. "
-        f"{TEXTS} texts of {TOKENS} tokens, rank 8, the last half of the layers, o and down. The text is unlabelled.",
+        f"{TEXTS} texts of {TOKENS} tokens, rank 8, o and down of "
+        f"the last {LAYERS} of Gemma's 18 layers. The text is unlabelled.",
         "",
         "| adapter | domain | gain | general | agreement | content | gain factor | positions | tokens old / new | "
         "cost | peak memory |",
@@ -466,11 +496,12 @@ def _row_lines(bench: Bench) -> list[str]:
             f"[{content[1]:.3f}, {content[2]:.3f}] | {d['gain']:g} | {d['positions']:,} | {d['tokens'][0]:,} / "
             f"{d['tokens'][1]:,} | {_cost(row)} | {row['peak'] / 2**20:.0f} MiB |"
         )
-    if paper := bench.done("row-paper"):
-        lines.append(
-            f"| paper, Eq. (3) | {bit_cells('paper')} | – | – | – | – | – | {_cost(paper)} with its plan | "
-            f"{paper['peak'] / 2**20:.0f} MiB |"
-        )
+    for name, label in (("paper", "paper, Eq. (3)"), ("paper-raw", "the same, W_h of the unscaled embeddings")):
+        if paper := bench.done(f"row-{name}"):
+            lines.append(
+                f"| {label} | {bit_cells(name)} | – | – | – | – | – | {_cost(paper)} | "
+                f"{paper['peak'] / 2**20:.0f} MiB |"
+            )
     if refined := bench.done("refined"):
         r = refined["refinement"]
         lines.append(
@@ -489,8 +520,8 @@ def _row_lines(bench: Bench) -> list[str]:
     if written:
         lines += [
             "",
-            f"The self-written text ({written['texts']} texts, {written['bytes']:,} bytes) took {_cost(written)} "
-            "beside that. It begins:",
+            f"The self-written text ({written['texts']} texts, {written['bytes']:,} bytes, {TEXTS} of them used) "
+            f"took {_cost(written)} beside that. It begins:",
             "",
             *(f"> {' '.join(text.split())[:160]}" for text in written["first"][:1]),
         ]
@@ -504,18 +535,21 @@ def _verified_lines(bench: Bench) -> list[str]:
     found = {name: v for name in ROWS if (v := bench.done(f"verify-{name}"))}
     if not found:
         return []
+    facts = next(iter(found.values()))["facts"]
     lines = [
         "## What `verify` says",
         "",
-        f"On {VERIFIED} examples of {VERIFIED_TOKENS} tokens of the held-out text, unlabelled.",
+        f"On the first {VERIFIED_TOKENS} tokens of {facts['texts']} examples of the held-out text, unlabelled "
+        f"({facts['positions']} aligned positions).",
         "",
-        "| adapter | cosine | explained share | KL share | content cosine | size ratio | top-1 where the old one "
+        "| adapter | cosine | explained share | its mean alone | KL share | content cosine | size ratio | top-1 where the old one "
         "changed | verdict |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, v in found.items():
         e = v["effect"]
-        cells = [e["carried"]["cosine"], e["carried"]["explained_share"], e["carried"]["kl_share"]]
+        cells = [e["carried"]["cosine"], e["carried"]["explained_share"], e["constant"]["explained_share"]]
+        cells += [e["carried"]["kl_share"]]
         cells += [e["content_cosine"], e["size_ratio"], e["carried"]["top1"]]
         lines.append(f"| {name} | {' | '.join(map(_interval, cells))} | {v['verdict']} |")
     return [*lines, ""]
@@ -546,7 +580,7 @@ def main() -> None:
         "adapter": lambda: bench.lora("old"),
         "self-written": lambda: bench.calibration("self"),
         "plan": lambda: bench.plan("auto"),
-        **{name: lambda name=name: bench.row(name) for name in (*SOURCES, *CONTROLLED, "paper")},
+        **{name: lambda name=name: bench.row(name) for name in (*SOURCES, *CONTROLLED, "paper", "paper-raw")},
         "direct": lambda: bench.lora("new"),
         "refined": bench.refined,
         **{f"bits-{name}": lambda name=name: bench.scored(name) for name in ("lora-old", *ROWS)},
