@@ -221,6 +221,7 @@ def _steps(
         "untrained_tokens": carried.dropped,
         "rank": carried.rank,
         "rms_ratio": carried.rms_ratio,
+        "embedding_factor": carried.factor,
         "r2": carried.r2,
         "r2_back": carried.r2_back,
         "layer_r2": {str(j): r2 for j, r2 in layer_r2.items()},
@@ -447,7 +448,9 @@ def _pairs(
     news = stream_layers(inputs.new, options.device, layers=todo, roles=wanted)
     step(len(mapping) - len(todo))
     for count, (j, old, new) in enumerate(zip(todo, olds, news, strict=True), 1):
-        pairs[j] = _pair(Pair(old, new, W_h, S, carried.rms_ratio, options.heads, inputs.texts), options)
+        pairs[j] = _pair(
+            Pair(old, new, W_h, S, carried.rms_ratio, carried.factor, options.heads, inputs.texts), options
+        )
         if work:
             work.save(f"pair.{j}", pairs[j], partner=mapping[j])
         step(len(mapping) - len(todo) + count)

@@ -398,8 +398,8 @@ class TransferPlan:
         for done, (j, i) in enumerate(sorted(self.layers.items()), 1):
             prefix = f"layers.{j}."
             stored = _Prefixed(self.tensors, prefix)
-            ratio = float(self.facts["rms_ratio"])
-            layer = PlannedLayer(i, j, stored, W_h, S, ratio, self.old.shape, self.new.shape, models)
+            scales = float(self.facts["rms_ratio"]), float(self.facts["embedding_factor"])
+            layer = PlannedLayer(i, j, stored, W_h, S, *scales, self.old.shape, self.new.shape, models)
             sizes: dict[str, float] = {}
             for role in source.roles:
                 update = source.updates.get((i, role))

@@ -49,6 +49,7 @@ class Pair:
     W_h: Tensor
     S: Tensor
     rms_ratio: float
+    factor: float
     heads: str = "hungarian"
     texts: list[str] = field(default_factory=list)
     """Calibration examples, for methods that read text."""
@@ -112,6 +113,7 @@ class PlannedLayer:
     W_h: Tensor
     S: Tensor
     rms_ratio: float
+    factor: float
     old_shape: Shape
     new_shape: Shape
     checkpoints: Callable[[], tuple[Checkpoint, Checkpoint]]
@@ -164,7 +166,11 @@ def carry_heads(
 
 
 class Paper:
-    """Eq. (3): `C = W_o[a] W_h W_n[b]^T`, ΔW_n[b] = C^T ΔW_o[a] W_h; for o, ΔW_n[:, b] = W_h^T ΔW_o[:, a] C."""
+    """Eq. (3): `C = W_o[a] W_h W_n[b]^T`, ΔW_n[b] = C^T ΔW_o[a] W_h; for o, ΔW_n[:, b] = W_h^T ΔW_o[:, a] C.
+
+    W_h is that of the embeddings as they are stored, as published. Updates hold it twice, so that one of the residual
+    streams would be far too large where only one model scales its embeddings, by sqrt(d) in Gemma.
+    """
 
     name = "paper"
     needs_text = False
@@ -173,8 +179,9 @@ class Paper:
         if not set(roles) & set(ATTENTION):
             return {}
         old, new = pair.shapes
+        W_h = pair.W_h / pair.factor
         q, k, v, o = pair.weights(pair.old, ATTENTION)
-        q, k, v, o_t = q @ pair.W_h, k @ pair.W_h, v @ pair.W_h, o.T @ pair.W_h
+        q, k, v, o_t = q @ W_h, k @ W_h, v @ W_h, o.T @ W_h
         q_n, k_n, v_n, o_n = pair.weights(pair.new, ATTENTION)
         similarity = head_similarity(q, k, v, o_t.T, q_n, k_n, v_n, o_n, heads=(old.H, new.H), kv_heads=(old.G, new.G))
         match = match_heads(similarity, pair.heads)
@@ -189,16 +196,17 @@ class Paper:
 
     def project(self, layer: PlannedLayer, role: str, update: Factors) -> Factors:
         b, a = update
+        W_h = layer.W_h / layer.factor
         if role == "o":
-            return Factors(layer.W_h.T @ b, _project_rows(layer, role, a.T, mean_of_matched=False).T)
+            return Factors(W_h.T @ b, _project_rows(layer, role, a.T, mean_of_matched=False).T)
         if role in ATTENTION:
-            return Factors(_project_rows(layer, role, b, mean_of_matched=False), a @ layer.W_h)
+            return Factors(_project_rows(layer, role, b, mean_of_matched=False), a @ W_h)
         old, new = layer.checkpoints()
         weight_o = Layer.of(old, layer.old_layer, (role,)).weight(role, b.dtype)
         weight_n = Layer.of(new, layer.new_layer, (role,)).weight(role, b.dtype)
         if role == "down":
-            return Factors(pinv_times(layer.W_h, b), pinv_times(weight_o.T, a.T).T @ layer.W_h @ weight_n)
-        return Factors(weight_n @ pinv_times(layer.W_h, pinv_times(weight_o, b)), a @ layer.W_h)
+            return Factors(pinv_times(W_h, b), pinv_times(weight_o.T, a.T).T @ W_h @ weight_n)
+        return Factors(weight_n @ pinv_times(W_h, pinv_times(weight_o, b)), a @ W_h)
 
 
 class LeastSquares:

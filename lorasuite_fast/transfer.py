@@ -81,7 +81,8 @@ class Stream:
 class Transfer:
     """W_h (d_o, d_n) and S (d_n, d_o), float32, and how they came about.
 
-    `rms_ratio` is the root mean square of the new model's shared rows over that of the old one's.
+    `rms_ratio` is the root mean square of the new model's shared rows over that of the old one's, `factor` what the new
+    model multiplies its embeddings by over what the old one does; both matrices contain it.
 
     R² is measured on every 20th shared token, with maps fitted on the others: 1 - |error|² / |deviation from mean|².
     It is None for the identity, which fits nothing.
@@ -97,6 +98,7 @@ class Transfer:
     r2: float | None
     r2_back: float | None
     rms_ratio: float
+    factor: float = 1.0
 
 
 def _smallest_ratio(gram: Tensor, factor: Tensor) -> float:
@@ -246,6 +248,7 @@ def fit_transfer(
         r2,
         r2_back,
         factor * (sizes[1] / sizes[0]) ** 0.5 if min(sizes) > 0 else 1.0,
+        factor,
     )
 
 

@@ -21,7 +21,9 @@ from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.distillation import Settings, _Side, updated
 from lorasuite_fast.hidden_states import LayerStream, padded
 from lorasuite_fast.projection import Factors, _with_constant
+from lorasuite_fast.vocabulary import shared_tokens
 
+import dense_oracle as oracle
 import planted
 from planted import Planted, random_adapter, save_folder, tiny_tokenizer
 
@@ -277,3 +279,30 @@ def test_distillation_carries_a_planted_last_layer(name: str, tmp_path: Path) ->
     assert result.distilled.agreement["kl_share"][1] > 0.5
     # Of GPT-NeoX's random biases most is a constant shift already.
     assert result.distilled.agreement["content_kl_share"][1] > 0.02
+
+
+def test_the_published_projection_takes_the_embeddings_as_they_are_stored(tmp_path: Path) -> None:
+    """Gemma multiplies its embeddings by sqrt(d) on their way; an update holds W_h twice."""
+    gemma = config_of("gemma3_text", d=48, layers=2, heads=4, kv_heads=2, head_dim=12, f=64, vocab=320)
+    two_models(tmp_path, "llama", gemma)
+    random_adapter(tmp_path / "old", tmp_path / "adapter", targets=["q_proj", "o_proj"], rank=3, alpha=3, seed=3)
+    folders = [tmp_path / name for name in ("old", "new", "adapter", "out")]
+    result = migrate(*folders, method="paper", examples=8, layers="first")
+    old, new = ({k: t.double() for k, t in load_file(f / "model.safetensors").items()} for f in folders[:2])
+    tokens = shared_tokens(Checkpoint(folders[0]).tokenizer(), Checkpoint(folders[1]).tokenizer())
+    table = "model.embed_tokens.weight"
+    W_h = oracle.transfer_matrix(old[table][tokens.old], new[table][tokens.new])
+    torch.testing.assert_close(result.plan.tensors["W_h"].double(), W_h * 48**0.5, rtol=1e-4, atol=1e-5)
+    match = result.plan.tensors["layers.0.heads.match"].tolist()
+    layer = "model.layers.0.self_attn."
+    delta = {role: dense(folders[2], f"{layer}{role}_proj") for role in "qo"}
+    q_o, q_n, o_o, o_n = (w[f"{layer}{role}_proj.weight"] for role in "qo" for w in (old, new))
+    wanted_q, wanted_o = torch.zeros_like(q_n), torch.zeros_like(o_n)
+    for b, a in enumerate(match):
+        rows_o, rows_n = slice(8 * a, 8 * a + 8), slice(12 * b, 12 * b + 12)
+        C = q_o[rows_o] @ W_h @ q_n[rows_n].T
+        wanted_q[rows_n] = C.T @ delta["q"][rows_o] @ W_h
+        wanted_o[:, rows_n] = W_h.T @ delta["o"][:, rows_o] @ (o_o[:, rows_o].T @ W_h @ o_n[:, rows_n])
+    for role, wanted in (("q", wanted_q), ("o", wanted_o)):
+        found = dense(folders[3], f"{layer}{role}_proj")
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-4
