@@ -542,8 +542,8 @@ def _verified_lines(bench: Bench) -> list[str]:
         f"On the first {VERIFIED_TOKENS} tokens of {facts['texts']} examples of the held-out text, unlabelled "
         f"({facts['positions']} aligned positions).",
         "",
-        "| adapter | cosine | explained share | its mean alone | KL share | content cosine | size ratio | top-1 where the old one "
-        "changed | verdict |",
+        "| adapter | cosine | explained share | its mean alone | KL share | content cosine | size ratio | top-1 where "
+        "the old one changed | verdict |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, v in found.items():
