@@ -212,7 +212,7 @@ def leads(rows: Rows, pair: str, domain: str, row: str) -> list[float]:
     def lead(seed: int) -> float | None:
         own = rows.share(pair, domain, seed, row)
         others = [v for b in baselines if (v := rows.share(pair, domain, seed, b)) is not None]
-        return None if own is None or not others else own - max(others)
+        return None if own is None or len(others) < len(baselines) else own - max(others)
 
     return rows.over_seeds(lead)
 
