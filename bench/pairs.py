@@ -76,6 +76,11 @@ class Pair:
     self_bytes: int
     refine: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def mlp(self) -> tuple[str, ...]:
+        """The MLP's modules."""
+        return ("dense_h_to_4h", "dense_4h_to_h") if self.name == "neox" else ("gate_proj", "up_proj", "down_proj")
+
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
 _ALL = 10**9

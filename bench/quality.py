@@ -178,9 +178,9 @@ class Case:
             return Stage(self.name(row), (*adapter, self.name(row[7:])), partial(self.verify, row[7:]))
         if row.startswith("few-"):
             start = row[4:]
-            needs = (*models,) if start == "nothing" else (*models, self.name(start))
+            needs = (*models,) if start.startswith("nothing") else (*models, self.name(start))
             needs += (f"{first}/{row}",) if self.seed else ()
-            needs += (self.name("few-refined"),) if start not in STARTS else ()
+            needs += (self.name(row.removesuffix("-mlp")),) if start not in STARTS else ()
             return Stage(self.name(row), needs, partial(self.few, start))
         if row == "adapter":
             return Stage(self.name(row), models, self.adapt_old)
@@ -362,12 +362,12 @@ class Case:
     def search(self, start: str) -> list[dict[str, Any]]:
         """By halving: every rate at the fewest epochs, the two best at more, the better of these at the most.
 
-        With WHOLE_GRID every rate at every number of epochs. A variant of the refinement takes the rate that was best
-        from the refinement itself, at the middle number of epochs alone.
+        With WHOLE_GRID every rate at every number of epochs. A start that has the MLP's modules besides takes the rate
+        that was best without them, at the middle number of epochs alone.
         """
         fewest, more, most = EPOCHS
         if start not in STARTS:
-            best = self.bench.get(self.name("few-refined"))["best"]
+            best = self.bench.get(self.name(f"few-{start.removesuffix('-mlp')}"))["best"]
             return [self.setting(start, best["rate"], more)]
         runs = {(rate, fewest): self.setting(start, rate, fewest) for rate in RATES}
 
@@ -396,8 +396,11 @@ class Case:
             return self.bench.get(name)
         model, tokenizer = self.lab.load(self.pair, "new")
         torch.manual_seed(self.seed)
-        source = None if start == "nothing" else self.bench.folder(self.name(start))
-        model = started(model, self.pair, str(self.new), source)
+        if start == "nothing-mlp":
+            model = with_lora(model, str(self.new), (*self.pair.targets, *self.pair.mlp))
+        else:
+            source = None if start == "nothing" else self.bench.folder(self.name(start))
+            model = started(model, self.pair, str(self.new), source)
         samples = self.lab.texts.few(self.pair, self.domain)
         with measured() as cost:
             steps = train_few(model, tokenizer, samples, rate, epochs, self.seed)
@@ -503,7 +506,7 @@ def stages(bench: Bench) -> list[Stage]:
         add(*case, 0, (*few_others, *checked))
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
         variants = [f"refined-{words}{c}" for words in ("mlp", "kl", "mlp-kl", "long") for c in ("", "-shuffled")]
-        add(*case, 0, (*variants, "few-refined-mlp", *(f"verify-{row}" for row in variants)))
+        add(*case, 0, (*variants, "few-refined-mlp", "few-nothing-mlp", *(f"verify-{row}" for row in variants)))
     for seed in SEEDS[1:]:
         for case in (*tiny, demo):
             add(*case, seed, (*basis, *HEADLINE, *few, *few_others, *checked))
