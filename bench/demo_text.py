@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -61,6 +62,7 @@ DOMAIN_WHEEL = "bible-cli==1.0.3"
 DOMAIN_MEMBER = "bible_cli/dataset.json"
 SHINGLE_WORDS = 6
 SHORTEST_PARAGRAPH = 120
+EXAMPLE = 400
 
 Document = list[str]
 
@@ -97,6 +99,23 @@ def general_versions() -> dict[str, str]:
     """Return the version of everything ``general_documents`` reads."""
     versions = {name: distribution(name).version for name in GENERAL_PACKAGES}
     return {"python": sys.version.split()[0], **versions}
+
+
+def examples(documents: list[list[str]], size: int, seed: int = 0) -> list[str]:
+    """Whole paragraphs of shuffled documents in examples of at least EXAMPLE characters, `size` characters in all."""
+    documents = list(documents)
+    random.Random(seed).shuffle(documents)
+    found: list[str] = []
+    for document in documents:
+        held = ""
+        for paragraph in document:
+            held += paragraph + "\n"
+            if len(held) >= EXAMPLE:
+                found.append(held)
+                held = ""
+        if sum(map(len, found)) >= size:
+            break
+    return found
 
 
 def domain_documents(work: Path) -> list[Document]:

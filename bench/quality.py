@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from demo_pair import ALPHA, DEMO, RANK, train_few, with_lora
-from distill import examples
+from demo_text import examples
 from pairs import DOMAINS, PAIRS, Lab, Pair, measured
 from peft import LoraConfig, get_peft_model
 from quality_report import SEEDS, write
@@ -267,7 +267,7 @@ class Case:
     def carry(self, row: str) -> dict[str, Any]:
         """A row without labels: its adapter, its bits per byte and what it cost."""
         method, *words = row.split("-")
-        control = "shuffled" if "shuffled" in words else "none"
+        control = "shuffled-labels" if "labels" in words else "shuffled" if "shuffled" in words else "none"
         kind = next((word for word in ("general", "self", "domain") if word in words), "self")
         out = self.bench.folder(self.name(row))
         if method == "refined":
@@ -506,6 +506,7 @@ def stages(bench: Bench) -> list[Stage]:
         add(*case, 0, (*few_others, *checked))
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
         variants = [f"refined-{words}{c}" for words in ("mlp", "kl", "mlp-kl", "long") for c in ("", "-shuffled")]
+        variants += ["refined-shuffled-labels", "refined-mlp-shuffled-labels"]
         add(*case, 0, (*variants, "few-refined-mlp", "few-nothing-mlp", *(f"verify-{row}" for row in variants)))
     for seed in SEEDS[1:]:
         for case in (*tiny, demo):

@@ -98,11 +98,11 @@ class Rows:
     def shares(self, pair: str, domain: str, row: str) -> list[float]:
         return self.over_seeds(lambda seed: self.share(pair, domain, seed, row))
 
-    def content(self, pair: str, domain: str, row: str) -> list[float]:
-        """Row less shuffled control, seed by seed."""
+    def content(self, pair: str, domain: str, row: str, control: str = "shuffled") -> list[float]:
+        """Row less its control, seed by seed."""
 
         def difference(seed: int) -> float | None:
-            both = self.share(pair, domain, seed, row), self.share(pair, domain, seed, f"{row}-shuffled")
+            both = self.share(pair, domain, seed, row), self.share(pair, domain, seed, f"{row}-{control}")
             return None if both[0] is None or both[1] is None else both[0] - both[1]
 
         return self.over_seeds(difference)
@@ -268,6 +268,8 @@ def floors(rows: Rows) -> list[str]:
         lines.append(
             line(f"{what}, less its shuffled control, points", "≥ 45", rows.content(*case, row), lambda v: v >= 0.45)
         )
+        constant = rows.content(*case, row, "shuffled-labels")
+        lines.append(line(f"{what}, less the constant it shrinks to, points", "≥ 45", constant, lambda v: v >= 0.45))
         bits = rows.bits(*case, row, "general_test")
         lines.append(forgetting(what, bits))
     for words, also in shown:
@@ -367,6 +369,9 @@ def report(data: dict[str, Any]) -> str:
         "",
         *findings(rows),
         "",
+        "Which layers and projections the closed form fits was chosen on the first half of the demo pair's bible test",
+        "text; the other pairs and the code domain are read for the first time here.",
+        "",
         "![Share by row](quality-rows.png)",
         "",
         "## Pairs",
@@ -426,6 +431,18 @@ def findings(rows: Rows) -> list[str]:
             f"- Content: the shuffled refinement still reads text that the old model wrote with its adapter, and its "
             f"next-token loss needs no teacher: it reaches {percent(both[0])}, the shuffled closed form on the same "
             f"text {percent(both[1])}. Row less control is therefore what the aligned teacher adds to such text."
+        )
+    constant = {
+        f"{pair}, {domain}{also}": found
+        for pair, domain in (case, ("neox", "bible"), ("llama-deep", "bible"))
+        for words, also in (("", ""), ("-mlp", ", also the MLP"))
+        if (found := rows.shares(pair, domain, f"refined{words}-shuffled-labels"))
+    }
+    if constant:
+        listed = "; ".join(f"{name} {percent(found)}" for name, found in constant.items())
+        lines.append(
+            "- The constant: with the next tokens in random order as well as the teacher's positions, a constant shift "
+            f"of the predictions is all that is left to learn: {listed}."
         )
     if rows.get(*case, 0, "few-refined-mlp") is not None:
         both = rows.shares(*case, "few-refined-mlp"), rows.shares(*case, "few-nothing-mlp")

@@ -222,7 +222,9 @@ def test_the_agreement_reported_is_that_of_the_adapter_written(refined: Any, roo
 def test_the_result_is_a_peft_adapter_of_the_new_model(refined: Any, root: Path) -> None:
     config = json.loads((root / "refined/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str((root / "new").resolve())
-    assert sorted(config["target_modules"]) == ["k_proj", "o_proj", "q_proj", "v_proj"]
+    assert sorted(config["target_modules"]) == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
     assert config["inference_mode"]
 
 
