@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lorasuite_fast import migrate
 from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.transfer import fit_transfer
+from lorasuite_fast.transfer import Stream, fit_transfer
 from lorasuite_fast.vocabulary import SharedTokens, drop_untrained, shared_tokens, token_bytes
 
 from planted import Planted, plant
@@ -173,7 +173,7 @@ def test_untrained_rows_of_a_real_embedding_are_ignored() -> None:
     spoilt = table.clone()
     spoilt[1000:1400] = 0
     spoilt[2000:2300] = spoilt[2000].clone()
-    found = fit_transfer(spoilt, target, SharedTokens(ids, ids, identical=True))
-    expected = fit_transfer(table, target, SharedTokens(ids, ids, identical=True))
+    found = fit_transfer(Stream(spoilt), Stream(target), SharedTokens(ids, ids, identical=True))
+    expected = fit_transfer(Stream(table), Stream(target), SharedTokens(ids, ids, identical=True))
     assert found.dropped - clean.dropped == 400 + 299
     assert (found.W_h - expected.W_h).abs().max() < 1e-5

@@ -9,7 +9,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from lorasuite_fast.transfer import fit_transfer
+from lorasuite_fast.transfer import Stream, fit_transfer
 from lorasuite_fast.vocabulary import SharedTokens, common_ids, drop_untrained, shared_tokens, token_bytes
 
 from planted import tiny_tokenizer
@@ -96,7 +96,7 @@ def test_untrained_rows_do_not_bend_the_transfer_matrix() -> None:
     e_n[20:60] = 0
     e_n[70:90] = e_n[70]
     ids = torch.arange(200)
-    found = fit_transfer(e_o, e_n, SharedTokens(ids, ids, identical=True))
+    found = fit_transfer(Stream(e_o), Stream(e_n), SharedTokens(ids, ids, identical=True))
     assert found.dropped == 40 + 19
     assert (found.W_h - w).abs().max() < 1e-5
     assert found.r2 == pytest.approx(1, abs=1e-9)
@@ -107,7 +107,7 @@ def test_the_way_back_ignores_directions_the_new_width_does_not_use() -> None:
     e_o = torch.randn(300, 6, generator=generator)
     q, _ = torch.linalg.qr(torch.randn(10, 6, generator=generator))
     ids = torch.arange(300)
-    found = fit_transfer(e_o, e_o @ q.T, SharedTokens(ids, ids, identical=True))
+    found = fit_transfer(Stream(e_o), Stream(e_o @ q.T), SharedTokens(ids, ids, identical=True))
     assert (found.S - q).abs().max() < 1e-5
     assert found.rank == 6
 
