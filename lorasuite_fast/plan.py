@@ -124,8 +124,8 @@ class TransferPlan:
                 embedding or identity.
             similarity: of layers: cka, mean-cca, squared-cca, pwcca or procrustes (`similarity.layer_similarity`).
             method: lstsq (exact wherever the new model computes the old function), distill (fits the adapter's effect
-                on text, at `apply`), paper (Eq. 3 of LoRASuite) or auto: lstsq where held-out tokens say that it is
-                exact (R² of both transfer matrices at least 0.999), distill elsewhere.
+                on text, at `apply`), paper (Eq. 3 of LoRASuite) or auto: lstsq where it is exact (R² of at least 0.999,
+                of both transfer matrices on held-out tokens and of W_h on the layers' states), distill elsewhere.
             roles: projections to plan for, of q, k, v, o, gate, up, down; the MLP costs several times the rest.
             device: auto, cpu or cuda. dtype: of the forward passes and the per-layer products; auto is float32.
             ridge: regularises the transfer matrix, as a share of the normal equations' mean diagonal.
