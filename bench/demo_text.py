@@ -171,13 +171,20 @@ def _paragraphs(path: Path) -> Iterator[str]:
                 yield " ".join(paragraph.split())
 
 
-def _python_blocks(source: str) -> list[str]:
-    """Return the long string constants, then the comment blocks, of one Python file."""
+def parsed(source: str) -> ast.Module | None:
+    """The syntax tree of a Python file; None if this Python cannot read it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(source)
+            return ast.parse(source)
     except (SyntaxError, ValueError):
+        return None
+
+
+def _python_blocks(source: str) -> list[str]:
+    """Return the long string constants, then the comment blocks, of one Python file."""
+    tree = parsed(source)
+    if tree is None:
         return []
     strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return strings + [_COMMENT_PYTHON_MARK.sub("", block) for block in _COMMENT_PYTHON.findall(source)]

@@ -18,7 +18,6 @@ import json
 import random
 import sysconfig
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import distribution
@@ -259,11 +258,8 @@ def code_documents() -> list[Document]:
 
 
 def _bare_lines(source: str) -> list[str]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError):
+    tree = demo_text.parsed(source)
+    if tree is None:
         return []
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -193,7 +193,8 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
         raise LoraSuiteError(f"{folder / WEIGHTS}: every rank is pruned; there is nothing to migrate")
     if kind == "ADALORA":
         config = {name: value for name, value in config.items() if name not in _ALLOCATION}
-        config |= {"peft_type": "LORA", "r": max(u.rank for u in updates.values()), "rank_pattern": {}}
+        largest = max(updates.values(), key=lambda update: update.rank)
+        config |= {"peft_type": "LORA", "r": largest.rank, "lora_alpha": largest.alpha, "rank_pattern": {}}
     return Adapter(str(folder), config, dict(sorted(updates.items())))
 
 
@@ -304,10 +305,10 @@ def adapter_files(
 ) -> dict[str, bytes]:
     """The files of a PEFT LoRA folder for the new model, as bytes.
 
+    alpha, dropout and the rest of the configuration are carried over; what names modules or layers is rewritten.
+
     Args:
         updates: by (layer, module), as `by_module` gives them.
-
-    alpha, dropout and the rest of the configuration are carried over; what names modules or layers is rewritten.
 
     Raises:
         LoraSuiteError: if a factor holds NaN or infinity.

@@ -14,6 +14,18 @@ EXAMPLE_CHARACTERS = 1000
 MIN_EXAMPLES = 4
 
 
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark. Raises LoraSuiteError if it cannot be read."""
+    try:
+        return path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        raise LoraSuiteError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise LoraSuiteError(f"{path}: is not UTF-8 text") from None
+    except OSError as error:
+        raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
 def cut_text(text: str) -> list[str]:
     """Examples of about EXAMPLE_CHARACTERS, cut at line ends; a longer line is an example of its own."""
     examples: list[str] = []
@@ -62,14 +74,7 @@ def load_examples(source: str | os.PathLike[str] | None, count: int, seed: int) 
         where = str(path)
         if path.suffix not in (".jsonl", ".txt"):
             raise LoraSuiteError(f"{path}: calibration text must be a .jsonl (field `text`) or a .txt file")
-        try:
-            text = path.read_text("utf-8")
-        except FileNotFoundError:
-            raise LoraSuiteError(f"{path}: no such file") from None
-        except UnicodeDecodeError:
-            raise LoraSuiteError(f"{path}: is not UTF-8 text") from None
-        except OSError as error:
-            raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
+        text = read_text(path)
         examples = _json_lines(text, where) if path.suffix == ".jsonl" else cut_text(text)
     if count < MIN_EXAMPLES:
         raise LoraSuiteError(f"--examples {count}: CKA needs at least {MIN_EXAMPLES}")

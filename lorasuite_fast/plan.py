@@ -598,7 +598,8 @@ def migrate(
     if finetune is not None:
         from .finetuning import migrate_and_finetune
 
-        options |= {"settings": settings, "refine": refine, "refine_text": refine_text}
+        options |= {"settings": settings, "fill": fill, "fill_share": fill_share}
+        options |= {"refine": refine, "refine_text": refine_text}
         tuned = migrate_and_finetune(old, new, adapter, out, finetune, finetune_options or {}, overwrite=overwrite,
                                      progress=progress, say=say, **options)  # fmt: skip
         write_report(tuned, report)

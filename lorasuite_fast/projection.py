@@ -165,6 +165,11 @@ def carry_heads(
     )
 
 
+def _unscaled(W_h: Tensor, factor: float) -> Tensor:
+    """W_h of the embeddings as they are stored; without a copy where neither model scales them."""
+    return W_h if factor == 1 else W_h / factor
+
+
 class Paper:
     """Eq. (3): `C = W_o[a] W_h W_n[b]^T`, ΔW_n[b] = C^T ΔW_o[a] W_h; for o, ΔW_n[:, b] = W_h^T ΔW_o[:, a] C.
 
@@ -179,7 +184,7 @@ class Paper:
         if not set(roles) & set(ATTENTION):
             return {}
         old, new = pair.shapes
-        W_h = pair.W_h / pair.factor
+        W_h = _unscaled(pair.W_h, pair.factor)
         q, k, v, o = pair.weights(pair.old, ATTENTION)
         q, k, v, o_t = q @ W_h, k @ W_h, v @ W_h, o.T @ W_h
         q_n, k_n, v_n, o_n = pair.weights(pair.new, ATTENTION)
@@ -196,7 +201,7 @@ class Paper:
 
     def project(self, layer: PlannedLayer, role: str, update: Factors) -> Factors:
         b, a = update
-        W_h = layer.W_h / layer.factor
+        W_h = _unscaled(layer.W_h, layer.factor)
         if role == "o":
             return Factors(W_h.T @ b, _project_rows(layer, role, a.T, mean_of_matched=False).T)
         if role in ATTENTION:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .alignment import TokenEnds
-from .calibration import cut_text
+from .calibration import cut_text, read_text
 from .errors import LoraSuiteError
 from .vocabulary import _prefix
 
@@ -123,14 +123,7 @@ def _fields(value: Any, where: str) -> dict[str, Any]:
 
 
 def _file(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    try:
-        text = path.read_text("utf-8-sig")
-    except FileNotFoundError:
-        raise LoraSuiteError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise LoraSuiteError(f"{path}: is not UTF-8 text") from None
-    except OSError as error:
-        raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
+    text = read_text(path)
     if path.suffix == ".txt":
         return _numbered([piece for part in _PARAGRAPHS.split(text) for piece in cut_text(part.strip())], str(path))
     try:

@@ -232,6 +232,7 @@ def test_adalora_becomes_a_plain_lora_of_the_same_effect(
     adapter = adalora(root, tmp_path / "adapter", alpha=alpha, pruned=pruned)
     migrate(root / "old", root / "new", adapter, tmp_path / "out", examples=48)
     assert config(tmp_path / "out")["peft_type"] == "LORA"
+    assert config(tmp_path / "out")["lora_alpha"] > 0
     cosine, ratio = compare(model, planted_, adapter, tmp_path / "out")
     assert cosine >= 0.9999
     assert ratio == pytest.approx(1, abs=1e-3)

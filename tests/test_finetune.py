@@ -444,6 +444,16 @@ def test_the_result_is_the_adapter_with_the_configuration_it_had(root: Path, tmp
     assert {"read data", "load", "start's loss", "train"} == set(json.loads(json.dumps(result.as_dict()))["costs"])
 
 
+def test_layers_filled_on_the_way_are_trained_too(root: Path, tmp_path: Path) -> None:
+    migrate(
+        root / "model", root / "new", root / "adapter", tmp_path / "out", examples=8, device="cpu", fill="zero",
+        finetune=records(8), finetune_options={"steps": 2},
+    )  # fmt: skip
+    stored = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert {int(name.split("layers.")[1].split(".")[0]) for name in stored} == {0, 1, 2}
+    assert all(bool(tensor.any()) for name, tensor in stored.items() if "lora_A" in name)
+
+
 def test_a_migrated_tuned_and_merged_adapter_writes_what_it_learnt(root: Path, tmp_path: Path) -> None:
     data = [{"prompt": "the sea", "completion": " was not a tree"}] * 4
     migrate(

@@ -191,6 +191,10 @@ def test_every_shape_of_the_pair_is_carried(pair: tuple[Any, ...]) -> None:
     # Bloom's stream behind the embedding has no mean, so that W_h lacks one dimension.
     wanted = w_n["up"] @ torch.linalg.lstsq(W_h, inner, rcond=1e-5, driver="gelsd").solution @ W_h
     assert relative(delta_n["up"], wanted) < 1e-3
+    # ΔD_n = pinv(W_h) ΔD_o pinv(D_o) W_h D_n.
+    outer = torch.linalg.lstsq(w_o["down"].T, delta_o["down"].T).solution.T
+    back = torch.linalg.lstsq(W_h, outer, rcond=1e-5, driver="gelsd").solution
+    assert relative(delta_n["down"], back @ W_h @ w_n["down"]) < 1e-3
 
 
 def test_peft_loads_the_carried_adapter(pair: tuple[Any, ...]) -> None:
