@@ -217,19 +217,12 @@ class Checkpoint:
         digest = hashlib.sha256()
         config = {k: v for k, v in self.config.items() if k not in _VOLATILE_CONFIG}
         digest.update(json.dumps(config, sort_keys=True).encode())
-        handles: dict[Path, Any] = {}
-        try:
-            for name, entry in sorted(self.tensors.entries.items()):
-                digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
-                if entry.file not in handles:
-                    handles[entry.file] = entry.file.open("rb")
-                start, stop = entry.start, entry.stop
-                middle = start + max(0, (stop - start - _SAMPLE_BYTES) // 2)
-                handles[entry.file].seek(middle)
-                digest.update(handles[entry.file].read(min(_SAMPLE_BYTES, stop - start)))
-        finally:
-            for handle in handles.values():
-                handle.close()
+        for name, entry in sorted(self.tensors.entries.items()):
+            digest.update(f"{name} {entry.dtype} {entry.shape}".encode())
+            sample = bytearray(min(_SAMPLE_BYTES, entry.size))
+            file = self.tensors.file(entry)
+            file.read_into(memoryview(sample), entry.start + max(0, (entry.size - _SAMPLE_BYTES) // 2))
+            digest.update(sample)
         return digest.hexdigest()[:32]
 
     def tokenizer(self, *, trust_remote_code: bool = False) -> Any:

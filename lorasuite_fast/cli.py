@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 DIVERGED = 3
 """Exit code of a training that diverged; what it started from is then in OUT."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as typer gives it."""
 
 app = typer.Typer(
     name="lorasuite-fast",
@@ -182,6 +184,19 @@ class _PlainProgress:
         self._write(f"{phase}: {done} of {total}, {done / elapsed:.1f}/s{left}", err=True)
 
 
+_OUT_OF_MEMORY = (
+    "out of memory; OUT is untouched. Free some, or pass --memory with what may be used, where the command has it; "
+    "what is finished is kept, and the same command goes on from there"
+)
+_MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory", "can't start new thread")
+
+
+def _fail(message: str) -> NoReturn:
+    rank = os.environ.get("RANK", "0")
+    typer.echo(f"error{f' (rank {rank})' if rank != '0' else ''}: {message}", err=True)
+    raise typer.Exit(2) from None
+
+
 @contextmanager
 def _run(as_json: bool) -> Iterator[Reporter | None]:
     """Progress on stderr, and every foreseen failure as one line and exit code 2."""
@@ -216,12 +231,18 @@ def _run(as_json: bool) -> Iterator[Reporter | None]:
 
             yield report
     except LoraSuiteError as error:
-        rank = os.environ.get("RANK", "0")
-        typer.echo(f"error{f' (rank {rank})' if rank != '0' else ''}: {error}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted; OUT is untouched, the same command goes on from what is done", err=True)
-        raise typer.Exit(130) from None
+        _fail(str(error))
+    except MemoryError:
+        _fail(_OUT_OF_MEMORY)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror or error}")
+    except RuntimeError as error:
+        # torch has a class of its own for GPUs alone.
+        if not any(words in str(error).lower() for words in _MEMORY_WORDS):
+            raise
+        _fail(_OUT_OF_MEMORY)
 
 
 @contextmanager
@@ -1028,4 +1049,11 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the console script."""
-    return app(args=sys.argv[1:] if arguments is None else arguments)
+    try:
+        return app(args=sys.argv[1:] if arguments is None else arguments)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            typer.echo(
+                "interrupted; OUT is what it was, or complete; the same command goes on from what is done", err=True
+            )
+        raise

@@ -31,16 +31,16 @@ from .checkpoint import Checkpoint, read_json, resolve_folder
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, ROLES, Family
 from .model_card import CARD, model_card, section, shown
-from .output import check_output, write_folder
+from .output import check_output, write_folder, writing
 from .phases import Phase, PhaseClock, Progress
 from .plan import migrate, pick_device, pick_dtype
-from .refinement import last_checkpoint
+from .refinement import TRAINING, last_checkpoint
 from .report_file import check_report, write_report
 from .result import Migration
 from .samples import Data, Sample, Samples, load_samples
 from .self_text import adapter_digest
 from .tensor_files import TensorFiles
-from .work import Work
+from .work import Work, clean_up
 
 EPOCHS, BATCH, LEARNING_RATE, MAX_TOKENS = 3, 16, 1e-3, 256
 RANK = 32
@@ -347,6 +347,7 @@ def finetune(
     """
     begin = time.perf_counter()
     check_report(report)
+    clean_up(out, finetuning_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite)
     _check(epochs, steps, batch, micro_batch, learning_rate, max_tokens, rank, alpha, dropout, roles, save_every)
     if adapter is not None and (rank, alpha, dropout, roles) != (None,) * 4:
@@ -400,7 +401,7 @@ def finetune(
     }
     folder = finetuning_folder(path)
     folder.mkdir(exist_ok=True)
-    work = Work(folder / "training", identity)
+    work = Work(folder / TRAINING, identity)
     try:
         work.start()
         if say:
@@ -410,9 +411,19 @@ def finetune(
                 f"{tokens:,} tokens to learn"
             )
         try:
-            course = _train(
-                work.folder, loaded, start, training.samples, held_out.samples, clock, options, gradient_checkpointing
-            )
+            with writing(work.folder):
+                course = _train(
+                    work.folder,
+                    loaded,
+                    start,
+                    training.samples,
+                    held_out.samples,
+                    clock,
+                    options,
+                    gradient_checkpointing,
+                )
+        except WriteError:
+            raise
         except LoraSuiteError:
             # The start itself is broken: there is nothing to go on from.
             work.discard()
@@ -434,6 +445,7 @@ def finetune(
         )
         card = model_card(checkpoint.name, steps_taken, start)
         config_of = course.source if start is None else start
+        work.complete()
         _write(path, course.source, config_of, checkpoint.name, card, overwrite)
         work.discard()
         shutil.rmtree(folder, ignore_errors=True)
@@ -697,6 +709,7 @@ def migrate_and_finetune(
 ) -> Migration:
     """`plan.migrate` with `options`, then `finetune` of what it wrote with `tuning`; the data are read first."""
     begin = time.perf_counter()
+    clean_up(out, finetuning_folder(out), TRAINING)
     check_output(out, overwrite=overwrite)
     remote = options.get("trust_remote_code", False)
     shared = {"seed": options.get("seed", 0), "device": options.get("device", "auto"), "trust_remote_code": remote}

@@ -1,32 +1,58 @@
-"""Outputs appear whole or not at all: written to a temporary sibling, then renamed into place."""
+"""Outputs appear whole or not at all: written to a temporary sibling, then put in place by one rename.
+
+The sibling is a hidden folder, `.NAME.XXXXXXXX.tmp`, locked while its process lives; what a killed process left behind
+is removed by the next run that writes the same output.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import fcntl
 import os
+import re
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from .errors import LoraSuiteError, WriteError
 
+_SUFFIX = ".tmp"
+_NEW, _PREVIOUS = "new", "previous"
+_AT_FDCWD = -100
+_NOREPLACE, _EXCHANGE = 1, 2
+"""Flags of Linux's renameat2."""
+_UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+"""What kernels and file systems answer that do not know a flag."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
 
 def check_output(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """The output path, refused now rather than after the work if it exists or cannot be written.
+
+    Temporary files that killed processes left beside it are removed first.
 
     Raises:
         LoraSuiteError: OUT exists and `overwrite` is off; its parent is missing or not writable.
     """
     path = Path(out).expanduser().absolute()
+    sweep(path)
     if (path.exists() or path.is_symlink()) and not overwrite:
-        raise LoraSuiteError(f"OUT {out}: exists already; choose another path or pass --overwrite")
+        raise _exists(path)
     if not path.parent.is_dir():
         raise LoraSuiteError(f"OUT {out}: its parent folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise LoraSuiteError(f"OUT {out}: its parent folder {path.parent} is not writable")
     return path
+
+
+def _exists(path: Path) -> LoraSuiteError:
+    return LoraSuiteError(f"OUT {path}: exists already; choose another path or pass --overwrite")
 
 
 def _sync(path: Path) -> None:
@@ -37,11 +63,133 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock, None where another process holds it or the folder is gone."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(handle), folder.stat()):
+            return handle
+    except OSError:
+        pass
+    os.close(handle)
+    return None
+
+
+def sweep(path: Path) -> None:
+    """Removes what killed processes left beside an output.
+
+    Where one was killed between setting an old output aside and putting the new one in place (only on file systems that
+    cannot exchange two names in one step), the old one is put back.
+    """
+    temporary = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}{re.escape(_SUFFIX)}")
+    with suppress(OSError):
+        for folder in list(path.parent.iterdir()):
+            if not temporary.fullmatch(folder.name):
+                continue
+            if folder.is_symlink() or (handle := _locked(folder)) is None:
+                continue
+            try:
+                if (folder / _PREVIOUS).exists() and not path.exists():
+                    (folder / _PREVIOUS).rename(path)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A locked temporary folder beside `path`, gone afterwards."""
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent))
+        # Another process may sweep the folder before it is locked.
+        if (handle := _locked(folder)) is not None:
+            break
+        if folder.exists():
+            # A file system without locks; nothing is swept there either.
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            break
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def _renameat2(source: Path, target: Path, flag: int) -> bool:
+    """Linux's rename with a flag. False where the system does not know it; other failures are OSErrors."""
+    if not sys.platform.startswith("linux"):
+        return False
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is None:
+        return False
+    if function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _UNKNOWN:
+        return False
+    raise OSError(code, os.strerror(code), str(target))
+
+
+def _place(new: Path, path: Path, *, overwrite: bool) -> None:
+    """Gives the new output its name; at no moment is there neither it nor, complete, the one it replaces.
+
+    On file systems that cannot exchange names a kill between two renames leaves the old one set aside: see `sweep`.
+    """
+    try:
+        if _renameat2(new, path, _NOREPLACE):
+            return
+    except FileExistsError:
+        pass
+    if (path.exists() or path.is_symlink()) and not overwrite:
+        raise _exists(path)
+    try:
+        if _renameat2(new, path, _EXCHANGE):
+            return
+    except FileNotFoundError:
+        pass
+    if new.is_file() and not path.is_dir():
+        new.replace(path)
+    elif not (path.exists() or path.is_symlink()):
+        new.rename(path)
     else:
-        path.unlink(missing_ok=True)
+        aside = new.with_name(_PREVIOUS)
+        path.rename(aside)
+        try:
+            new.rename(path)
+        except OSError:
+            aside.rename(path)
+            raise
+
+
+def _write(path: Path, write: Callable[[Path], object], *, overwrite: bool) -> None:
+    try:
+        with _beside(path) as folder:
+            new = folder / _NEW
+            write(new)
+            _sync(new)
+            _place(new, path, overwrite=overwrite)
+            with suppress(OSError):
+                _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"OUT {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Makes a WriteError of whatever a library raises that finds no room in `folder`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch's writer of archives and safetensors have no error numbers.
+        told = ("PytorchStreamWriter", "iostream error", "unexpected pos", "I/O error")
+        full = error.errno in _FULL if isinstance(error, OSError) else any(words in str(error) for words in told)
+        if not full:
+            raise
+        raise WriteError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
 def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool) -> None:
@@ -50,52 +198,28 @@ def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool) 
     Raises:
         LoraSuiteError: it cannot be written, or is there already and overwrite is off.
     """
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        _sync(temporary)
-        temporary.chmod(0o644)
+
+    def make(new: Path) -> None:
         if path.is_dir():
-            raise LoraSuiteError(f"OUT {path}: is a folder; a plan is one file")
-        if path.exists() and not overwrite:
-            raise LoraSuiteError(f"OUT {path}: exists already; choose another path or pass --overwrite")
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise WriteError(f"OUT {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            raise LoraSuiteError(f"OUT {path}: is a folder; this output is one file")
+        write(new)
+        new.chmod(0o644)
+
+    _write(path, make, overwrite=overwrite)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
-    """Writes a folder of files through a temporary sibling; an existing OUT is replaced only when all is on disk."""
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise WriteError(f"OUT {path}: cannot be written ({error.strerror or error})") from None
-    aside = temporary.with_name(temporary.name + ".replaced")
-    try:
+    """Writes a folder of files through a temporary sibling; an existing OUT is replaced only when all is on disk.
+
+    Raises:
+        LoraSuiteError: it cannot be written, or is there already and overwrite is off.
+    """
+
+    def make(new: Path) -> None:
+        new.mkdir()
         for name, data in files.items():
-            (temporary / name).write_bytes(data)
-            _sync(temporary / name)
-        temporary.chmod(0o755)
-        if path.exists() or path.is_symlink():
-            if not overwrite:
-                raise LoraSuiteError(f"OUT {path}: exists already; choose another path or pass --overwrite")
-            path.rename(aside)
-            try:
-                temporary.rename(path)
-            except OSError:
-                aside.rename(path)
-                raise
-        else:
-            temporary.rename(path)
-    except OSError as error:
-        raise WriteError(f"OUT {path}: cannot be written ({error.strerror or error})") from None
-    finally:
-        for leftover in (temporary, aside):
-            if leftover.exists() or leftover.is_symlink():
-                _remove(leftover)
+            (new / name).write_bytes(data)
+            _sync(new / name)
+        new.chmod(0o755)
+
+    _write(path, make, overwrite=overwrite)

@@ -608,6 +608,10 @@ def migrate(
     if refine != "auto" and (isinstance(refine, str) or refine < 0):
         raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
     clean_up(out)
+    if refine:
+        from .refinement import TRAINING, refinement_folder
+
+        clean_up(out, refinement_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite)
     model = Checkpoint(old, "old")
     source = read_adapter(adapter, model.family, model.shape, model.name)
@@ -618,8 +622,6 @@ def migrate(
         refine = 0
     unrefined = path
     if refine:
-        from .refinement import refinement_folder
-
         unrefined = refinement_folder(out) / "migrated"
         unrefined.parent.mkdir(exist_ok=True)
     try:

@@ -34,19 +34,21 @@ from .errors import LoraSuiteError
 from .families import ROLES, Family
 from .memory import parse_memory
 from .model_card import CARD, model_card, section, shown
-from .output import check_output, write_folder
+from .output import check_output, write_folder, writing
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
 from .report_file import check_report, write_report
 from .self_text import adapter_digest, self_written
 from .teacher import Target, Targets, TeacherFacts, divergence, write_targets
-from .work import Work
+from .work import Work, clean_up
 
 SELF_TEXT_BYTES = 600_000
 """Bytes of text the old model writes where no text is given."""
 MAX_TOKENS = 256
 BATCH_BYTES = 2_000
 CONTROLS = ("none", "shuffled", "shuffled-labels")
+TRAINING = "training"
+"""Of a work folder, the part in which a training keeps its checkpoints."""
 LEAST_STEPS, MOST_STEPS = 150, 600
 """Bounds of an automatic step budget, which otherwise reads the text once."""
 _HELD_OUT_SHARE = 10
@@ -465,6 +467,7 @@ def refine(
     """
     begin = time.perf_counter()
     check_report(report)
+    clean_up(out, refinement_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite)
     _check(steps, learning_rate, kl_weight, next_token_weight, batch_bytes, max_tokens, top_k, eval_every, patience)
     if control not in CONTROLS:
@@ -547,7 +550,7 @@ def refine(
         release_memory()
         budget = step_budget(targets.facts.bytes, batch_bytes) if steps == "auto" else int(steps)
         started = {"start": None if start is None else adapter_digest(start), "steps": budget}
-        works.append(Work(folder / "training", teaching | options | started))
+        works.append(Work(folder / TRAINING, teaching | options | started))
         works[1].start()
         if say:
             facts = targets.facts
@@ -555,22 +558,23 @@ def refine(
                 f"refining: {budget} steps of about {batch_bytes:,} bytes, from {facts.bytes / 1000:,.0f} KB of "
                 f"{'text the old model wrote' if source == 'self' else 'text'} with {facts.positions:,} positions"
             )
-        course = _train(
-            works[1].folder,
-            checkpoint_o,
-            checkpoint_n,
-            start,
-            targets,
-            clock,
-            budget,
-            options,
-            run_device,
-            run_dtype,
-            half,
-            memory,
-            gradient_checkpointing,
-            trust_remote_code,
-        )
+        with writing(works[1].folder):
+            course = _train(
+                works[1].folder,
+                checkpoint_o,
+                checkpoint_n,
+                start,
+                targets,
+                clock,
+                budget,
+                options,
+                run_device,
+                run_dtype,
+                half,
+                memory,
+                gradient_checkpointing,
+                trust_remote_code,
+            )
         summary = _summary(course, budget)
         steps_taken = section(
             "Refinement without labels",
@@ -585,6 +589,7 @@ def refine(
             },
         )
         card = model_card(checkpoint_n.name, steps_taken, start)
+        works[1].complete()
         _write(path, course.source, checkpoint_n.name, card, overwrite)
         if cache is None:
             works[0].discard()
@@ -685,7 +690,15 @@ def _split(targets: Targets, seed: int) -> tuple[list[int], list[int]]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint of a Trainer; its state is written last."""
-    found = [p for p in folder.glob("checkpoint-*") if (p / "trainer_state.json").exists()]
+
+    def complete(checkpoint: Path) -> bool:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            return False
+        return True
+
+    found = [p for p in folder.glob("checkpoint-*") if complete(p)]
     return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 

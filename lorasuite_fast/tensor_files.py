@@ -118,6 +118,15 @@ class _File:
                 f"{self.path}: changed while it was being read; run again once nothing writes to it any more"
             )
 
+    def check_name(self) -> None:
+        """Raises LoraSuiteError if the name stands for another file by now."""
+        try:
+            same = os.path.samestat(os.fstat(self.descriptor), self.path.stat())
+        except OSError:
+            same = False
+        if not same:
+            raise LoraSuiteError(f"{self.path}: was replaced while it was being opened; run again")
+
     def advise(self, option: int, start: int, stop: int) -> None:
         start -= start % mmap.PAGESIZE
         stop = min(stop, self.state[0])
@@ -175,7 +184,10 @@ class TensorFiles:
         self._open: dict[Path, _File] = {}
         self._opening = threading.Lock()
         for file in files:
+            # Open from here on, so that header and tensors come from one file even if another takes its name.
+            self._open[file] = opened = _File(file)
             header = read_header(file)
+            opened.check_name()
             base = file.stat().st_size - max((e["data_offsets"][1] for e in header.values()), default=0)
             for name, entry in header.items():
                 if name in self.entries:

@@ -28,11 +28,16 @@ def work_folder(out: str | os.PathLike[str]) -> Path:
     return path.with_name(f".{path.name}.work")
 
 
-def clean_up(out: str | os.PathLike[str]) -> None:
-    """Removes work whose output was written, where the process ended before it could do so itself."""
-    path, note = Path(out).expanduser().absolute(), work_folder(out) / _COMPLETE
+def clean_up(out: str | os.PathLike[str], folder: Path | None = None, part: str = "") -> None:
+    """Removes work whose output was written, where the process ended before it could do so itself.
+
+    Args:
+        folder: where the work lies, `work_folder(out)` by default. part: sub-folder of it whose work was the last.
+    """
+    path, folder = Path(out).expanduser().absolute(), folder or work_folder(out)
+    note = folder / part / _COMPLETE
     if path.exists() and note.exists() and path.stat().st_mtime_ns >= note.stat().st_mtime_ns:
-        shutil.rmtree(note.parent, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Work:
