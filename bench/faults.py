@@ -450,7 +450,7 @@ def text(tallies: list[Tally], seconds: dict[str, float], seed: int) -> str:
         "by byte, and leave nothing else behind. Where a file was replaced by another model's, the result must be",
         "wholly of the one or of the other. Half of the trials replace an older output with `--overwrite`. Struck: the",
         "fault came before the command was done. Left over: trials after which finished parts or temporary files lay",
-        "in the folder, which the next run used or removed. Out of memory is a limit on the address space a little above",
+        "in the folder, which the next run used or removed. Out of memory is a limit on the address space little above",
         "what the process holds; where the C library itself aborts (code 127 or SIGABRT) it counts as a kill. Moments",
         "are uniform over the undisturbed duration in a fork that has imported everything",
         "(" + ", ".join(f"{name} {s:.1f} s" for name, s in seconds.items()) + ").",
