@@ -105,6 +105,8 @@ def start(arguments: list[str], log: Path, inject: Callable[[], object] | None =
     code: Any = 1
     try:
         os.setsid()
+        # Started in the background this process ignores it, and its forks would.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with log.open("wb") as file, open(os.devnull, "wb") as nothing:
             os.dup2(file.fileno(), 2)
             os.dup2(nothing.fileno(), 1)

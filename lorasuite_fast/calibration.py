@@ -61,7 +61,9 @@ def load_examples(source: str | os.PathLike[str] | None, count: int, seed: int) 
     """At most `count` calibration examples: from a .jsonl or .txt file, or (None) the text shipped with the package.
 
     A .jsonl file holds one example a line in the field `text`; a .txt file is cut at line ends into examples of about
-    1,000 characters. Where there are more than `count`, a sample seeded by `seed` is taken, in the order of the file.
+    1,000 characters. An example that is there before counts once: its repeats would be tokens CKA has seen, and would
+    stand on both sides of a split into fitted and held-out texts. Where there are more than `count`, a sample seeded by
+    `seed` is taken, in the order of the file.
 
     Raises:
         LoraSuiteError: an unreadable or unknown file, or fewer than 4 examples, the least the unbiased CKA needs.
@@ -78,8 +80,12 @@ def load_examples(source: str | os.PathLike[str] | None, count: int, seed: int) 
         examples = _json_lines(text, where) if path.suffix == ".jsonl" else cut_text(text)
     if count < MIN_EXAMPLES:
         raise LoraSuiteError(f"--examples {count}: CKA needs at least {MIN_EXAMPLES}")
+    held, examples = len(examples), list(dict.fromkeys(examples))
     if len(examples) < MIN_EXAMPLES:
-        raise LoraSuiteError(f"{where}: holds {len(examples)} examples; CKA needs at least {MIN_EXAMPLES}")
+        different = f", {len(examples)} of them different" if held > len(examples) else ""
+        raise LoraSuiteError(
+            f"{where}: holds {held} examples{different}; CKA needs at least {MIN_EXAMPLES} different ones"
+        )
     if len(examples) > count:
         chosen = sorted(random.Random(seed).sample(range(len(examples)), count))
         examples = [examples[i] for i in chosen]

@@ -1,0 +1,125 @@
+"""Killed, interrupted, or failed by its disk, files or memory, a command leaves OUT whole and nothing else for good."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import faults
+import pytest
+
+from lorasuite_fast import output
+from lorasuite_fast.errors import LoraSuiteError, WriteError
+
+
+@pytest.fixture(scope="module")
+def tallies() -> dict[tuple[str, str], dict[str, object]]:
+    command = [sys.executable, faults.__file__, "--kills", "2", "--json", "--seed", str(os.getpid())]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return {(tally["job"], tally["fault"]): tally for tally in json.loads(done.stdout.splitlines()[-1])}
+
+
+FAULTS = ("SIGKILL", "Ctrl-C", "file cut off", "file replaced", "out of memory", "unwritable folder", "unreadable file")
+
+
+@pytest.mark.parametrize("job", [job.name for job in faults.JOBS])
+def test_every_command_survives_every_fault(job: str, tallies: dict[tuple[str, str], dict[str, object]]) -> None:
+    for fault in FAULTS:
+        tally = tallies[job, fault]
+        assert tally["trials"]
+        assert tally["violations"] == []
+    for fault in ("read error", "disk full"):
+        if (tally := tallies.get((job, fault))) is not None:
+            assert tally["violations"] == []
+
+
+@pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
+def one_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """With renameat2's flags, and on a system that does not know them."""
+    if not request.param:
+        monkeypatch.setattr(output, "_renameat2", lambda *_: False)
+    return bool(request.param)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_takes_the_place_of_a_folder_a_file_or_a_link(one_step: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for before in ("nothing", "folder", "file", "link"):
+        if before == "folder":
+            out.mkdir()
+            (out / "old").write_text("old")
+        elif before == "file":
+            out.write_text("old")
+        elif before == "link":
+            (tmp_path / "target").mkdir()
+            out.symlink_to(tmp_path / "target")
+        output.write_folder(out, {"a": b"1", "b": b"2"}, overwrite=True)
+        assert contents(out) == {"a": b"1", "b": b"2"}
+        assert not out.is_symlink()
+        for leftover in (out / "a", out / "b"):
+            leftover.unlink()
+        out.rmdir()
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_exists_is_refused_at_the_last_moment_too(one_step: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def write(path: Path) -> None:
+        path.write_text("new")
+        out.write_text("another process was faster")
+
+    with pytest.raises(LoraSuiteError, match="exists already"):
+        output.write_file(out, write, overwrite=False)
+    assert contents(tmp_path) == {"out": b"another process was faster"}
+
+
+def test_an_output_that_fails_leaves_the_old_one(one_step: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.write_text("old")
+
+    def write(path: Path) -> None:
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(WriteError, match="No space left on device"):
+        output.write_file(out, write, overwrite=True)
+    assert contents(tmp_path) == {"out": b"old"}
+
+
+def leftover(out: Path, **files: str) -> Path:
+    """What a process killed while it wrote `out` leaves."""
+    folder = out.with_name(f".{out.name}.abcd_123.tmp")
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    leftover(tmp_path / "out", new="half")
+    output.check_output(tmp_path / "out", overwrite=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_old_output_set_aside_by_a_killed_run_is_put_back(tmp_path: Path) -> None:
+    leftover(tmp_path / "out", new="complete", previous="old")
+    with pytest.raises(LoraSuiteError, match="exists already"):
+        output.check_output(tmp_path / "out", overwrite=False)
+    assert contents(tmp_path) == {"out": b"old"}
+
+
+def test_temporary_files_of_a_living_process_or_of_another_output_stay(tmp_path: Path) -> None:
+    with output._beside(tmp_path / "out") as mine:
+        others = [leftover(tmp_path / name) for name in ("outer", "out.part")]
+        output.check_output(tmp_path / "out", overwrite=False)
+        assert mine.exists()
+        assert all(other.exists() for other in others)
+    assert not mine.exists()
