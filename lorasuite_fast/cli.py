@@ -188,7 +188,13 @@ _OUT_OF_MEMORY = (
     "out of memory; OUT is untouched. Free some, or pass --memory with what may be used, where the command has it; "
     "what is finished is kept, and the same command goes on from there"
 )
-_MEMORY_WORDS = ("out of memory", "allocate memory", "not enough memory", "can't start new thread")
+_MEMORY_WORDS = (
+    "out of memory",
+    "allocate memory",
+    "not enough memory",
+    "can't start new thread",
+    "failed to map segment",
+)
 
 
 def _fail(message: str) -> NoReturn:
@@ -238,8 +244,8 @@ def _run(as_json: bool) -> Iterator[Reporter | None]:
         if error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror or error}")
-    except RuntimeError as error:
-        # torch has a class of its own for GPUs alone.
+    except (RuntimeError, ImportError) as error:
+        # torch has a class of its own for GPUs alone, and what is imported late may not find room.
         if not any(words in str(error).lower() for words in _MEMORY_WORDS):
             raise
         _fail(_OUT_OF_MEMORY)
