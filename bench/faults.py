@@ -475,7 +475,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", metavar="FAULT", help="kills, reads, files, memory, permissions, disks")
     parser.add_argument("--json", action="store_true", help="print the figures, write no report")
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    if torch.get_num_threads() > 1:
+        # Of a process that has made a pool of threads a fork is not a whole one.
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"OMP_NUM_THREADS": "1"})
     transformers.utils.logging.disable_progress_bar()
     some = max(1, options.kills // 5)
     with tempfile.TemporaryDirectory() as root:

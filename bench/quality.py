@@ -48,7 +48,7 @@ VARIANTS: dict[str, tuple[str, Any]] = {
     "long": ("steps", 2 * STEPS),
 }
 """Words in the name of a refined row, and the option of `refine` they change."""
-STARTS = ("nothing", "paper", "distill-self", "refined")
+STARTS = ("nothing", "paper", "distill-self", "refined", "refined-long")
 HEADLINE = (
     "paper",
     "distill-general",
@@ -507,7 +507,17 @@ def stages(bench: Bench) -> list[Stage]:
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
         variants = [f"refined-{words}{c}" for words in ("mlp", "kl", "mlp-kl", "long") for c in ("", "-shuffled")]
         variants += ["refined-shuffled-labels", "refined-mlp-shuffled-labels"]
-        add(*case, 0, (*variants, "few-refined-mlp", "few-nothing-mlp", *(f"verify-{row}" for row in variants)))
+        add(
+            *case,
+            0,
+            (
+                *variants,
+                "few-refined-long",
+                "few-refined-mlp",
+                "few-nothing-mlp",
+                *(f"verify-{row}" for row in variants),
+            ),
+        )
     for seed in SEEDS[1:]:
         for case in (*tiny, demo):
             add(*case, seed, (*basis, *HEADLINE, *few, *few_others, *checked))
