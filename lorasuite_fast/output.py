@@ -70,8 +70,12 @@ def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool) 
             temporary.unlink(missing_ok=True)
 
 
-def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
-    """Writes a folder of files through a temporary sibling; an existing OUT is replaced only when all is on disk."""
+def write_folder(path: Path, files: Mapping[str, bytes | Callable[[Path], object]], *, overwrite: bool) -> None:
+    """Writes a folder of files through a temporary sibling; an existing OUT is replaced only when all is on disk.
+
+    Args:
+        files: by name their bytes, or what writes the file at a path, for those too large to be held twice.
+    """
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
@@ -79,7 +83,10 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool) -> 
     aside = temporary.with_name(temporary.name + ".replaced")
     try:
         for name, data in files.items():
-            (temporary / name).write_bytes(data)
+            if callable(data):
+                data(temporary / name)
+            else:
+                (temporary / name).write_bytes(data)
             _sync(temporary / name)
         temporary.chmod(0o755)
         if path.exists() or path.is_symlink():
@@ -93,8 +100,8 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool) -> 
                 raise
         else:
             temporary.rename(path)
-    except OSError as error:
-        raise WriteError(f"OUT {path}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"OUT {path}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
     finally:
         for leftover in (temporary, aside):
             if leftover.exists() or leftover.is_symlink():
