@@ -47,6 +47,12 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[docs]"
 	PYTHONPATH=.:kernels/torch-ext $(BIN)/python -m mkdocs build --strict
 
+# What is published: a source distribution, and the wheel that it builds.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist dist/*.tar.gz
+
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; set PYTHON=...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
