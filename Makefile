@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench demo-pair quality reproduce clean
+.PHONY: demo test lint bench demo-pair quality reproduce docs dist clean
 
 demo: $(READY)
 	$(BIN)/python bench/demo.py
@@ -41,6 +41,17 @@ quality: $(READY)
 # Takes its pairs and baselines from the same folder as `quality`; several processes may run it at once.
 reproduce: $(READY)
 	$(BIN)/python bench/reproduce.py
+
+# The documentation, in build/site; strict: a broken link or reference fails.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[docs]"
+	PYTHONPATH=.:kernels/torch-ext $(BIN)/python -m mkdocs build --strict
+
+# What is published: a source distribution, and the wheel that it builds.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist dist/*.tar.gz
 
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; set PYTHON=...')"

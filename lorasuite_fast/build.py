@@ -468,4 +468,5 @@ def _pair(pair: Pair, options: Options) -> dict[str, Tensor]:
 
 def _norm(layer: Layer, role: str) -> Tensor:
     """(1,) Frobenius norm of a weight."""
-    return torch.linalg.vector_norm(layer.weight(role, torch.float32)).view(1).cpu()
+    norm: Tensor = torch.linalg.vector_norm(layer.weight(role, torch.float32))
+    return norm.view(1).cpu()

@@ -60,6 +60,10 @@ METHOD, TEXT, TRAINING, MACHINE, OUTPUT = "Method", "Text", "Training", "Machine
 OldArgument = Annotated[str, typer.Argument(metavar="OLD", help="Model the adapter was trained on: folder or hub id.")]
 NewArgument = Annotated[str, typer.Argument(metavar="NEW", help="Model to carry it to: folder or hub id.")]
 AdapterArgument = Annotated[Path, typer.Argument(metavar="ADAPTER", help="PEFT LoRA folder.")]
+PlanArgument = Annotated[
+    Path,
+    typer.Argument(metavar="PLAN", help="File `lorasuite-fast plan` wrote, or a folder or hub id of a saved plan."),
+]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="PEFT LoRA folder to write.")]
 
 
@@ -602,7 +606,7 @@ def plan(
 
 @app.command()
 def apply(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by `lorasuite-fast plan`.")],
+    plan_file: PlanArgument,
     adapters: Annotated[
         list[Path], typer.Argument(metavar="ADAPTER [OUT]", help="PEFT LoRA folder, and where to write.")
     ],
@@ -630,7 +634,7 @@ def apply(
 
             if len(adapters) != 2:
                 raise LoraSuiteError("apply takes PLAN ADAPTER OUT, or PLAN ADAPTER... --out DIR")
-            loaded = TransferPlan.load(plan_file)
+            loaded = TransferPlan.from_pretrained(plan_file)
             result = loaded.apply(
                 adapters[0],
                 adapters[1],
@@ -647,7 +651,7 @@ def apply(
     with _run(as_json) as report, _ranks() as ranks:
         from .plan import TransferPlan
 
-        loaded = TransferPlan.load(plan_file)
+        loaded = TransferPlan.from_pretrained(plan_file)
         if old is not None or new is not None:
             loaded.check_models(old, new)
         share = loaded.apply_all(adapters, out, overwrite=overwrite, ranks=ranks, progress=report, fill=fill)
@@ -942,7 +946,7 @@ def finetune(
 
 @app.command()
 def inspect(
-    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="File written by `lorasuite-fast plan`.")],
+    plan_file: PlanArgument,
     as_json: AsJson = False,
 ) -> None:
     """Show what is in a plan: models, layers, matches, fit, options and sizes. Neither model is opened.
@@ -953,7 +957,7 @@ def inspect(
         from .inspection import inspect_plan, print_plan
         from .plan import TransferPlan
 
-        loaded = TransferPlan.load(plan_file)
+        loaded = TransferPlan.from_pretrained(plan_file)
         if as_json:
             typer.echo(json.dumps(inspect_plan(loaded) | {"plan": str(plan_file)}))
             return

@@ -304,7 +304,8 @@ def fit_output_map(rows_o: Tensor, rows_n: Tensor, weights: Tensor, ridge: float
             crosses[k] += x_n[chosen].T @ x_o[chosen]
 
     def solve(gram: Tensor, cross: Tensor) -> Tensor:
-        return torch.linalg.solve(_ridged(gram, ridge), cross)
+        solution: Tensor = torch.linalg.solve(_ridged(gram, ridge), cross)
+        return solution
 
     trained = solve(grams[0], crosses[0])
     error = spread = 0.0
@@ -518,7 +519,8 @@ def _controlled(change: Tensor, settings: Settings) -> Tensor:
     if settings.control == "flipped":
         return -change
     if settings.control == "rotated":
-        return change @ torch.linalg.qr(torch.randn(change.shape[1], change.shape[1], generator=generator)).Q
+        rotation: Tensor = torch.linalg.qr(torch.randn(change.shape[1], change.shape[1], generator=generator)).Q
+        return change @ rotation
     if settings.control != "none":
         raise ValueError(f"control {settings.control!r} is not one of {', '.join(CONTROLS)}")
     return change

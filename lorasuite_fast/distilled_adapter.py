@@ -126,4 +126,5 @@ def distil_adapter(
 
 def _norm(model: Checkpoint, layer: int, role: str) -> Tensor:
     weight = Layer.of(model, layer, (role,)).weight(role, torch.float32)
-    return torch.linalg.vector_norm(weight).clamp_min(torch.finfo(torch.float32).tiny)
+    norm: Tensor = torch.linalg.vector_norm(weight)
+    return norm.clamp_min(torch.finfo(torch.float32).tiny)

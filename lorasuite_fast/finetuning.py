@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class Finetuning:
         samples, truncated, left_out: trained on; of these cut off at `max_tokens`; left out because nothing was left to
             count there. Validation samples are included in the last two.
         trained_tokens: predictions the loss counted, over all steps.
-        summary: the outcome in one sentence.
+        summary: the outcome in one sentence. fingerprints: of the model, under "model".
     """
 
     model: str
@@ -101,6 +101,7 @@ class Finetuning:
     options: dict[str, Any]
     phases: list[Phase]
     seconds: float
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def peak_memory(self) -> int:
@@ -476,6 +477,7 @@ def finetune(
         | {"device": run_device.type, "epochs": budget / epoch, "gradient_checkpointing": gradient_checkpointing},
         phases=clock.phases,
         seconds=time.perf_counter() - begin,
+        fingerprints={"model": identity["model"]},
     )
     write_report(result, report)
     return result

@@ -93,13 +93,28 @@ def _parts(subject: Subject) -> tuple[str, list[Part]]:
         parts = _migration_parts(subject)
     elif isinstance(subject, Verification):
         title = f"Verification: {shown(subject.old)} and {shown(subject.new)}"
-        parts = [*_verification_parts(subject), _phases(subject.phases, subject.seconds), _options(subject.options)]
+        parts = [
+            *_verification_parts(subject),
+            _fingerprints(subject),
+            _phases(subject.phases, subject.seconds),
+            _options(subject.options),
+        ]
     elif isinstance(subject, Refinement):
         title = f"Refinement: {shown(subject.old_adapter)} on {shown(subject.new)}"
-        parts = [_refinement(subject), _phases(subject.phases, subject.seconds), _options(subject.options)]
+        parts = [
+            _refinement(subject),
+            _fingerprints(subject),
+            _phases(subject.phases, subject.seconds),
+            _options(subject.options),
+        ]
     else:
         title = f"Fine-tuning of {shown(subject.model)}"
-        parts = [_finetuning(subject), _phases(subject.phases, subject.seconds), _options(subject.options)]
+        parts = [
+            _finetuning(subject),
+            _fingerprints(subject),
+            _phases(subject.phases, subject.seconds),
+            _options(subject.options),
+        ]
     return title, [part for part in parts if part.body]
 
 
@@ -623,6 +638,12 @@ _KINDS = {
     "reversed": "bad",
 }
 _CONTROLS = {"carried": "new adapter", "shuffled": "shuffled", "flipped": "sign flipped", "constant": "constant shift"}
+
+
+def _fingerprints(result: Verification | Refinement | Finetuning) -> Part:
+    """By which a reader can tell whether a model at hand is the one of the report."""
+    rows = {f"{role} model" if role != "model" else role: found or "–" for role, found in result.fingerprints.items()}
+    return Part("Fingerprints", _facts(rows) if rows else "")
 
 
 def _verification_parts(result: Verification) -> list[Part]:

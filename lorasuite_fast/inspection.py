@@ -70,14 +70,14 @@ def print_plan(console: Console, plan: TransferPlan, measure: str) -> None:
     table.add_row("name", old.name, new.name)
     table.add_row("fingerprint", old.fingerprint, new.fingerprint)
     table.add_row("family", old.family, new.family)
-    for label, value in (
-        ("vocabulary", lambda s: f"{s.V:,}"),
-        ("layers", lambda s: str(s.L)),
-        ("width", lambda s: f"{s.d:,}"),
-        ("MLP width", lambda s: f"{s.f:,}"),
-        ("heads", lambda s: f"{s.H} of {s.h}, {s.attention}"),
+    for label, shown in (
+        ("vocabulary", [f"{s.V:,}" for s in (old.shape, new.shape)]),
+        ("layers", [f"{s.L}" for s in (old.shape, new.shape)]),
+        ("width", [f"{s.d:,}" for s in (old.shape, new.shape)]),
+        ("MLP width", [f"{s.f:,}" for s in (old.shape, new.shape)]),
+        ("heads", [f"{s.H} of {s.h}, {s.attention}" for s in (old.shape, new.shape)]),
     ):
-        table.add_row(label, value(old.shape), value(new.shape))
+        table.add_row(label, *shown)
     console.print(table)
     table = Table(title="Layers", title_justify="left")
     for name in ("new", "old", measure, "heads matched", "cosine, mean", "least", "neurons matched", "cosine, mean"):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CARD = "README.md"
 _STEPS = "<!-- lorasuite-fast: how this adapter came about -->"
 _END = "<!-- lorasuite-fast: end -->"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--(?P<id>[\w.-]+?--[\w.-]+)/snapshots/")
 
 
@@ -32,7 +32,7 @@ def hub_id(name: str) -> str | None:
     """The hub id of a model named by id or by its folder in the hub's cache; None for any other folder."""
     if cached := _CACHED.search(name):
         return cached["id"].replace("--", "/", 1)
-    return name if _HUB_ID.fullmatch(name) and not name.startswith(".") and not Path(name).exists() else None
+    return name if HUB_ID.fullmatch(name) and not name.startswith(".") and not Path(name).exists() else None
 
 
 def shown(name: str | os.PathLike[str]) -> str:
@@ -134,7 +134,7 @@ def migration_section(
         "method": f"{options['method']}, {facts.get('method_reason', 'asked for')}",
         "text": shown(options["calibration"]),
         "R² of the transfer matrix on held-out tokens": (
-            f"{_number(facts['r2'], 4)} old to new, {_number(facts['r2_back'], 4)} new to old"
+            f"{number(facts['r2'], 4)} old to new, {number(facts['r2_back'], 4)} new to old"
         ),
         "shared tokens": f"{facts['shared_tokens']:,}",
     }
@@ -151,7 +151,7 @@ def migration_section(
     for layer in layers:
         sizes = ", ".join(f"{role} {size:.3f}" for role, size in layer.update.items()) or "–"
         old = "–" if layer.old_layer is None else layer.old_layer
-        figures = " | ".join(map(_number, (layer.cka, layer.head_similarity, layer.explained)))
+        figures = " | ".join(map(number, (layer.cka, layer.head_similarity, layer.explained)))
         lines.append(f"| {layer.new_layer} | {old} | {figures} | {sizes} |")
     return section("Migration", _verdict(plan, distilled), rows) + "\n".join(lines) + "\n\n"
 
@@ -173,7 +173,8 @@ def _verdict(plan: TransferPlan, distilled: Distilled | None) -> str:
     )
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure of a card, – where there is none."""
     return "–" if value is None else f"{value:.{digits}f}"
 
 
@@ -219,7 +220,7 @@ def push_to_hub(
             f"{path / CONFIG}: the base model is the local folder {name}, which nobody else has; pass base_model, its "
             "hub id"
         )
-    if not _HUB_ID.fullmatch(base):
+    if not HUB_ID.fullmatch(base):
         raise LoraSuiteError(f"base_model {base!r} is not a hub id of the form owner/name")
     config["base_model_name_or_path"] = base
     with tempfile.TemporaryDirectory() as copy:

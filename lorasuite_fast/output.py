@@ -208,8 +208,11 @@ def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool) 
     _write(path, make, overwrite=overwrite)
 
 
-def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
+def write_folder(path: Path, files: Mapping[str, bytes | Callable[[Path], object]], *, overwrite: bool) -> None:
     """Writes a folder of files through a temporary sibling; an existing OUT is replaced only when all is on disk.
+
+    Args:
+        files: by name their bytes, or what writes the file at a path, for those too large to be held twice.
 
     Raises:
         LoraSuiteError: it cannot be written, or is there already and overwrite is off.
@@ -218,7 +221,10 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, overwrite: bool) -> 
     def make(new: Path) -> None:
         new.mkdir()
         for name, data in files.items():
-            (new / name).write_bytes(data)
+            if callable(data):
+                data(new / name)
+            else:
+                (new / name).write_bytes(data)
             _sync(new / name)
         new.chmod(0o755)
 

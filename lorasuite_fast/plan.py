@@ -187,9 +187,15 @@ class TransferPlan:
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the plan as one safetensors file. Raises LoraSuiteError if the file exists and overwrite is off."""
         target = check_output(path, overwrite=overwrite)
+        self._check_finite()
+        write_file(target, self._write, overwrite=overwrite)
+
+    def _check_finite(self) -> None:
         for name, tensor in self.tensors.items():
             if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
                 raise LoraSuiteError(f"the plan's tensor {name} holds NaN or infinity; nothing was written")
+
+    def _write(self, file: Path) -> None:
         header = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -200,9 +206,69 @@ class TransferPlan:
             "layers": {str(j): i for j, i in self.layers.items()},
             "facts": self.facts,
         }
-        tensors = dict(self.tensors.items())
-        metadata = {"plan": json.dumps(header)}
-        write_file(target, lambda file: save_file(tensors, file, metadata=metadata), overwrite=overwrite)
+        save_file(dict(self.tensors.items()), file, metadata={"plan": json.dumps(header)})
+
+    def save_pretrained(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        old_model: str | None = None,
+        new_model: str | None = None,
+        overwrite: bool = False,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **hub: Any,
+    ) -> str | None:
+        """Writes a folder as Hugging Face lays them out, the plan's file and a card, and uploads it if asked to.
+
+        Args:
+            old_model, new_model: hub ids, where the plan was built from local folders: they take the names' place in
+                what is written. A plan that is pushed needs both, and its calibration file loses its folder's name.
+            push_to_hub: upload the folder through huggingface_hub. repo_id: where to [FOLDER's name].
+            hub: private, revision, token, commit_message and create_pr, as huggingface_hub has them.
+
+        Returns:
+            The commit's address if it was uploaded.
+
+        Raises:
+            LoraSuiteError: FOLDER exists and overwrite is off, NaN or infinity in the plan, or a plan to be pushed that
+                names local folders; nothing is then written or uploaded.
+        """
+        from .plan_folder import save_folder
+
+        return save_folder(
+            self,
+            folder,
+            names=(old_model, new_model),
+            overwrite=overwrite,
+            repo_id=(repo_id or Path(folder).expanduser().absolute().name) if push_to_hub else None,
+            **hub,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+    ) -> TransferPlan:
+        """Opens a plan that `save_pretrained` wrote: a folder, or a hub id; a plan's file will do as well.
+
+        Args:
+            revision, token, cache_dir, local_files_only: for a hub id, as huggingface_hub has them; its cache and
+                offline switch are honoured.
+
+        Raises:
+            LoraSuiteError: no such folder, or none that holds a plan; a hub id that cannot be had.
+        """
+        from .plan_folder import find_plan
+
+        return cls.load(
+            find_plan(source, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+        )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TransferPlan:

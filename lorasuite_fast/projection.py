@@ -325,7 +325,8 @@ METHODS: dict[str, Method] = {method.name: method for method in (LeastSquares(),
 def whiten(m: Tensor, heads: int) -> Tensor:
     """(M M^T)^{-1} M for every head's block of rows M, in float64 inside; directions below RCOND are left out."""
     rows = m.view(heads, -1, m.shape[1]).double()
-    return (torch.linalg.pinv(rows @ rows.mT, rtol=RCOND**2, hermitian=True) @ rows).flatten(0, 1).to(m.dtype)
+    inverse: Tensor = torch.linalg.pinv(rows @ rows.mT, rtol=RCOND**2, hermitian=True)
+    return (inverse @ rows).flatten(0, 1).to(m.dtype)
 
 
 def pinv_times(w: Tensor, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ class Refinement:
         kept_start: nothing was better on held-out texts than the start, which was written. stopped: "budget",
             "patience" or "diverged". summary: the outcome in one sentence.
         start_agreement, agreement: on held-out texts, of the start and of what was written.
-        teacher: what the teacher pass saw. text: where the text came from.
+        teacher: what the teacher pass saw. text: where the text came from. fingerprints: of the models, old and new.
     """
 
     old: str
@@ -106,6 +106,7 @@ class Refinement:
     options: dict[str, Any]
     phases: list[Phase]
     seconds: float
+    fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
     def peak_memory(self) -> int:
@@ -505,7 +506,7 @@ def refine(
         source = os.fspath(text) if isinstance(text, str | os.PathLike) else f"{len(text)} texts"
         texts = _texts_of(text, seed)
 
-    teaching = {
+    teaching: dict[str, Any] = {
         "old": checkpoint_o.fingerprint(),
         "old_adapter": adapter_digest(old_adapter),
         "new": checkpoint_n.fingerprint(),
@@ -628,6 +629,7 @@ def refine(
         },
         phases=clock.phases,
         seconds=time.perf_counter() - begin,
+        fingerprints={"old": teaching["old"], "new": teaching["new"]},
     )
     write_report(result, report)
     return result

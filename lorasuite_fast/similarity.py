@@ -146,15 +146,18 @@ class StreamingSimilarity:
         if k == 0:
             return cross.new_zeros(())
         if self.measure == "procrustes":
-            return torch.linalg.svdvals(cross).sum()
+            nuclear: Tensor = torch.linalg.svdvals(cross).sum()
+            return nuclear
         if self.measure == "mean-cca":
-            return torch.linalg.svdvals(cross).sum() / k
+            mean: Tensor = torch.linalg.svdvals(cross).sum() / k
+            return mean
         if self.measure == "squared-cca":
             return cross.square().sum() / k
         # h_i = U w_i, so that its products with the components σ_j u_j are σ_j w_ji.
         w, rho, _ = torch.linalg.svd(cross, full_matrices=False)
         weights = sizes @ w.abs()
-        return weights @ rho / weights.sum()
+        weighted: Tensor = weights @ rho / weights.sum()
+        return weighted
 
 
 def components(grams: Gram, layer: int) -> Components:

@@ -7,7 +7,7 @@ import math
 import os
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .aligned_states import LoadedModel, States, load_tokenizer, read_sizes
 from .alignment import Alignment, TokenEnds
 from .base_fit import BaseFit, TokenRows, base_fit, depth_pairs, prediction, token_rows
 from .calibration import MIN_EXAMPLES, load_examples
+from .checkpoint import Checkpoint
 from .effect import EffectSums, effect_sums, resamples, statistics
 from .errors import LoraSuiteError
 from .mapping import map_layers
@@ -164,6 +165,7 @@ class Verification:
         verdict: the same in one sentence.
         effect, layers: None and empty before a migration. fit: None after one.
         facts: texts, aligned positions, shared tokens, tokens of either model.
+        fingerprints: of the models, old and new; None for one of a family that only transformers reads.
     """
 
     old: str
@@ -180,6 +182,7 @@ class Verification:
     options: dict[str, Any]
     phases: list[Phase]
     seconds: float
+    fingerprints: dict[str, str | None] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, what `--json` prints."""
@@ -404,9 +407,17 @@ def verify(
         },
         clock.phases,
         time.perf_counter() - start,
+        {"old": _fingerprint(old, "old"), "new": _fingerprint(new, "new")},
     )
     write_report(result, report)
     return result
+
+
+def _fingerprint(source: str | os.PathLike[str], role: str) -> str | None:
+    try:
+        return Checkpoint(source, role).fingerprint()
+    except LoraSuiteError:
+        return None
 
 
 def load_labelled(source: str | os.PathLike[str], count: int, seed: int) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""A migrated adapter in other people's tools: PEFT and transformers themselves, llama.cpp's and vLLM's naming.
+"""A migrated adapter in other people's tools: PEFT, transformers and TRL themselves, llama.cpp's and vLLM's naming.
 
 llama.cpp and vLLM do not run here. What they do with names and configurations is restated from their sources
 (convert_lora_to_gguf.py; vllm/lora/utils.py and peft_helper.py), and llama.cpp's own table of tensor names is used.
@@ -21,7 +21,7 @@ from peft.utils.hotswap import hotswap_adapter
 from planted_families import TARGETS, config_of, random_model
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lorasuite_fast import migrate
 
@@ -59,6 +59,10 @@ def base(made: Any) -> PreTrainedModel:
 
 def by_hand(made: Any, **weights: float) -> Tensor:
     """Logits of the new model with the files' products added to its weights, each adapter times its weight."""
+    return logits(merged_by_hand(made, **weights), made.ids)
+
+
+def merged_by_hand(made: Any, **weights: float) -> PreTrainedModel:
     model = base(made)
     for name, weight in weights.items():
         config = json.loads((made.root / name / "adapter_config.json").read_text())
@@ -67,7 +71,7 @@ def by_hand(made: Any, **weights: float) -> Tensor:
             module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             b, a = tensors[key.replace("lora_A", "lora_B")], tensors[key]
             model.get_submodule(module).weight.data += weight * config["lora_alpha"] / config["r"] * b @ a
-    return logits(model, made.ids)
+    return model
 
 
 def test_the_adapters_change_the_model(made: Any) -> None:
@@ -106,6 +110,38 @@ def test_transformers_loads_it_into_a_plain_model(made: Any) -> None:
     torch.testing.assert_close(logits(model, made.ids), by_hand(made, out1=1.0), rtol=1e-4, atol=1e-5)
     model.disable_adapters()
     torch.testing.assert_close(logits(model, made.ids), logits(base(made), made.ids))
+
+
+def test_trl_starts_from_it_and_trains_nothing_else(made: Any, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    from datasets import Dataset
+
+    rows = (torch.arange(4 * 16).reshape(4, 16) * 7 % 300 + 5).tolist()
+    model = PeftModel.from_pretrained(base(made), made.root / "out1", is_trainable=True)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "sft"), learning_rate=1e-2, max_steps=3, per_device_train_batch_size=4,
+        gradient_accumulation_steps=1, logging_steps=1, lr_scheduler_type="constant", bf16=False, use_cpu=True,
+        gradient_checkpointing=False, report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(made.root / "new")
+    data = Dataset.from_list([{"input_ids": row} for row in rows])
+    trainer = trl.SFTTrainer(model=model, args=arguments, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    ids = torch.tensor(rows)
+    predicted = logits(merged_by_hand(made, out1=1.0), ids)[:, :-1]
+    expected = torch.nn.functional.cross_entropy(predicted.flatten(0, 1), ids[:, 1:].flatten())
+    assert losses[0] == pytest.approx(float(expected), abs=1e-3)
+    assert losses[-1] < losses[0]
+    changed = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+    trainer.save_model(str(tmp_path / "tuned"))
+    again = PeftModel.from_pretrained(base(made), tmp_path / "tuned").eval()
+    torch.testing.assert_close(logits(again, made.ids), logits(model.eval(), made.ids), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

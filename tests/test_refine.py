@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from lorasuite_fast import LoraSuiteError, refine
 from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer
 from lorasuite_fast.alignment import Alignment
+from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.cli import app
 from lorasuite_fast.phases import PhaseClock
 from lorasuite_fast.refinement import _Batches, step_batches, step_budget
@@ -217,6 +218,10 @@ def test_the_agreement_reported_is_that_of_the_adapter_written(refined: Any, roo
         before += float((wanted * (wanted / bare).log()).sum())
     # Over all texts, of which a tenth was held out: the training texts agree a little better.
     assert 1 - kl / before == pytest.approx(refined.agreement, abs=0.12)
+
+
+def test_the_result_names_both_models_by_their_fingerprints(refined: Any, root: Path) -> None:
+    assert refined.fingerprints == {name: Checkpoint(root / name).fingerprint() for name in ("old", "new")}
 
 
 def test_the_result_is_a_peft_adapter_of_the_new_model(refined: Any, root: Path) -> None:

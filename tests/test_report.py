@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan, figures, finetune, migrate, verify
+from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.cli import app
 from lorasuite_fast.html_report import report_html
 from lorasuite_fast.refinement import Evaluation, Refinement
@@ -100,7 +101,7 @@ def refinement() -> Refinement:
     return Refinement(
         "old", "adapter", "new", None, "out", 10, 10, 5, False, "budget", "Refined: agreement 50.0 %.", -0.25, 0.5,
         evaluations, TeacherFacts(4, 100, 1000, 200, 210, 64, 32, 0.01, 1.0, 0.99), "self", 1, 2000, 300,
-        {"learning_rate": 0.01}, [], 1.0,
+        {"learning_rate": 0.01}, [], 1.0, {"old": "0123abc", "new": "4567def"},
     )  # fmt: skip
 
 
@@ -182,6 +183,19 @@ def test_spectra_are_the_singular_values_of_the_dense_updates(made: Any) -> None
             b, a = (tensors[f"{name}.lora_{w}.weight"].double().numpy() for w in "BA")
             dense = np.linalg.svd(2.0 * b @ a, compute_uv=False)[: len(values)]
             assert values == pytest.approx(dense.tolist(), rel=1e-9, abs=1e-12)
+
+
+def test_reports_of_verify_refine_and_finetune_name_the_models_fingerprints(made: Any) -> None:
+    found = {name: Checkpoint(made.root / name, name).fingerprint() for name in ("old", "new")}
+    for name, expected in (
+        ("verify", found),
+        ("base", found),
+        ("finetune", {"model": found["new"]}),
+        ("refine", {"old": "0123abc", "new": "4567def"}),
+    ):
+        assert getattr(made, name).fingerprints == expected
+        html = (made.root / f"{name}.html").read_text()
+        assert all(fingerprint in html for fingerprint in expected.values())
 
 
 def test_a_migrations_report_has_fit_fidelity_times_options_versions_and_fingerprints(made: Any) -> None:

@@ -1,0 +1,218 @@
+"""A plan as a folder and on the hub: what is written, what may leave this machine, what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, RepoUrl, errors
+from typer.testing import CliRunner
+
+from lorasuite_fast import LoraSuiteError, TransferPlan
+from lorasuite_fast.cli import app
+
+from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
+
+FILES = ["README.md", "transfer_plan.safetensors"]
+NAMES = {"old_model": "someone/old", "new_model": "someone/new"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("secret-place")
+    for name, seed, layers in (("old", 1, 2), ("new", 2, 3)):
+        save_folder(tiny_model("llama", seed, layers=layers), tiny_tokenizer(320, seed=seed), root / name)
+    random_adapter(root / "old", root / "adapter", targets=["q_proj", "o_proj"], rank=2, alpha=4, seed=0)
+    text = root / "text.jsonl"
+    text.write_text("".join(f'{{"text": "the red fox number {n} sat on the mat in the rain"}}\n' for n in range(12)))
+    plan = TransferPlan.build(root / "old", root / "new", method="lstsq", examples=8, calibration=text)
+    return SimpleNamespace(root=root, plan=plan)
+
+
+class Hub:
+    """Stands for huggingface_hub's API and keeps what it was asked for."""
+
+    def __init__(self) -> None:
+        self.created: dict[str, Any] = {}
+        self.uploaded: dict[str, Any] = {}
+
+    def create_repo(self, repo_id: str, **options: Any) -> RepoUrl:
+        self.created = {"repo_id": repo_id, **options}
+        return RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'me/{repo_id}'}")
+
+    def upload_folder(self, **options: Any) -> SimpleNamespace:
+        self.uploaded = options
+        return SimpleNamespace(commit_url=f"https://hub/{options['repo_id']}/commit/1")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    stub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: stub)
+    return stub
+
+
+def test_a_saved_folder_opens_as_the_same_plan(made: Any, tmp_path: Path) -> None:
+    assert made.plan.save_pretrained(tmp_path / "plan") is None
+    assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == FILES
+    found = TransferPlan.from_pretrained(tmp_path / "plan")
+    assert (found.old, found.new, found.options, found.layers) == (
+        made.plan.old,
+        made.plan.new,
+        made.plan.options,
+        made.plan.layers,
+    )
+    before, after = dict(made.plan.tensors.items()), dict(found.tensors.items())
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_file_in_the_folder_is_the_file_save_writes(made: Any, tmp_path: Path) -> None:
+    made.plan.save(tmp_path / "file")
+    made.plan.save_pretrained(tmp_path / "folder")
+    assert (tmp_path / "folder" / FILES[1]).read_bytes() == (tmp_path / "file").read_bytes()
+    assert TransferPlan.from_pretrained(tmp_path / "file").old == made.plan.old
+
+
+def test_an_existing_folder_stays_as_it_is_unless_it_may_be_replaced(made: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "plan"
+    folder.mkdir()
+    (folder / "mine").write_text("x")
+    with pytest.raises(LoraSuiteError, match="exists already"):
+        made.plan.save_pretrained(folder)
+    assert [path.name for path in folder.iterdir()] == ["mine"]
+    made.plan.save_pretrained(folder, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+
+
+def test_hub_names_take_the_place_of_local_folders(made: Any, tmp_path: Path) -> None:
+    made.plan.save_pretrained(tmp_path / "plan", **NAMES)
+    found = TransferPlan.from_pretrained(tmp_path / "plan")
+    assert (found.old.name, found.new.name) == ("someone/old", "someone/new")
+    assert found.old.fingerprint == made.plan.old.fingerprint
+    found.apply(made.root / "adapter", tmp_path / "out", old=made.root / "old", new=made.root / "new")
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+def test_the_card_names_both_models_and_no_local_path(made: Any, tmp_path: Path) -> None:
+    made.plan.save_pretrained(tmp_path / "local")
+    made.plan.save_pretrained(tmp_path / "named", **NAMES)
+    local, named = (ModelCard.load(tmp_path / name / "README.md") for name in ("local", "named"))
+    assert local.data.base_model is None
+    assert named.data.base_model == ["someone/old", "someone/new"]
+    assert {"lorasuite-fast", "transfer-plan"} <= set(named.data.tags)
+    for card in (local, named):
+        assert "secret-place" not in str(card)
+        assert f"{made.plan.facts['r2']:.4f} old to new" in card.text
+        assert made.plan.new.fingerprint in card.text
+        assert "| text | text.jsonl |" in card.text
+
+
+def test_a_pushed_plan_holds_no_local_path(made: Any, hub: Hub, tmp_path: Path) -> None:
+    address = made.plan.save_pretrained(
+        tmp_path / "plan", **NAMES, push_to_hub=True, repo_id="me/plan", private=True, token="t", create_pr=True
+    )
+    assert address == "https://hub/me/plan/commit/1"
+    assert hub.created == {"repo_id": "me/plan", "private": True, "token": "t", "exist_ok": True}
+    assert hub.uploaded["folder_path"] == str(tmp_path / "plan")
+    assert hub.uploaded["allow_patterns"] == FILES[::-1]
+    assert hub.uploaded["create_pr"] is True
+    for path in (tmp_path / "plan").iterdir():
+        assert b"secret-place" not in path.read_bytes()
+    assert TransferPlan.from_pretrained(tmp_path / "plan").options["calibration"] == "text.jsonl"
+
+
+def test_a_repository_without_a_name_is_called_as_the_folder_and_found_under_its_owner(
+    made: Any, hub: Hub, tmp_path: Path
+) -> None:
+    made.plan.save_pretrained(tmp_path / "old-to-new", **NAMES, push_to_hub=True)
+    assert hub.created["repo_id"] == "old-to-new"
+    assert hub.uploaded["repo_id"] == "me/old-to-new"
+
+
+def test_a_plan_of_local_folders_is_not_pushed_and_nothing_is_written(made: Any, hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(LoraSuiteError, match="pass new_model"):
+        made.plan.save_pretrained(tmp_path / "plan", old_model="someone/old", push_to_hub=True)
+    with pytest.raises(LoraSuiteError, match="old_model '/models/old' is not a hub id"):
+        made.plan.save_pretrained(tmp_path / "plan", old_model="/models/old")
+    assert hub.created == {}
+    assert not (tmp_path / "plan").exists()
+
+
+def test_a_plan_that_is_not_finite_is_not_written(made: Any, tmp_path: Path) -> None:
+    made.plan.save_pretrained(tmp_path / "plan")
+    found = TransferPlan.from_pretrained(tmp_path / "plan")
+    tensors = dict(found.tensors.items())
+    tensors["W_h"][0, 0] = float("nan")
+    broken = TransferPlan(found.old, found.new, found.options, found.layers, tensors, found.facts)
+    with pytest.raises(LoraSuiteError, match="W_h holds NaN"):
+        broken.save_pretrained(tmp_path / "broken")
+    assert not (tmp_path / "broken").exists()
+
+
+def test_a_hub_plan_is_opened_from_the_file_the_hub_gives(
+    made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.plan.save_pretrained(tmp_path / "cached")
+    asked: list[Any] = []
+
+    def download(repo_id: str, filename: str, **options: Any) -> str:
+        asked.append((repo_id, filename, options))
+        return str(tmp_path / "cached" / filename)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert TransferPlan.from_pretrained("me/plan", revision="v1", token="t").old == made.plan.old
+    options = {"revision": "v1", "token": "t", "cache_dir": None, "local_files_only": False}
+    assert asked == [("me/plan", FILES[1], options)]
+
+
+def test_offline_a_plan_is_found_in_the_cache_and_nowhere_else(made: Any, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--me--plan/snapshots/0123"
+    made.plan.save_pretrained(tmp_path / "saved")
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(tmp_path / "saved", snapshot)
+    refs = tmp_path / "models--me--plan/refs"
+    refs.mkdir()
+    (refs / "main").write_text("0123")
+    assert TransferPlan.from_pretrained("me/plan", cache_dir=tmp_path).new == made.plan.new
+    with pytest.raises(LoraSuiteError, match=r"PLAN me/other: .*not in the local hub cache"):
+        TransferPlan.from_pretrained("me/other", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.EntryNotFoundError("none"), "the hub's me/plan holds no transfer_plan.safetensors"),
+        (errors.HFValidationError("bad"), "not a hub id of the form owner/name"),
+        (OSError("disk full"), "the hub answers: disk full"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, message: str) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(LoraSuiteError, match=message) as raised:
+        TransferPlan.from_pretrained("me/plan")
+    assert "\n" not in str(raised.value)
+
+
+def test_other_folders_and_missing_ones_are_refused(made: Any, tmp_path: Path) -> None:
+    with pytest.raises(LoraSuiteError, match="the folder holds no transfer_plan"):
+        TransferPlan.from_pretrained(made.root / "old")
+    with pytest.raises(LoraSuiteError, match="no such file"):
+        TransferPlan.from_pretrained(tmp_path / "none")
+
+
+def test_the_command_line_takes_a_saved_folder(made: Any, tmp_path: Path) -> None:
+    made.plan.save_pretrained(tmp_path / "plan")
+    applied = CliRunner().invoke(
+        app, ["apply", str(tmp_path / "plan"), str(made.root / "adapter"), str(tmp_path / "o")]
+    )
+    assert applied.exit_code == 0, applied.output
+    assert (tmp_path / "o/adapter_config.json").is_file()
