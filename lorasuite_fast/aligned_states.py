@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .alignment import TokenEnds
-from .checkpoint import read_json, resolve_folder
+from .checkpoint import check_kernels, resolve_folder
 from .errors import LoraSuiteError
+from .json_files import read_json
 
 _MICRO_BATCH = 8
 _LOGITS = 2**25
@@ -78,9 +79,10 @@ def _loading(what: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except LoraSuiteError:
+    except (LoraSuiteError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic inside `tokenizers` is no Exception.
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise LoraSuiteError(f"{what} ({first})") from None
     finally:
@@ -111,7 +113,8 @@ class LoadedModel:
 
         self.folder = resolve_folder(source, what=f"{what} model")
         self.name, self.what, self.device = os.fspath(source), what, device
-        read_json(self.folder / "config.json")
+        config = read_json(self.folder / "config.json")
+        check_kernels(config, self.folder / "config.json", trust_remote_code=trust_remote_code)
         with _loading(f"{self.folder}: transformers cannot load this model"):
             # safetensors only: nothing that is pickled is ever opened.
             model, info = AutoModelForCausalLM.from_pretrained(

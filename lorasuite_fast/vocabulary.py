@@ -48,7 +48,7 @@ def token_keys(tokenizer: Any) -> dict[int, tuple[Key, bool]]:
     ("special", content) elsewhere.
 
     Raises:
-        LoraSuiteError: for a tokenizer without a `tokenizers` backend.
+        LoraSuiteError: for a tokenizer without a `tokenizers` backend, or with two tokens of one id.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -63,8 +63,18 @@ def token_keys(tokenizer: Any) -> dict[int, tuple[Key, bool]]:
         if token is not None:
             roles.setdefault(token, role)
     keys: dict[int, tuple[Key, bool]] = {}
+    spelled: dict[int, str] = {}
     for token, index in tokenizer.get_vocab().items():
         literal = added.get(index)
+        if literal is not None and token != literal.content:
+            # An added token takes the place of the entry whose id it has.
+            continue
+        if index in spelled:
+            raise LoraSuiteError(
+                f"{tokenizer.name_or_path}: its tokenizer gives the id {index} to two tokens, {spelled[index]!r} and "
+                f"{token!r}; fetch or save it again"
+            )
+        spelled[index] = token
         fallback = _FALLBACK.fullmatch(token) if "ByteFallback" in types else None
         if token in roles:
             keys[index] = ("role", roles[token]), False
