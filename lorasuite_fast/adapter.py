@@ -40,6 +40,8 @@ _UNSUPPORTED = {
     "megatron_config": "Megatron adapters, for which PEFT imports a module the file names,",
 }
 _FLAGS = ("use_dora", "use_rslora", "inference_mode")
+_MOST_RANK = 4
+"""Times the longer side of a weight. More than the side itself is of no use, but was trained by somebody."""
 _MOST_PATTERNS, _MOST_CHARACTERS, _MOST_QUANTIFIERS = 4096, 1000, 8
 _REPEATS = 64
 _MOST_TRIES = _REPEATS**3
@@ -323,9 +325,9 @@ def _check_shapes(
     rank = a[0]
     if rank == 0:
         raise LoraSuiteError(f"{where}: {module} has rank 0; there is nothing to migrate")
-    if rank > max(out, into):
+    if rank > _MOST_RANK * max(out, into):
         raise LoraSuiteError(
-            f"{where}: {module} has rank {rank}, more than either side of its weight, {[out, into]}; save the update "
+            f"{where}: {module} has rank {rank}, far more than its weight {[out, into]} can hold; save the update "
             "with a rank that fits"
         )
     for which, shape in (("E", (rank, 1)), ("magnitude_vector", (out,))):

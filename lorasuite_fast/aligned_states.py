@@ -23,6 +23,7 @@ from .alignment import TokenEnds
 from .checkpoint import check_kernels, resolve_folder
 from .errors import LoraSuiteError
 from .json_files import read_json
+from .vocabulary import check_ids
 
 _MICRO_BATCH = 8
 _LOGITS = 2**25
@@ -434,5 +435,6 @@ def load_tokenizer(source: str | os.PathLike[str], what: str, *, trust_remote_co
     folder = resolve_folder(source, what=f"{what} model")
     if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise LoraSuiteError(f"{folder}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    check_ids(folder)
     with _loading(f"{folder}: its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)

@@ -17,6 +17,7 @@ from .errors import LoraSuiteError
 from .families import Family, Projection, Shape, family_of, shape_of
 from .json_files import read_json
 from .tensor_files import TensorFiles
+from .vocabulary import check_ids
 
 _SAMPLE_BYTES = 256
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
@@ -324,6 +325,7 @@ class Checkpoint:
 
         if not any((self.folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise LoraSuiteError(f"{self.folder}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+        check_ids(self.folder)
         try:
             return AutoTokenizer.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=trust_remote_code

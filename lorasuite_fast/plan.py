@@ -487,7 +487,10 @@ class _LazyTensors:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._header = read_header(path)
-        self.file = safe_open(path, framework="pt")
+        try:
+            self.file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise LoraSuiteError(f"PLAN {path}: cannot be mapped ({error})") from None
 
     @property
     def held(self) -> dict[str, tuple[str, tuple[int, ...]]]:

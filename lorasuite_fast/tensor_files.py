@@ -39,7 +39,6 @@ _POPULATE_READ = 22
 _MERGE_GAP = 1 << 16
 _MOST_ELEMENTS = 1 << 59
 """Of the largest dtype, what a signed 64-bit byte count can hold."""
-_MOST_DIMENSIONS = 64
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -61,7 +60,8 @@ def read_header(path: Path) -> dict[str, Any]:
                     "needs; fetch or save it again"
                 )
             text = file.read(length)
-        safe_open(path, framework="pt")
+        # Of numpy, which maps the file read-only: torch's map may need as much memory as the file is long.
+        safe_open(path, framework="np")
         header: dict[str, Any] = parse_unique(text, equal_twice=False)
         header.pop("__metadata__", None)
         _check_ranges(header, size - 8 - length)
@@ -69,24 +69,26 @@ def read_header(path: Path) -> dict[str, Any]:
         raise LoraSuiteError(
             f"{path}: not a complete safetensors file ({error}); it is truncated or damaged, fetch or save it again"
         ) from None
-    except OSError as error:
-        raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (OSError, RuntimeError) as error:
+        raise LoraSuiteError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return header
 
 
 def _check_ranges(header: dict[str, Any], size: int) -> None:
     """Tensors must lie one behind the other, fill the file's `size` data bytes, and be no more than torch can address.
 
-    safetensors checks all but the last, in a second reading of the file.
+    safetensors checks most of this, in a second reading of the file; a field it does not know may mean anything.
     """
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"tensor {name} has the fields {', '.join(entry)}")
         start, stop = entry["data_offsets"]
         if start != end or stop < start:
             raise ValueError(f"tensor {name} begins at byte {start} and not at {end}")
         end = stop
         shape = entry["shape"]
-        if math.prod(dim or 1 for dim in shape) > _MOST_ELEMENTS or len(shape) > _MOST_DIMENSIONS:
+        if math.prod(dim or 1 for dim in shape) > _MOST_ELEMENTS:
             raise ValueError(f"tensor {name} has the impossible shape {shape}")
         dtype = DTYPES.get(entry["dtype"])
         if dtype is not None and math.prod(shape) * dtype.itemsize != stop - start:

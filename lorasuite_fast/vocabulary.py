@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import LoraSuiteError
+from .json_files import parse_json
 
 _SPACE = "\u2581"
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MOST_BYTES = 256 << 20
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -36,6 +40,41 @@ def _component_types(decoder: Any) -> set[str]:
     if decoder.get("type") == "Replace" and decoder.get("pattern") == {"String": _SPACE}:
         return {"Metaspace"}
     return {str(decoder.get("type"))}
+
+
+def check_ids(folder: Path) -> None:
+    """Refuses a folder whose tokenizer.json gives two tokens one id.
+
+    `tokenizers` then keeps one of them, another one each time it is loaded.
+
+    Raises:
+        LoraSuiteError: naming both tokens, or for a file of more than 256 MiB.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        found = path.stat()
+    except OSError:
+        return
+    _check_ids(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _check_ids(path: Path, size: int, changed: int) -> None:
+    if size > _MOST_BYTES:
+        raise LoraSuiteError(f"{path}: is longer than {_MOST_BYTES >> 20} MiB, which is no tokenizer")
+    try:
+        state = parse_json(path.read_bytes())
+        vocab = state["model"]["vocab"]
+        pairs = vocab.items() if isinstance(vocab, dict) else [(n, piece[0]) for n, piece in enumerate(vocab)]
+        seen: dict[Any, Any] = {}
+        for token, index in pairs:
+            if seen.setdefault(index, token) != token:
+                raise LoraSuiteError(
+                    f"{path}: has {index!r} twice, for {seen[index]!r} and {token!r}; fetch or save it again"
+                )
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        # What else is wrong with it is for its loader to say.
+        return
 
 
 Key = bytes | tuple[str, str]

@@ -118,7 +118,7 @@ class Work:
             with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
                 note = parse_json((file.metadata() or {})["note"])
                 tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, KeyError):
+        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError):
             return None
         return (tensors, note) if isinstance(note, dict) else None
 
