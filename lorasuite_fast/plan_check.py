@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS, _MOST_WIDTH = 10_000, 1 << 31
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
+_OPTIONAL = ("similarity", "layer_r2", "method_reason")
+"""What plans of earlier releases do not say."""
 _CHOICES: dict[str, tuple[str, ...]] = {
     "layers": ("cka", "first", "medium", "last"),
     "similarity": tuple(MEASURES),
@@ -54,7 +56,7 @@ def check_plan(plan: TransferPlan, held: dict[str, tuple[str, tuple[int, ...]]],
         raise LoraSuiteError(f"{where}: {what}; build it again")
 
     for role, model in (("old", plan.old), ("new", plan.new)):
-        if not all(isinstance(text, str) for text in (model.name, model.fingerprint, model.family)):
+        if not all(_is_text(text) for text in (model.name, model.fingerprint, model.family)):
             refuse(f"its {role} model's name, fingerprint or family is no text")
         if model.family not in FAMILIES:
             refuse(f"names a family, {model.family}, not known here")
@@ -86,6 +88,10 @@ def check_plan(plan: TransferPlan, held: dict[str, tuple[str, tuple[int, ...]]],
             _check_match(plan.tensors[name], most, name, refuse)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.isprintable()
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -103,14 +109,14 @@ def _is_shape(shape: Shape) -> bool:
 
 def _check_options(options: dict[str, Any], refuse: Any) -> None:
     for name, known in _CHOICES.items():
-        if options.get(name) not in known:
+        if options.get(name) not in known and not (name in _OPTIONAL and name not in options):
             refuse(f"was built with the unknown {name} {options.get(name)!r}")
     roles = options.get("roles")
     if not isinstance(roles, list) or not roles or not all(role in ROLES for role in roles):
         refuse(f"was built for the unknown roles {roles!r}")
     wrong = [name for name in ("seed", "examples", "max_tokens") if not _is_int(options.get(name))]
     wrong += [] if _is_finite(options.get("ridge")) else ["ridge"]
-    wrong += [] if isinstance(options.get("calibration"), str) else ["calibration"]
+    wrong += [] if _is_text(options.get("calibration")) else ["calibration"]
     if wrong:
         refuse(f"its option {wrong[0]} is {options.get(wrong[0])!r}")
 
@@ -124,9 +130,11 @@ def _check_facts(facts: dict[str, Any], refuse: Any) -> None:
         "layer_r2": lambda value: (
             isinstance(value, dict) and all(_LAYER.fullmatch(j) and _is_finite(r2) for j, r2 in value.items())
         ),
-        "method_reason": lambda value: isinstance(value, str),
+        "method_reason": _is_text,
     }
     for name, right in kinds.items():
+        if name not in facts and name in _OPTIONAL:
+            continue
         if name not in facts or not right(facts[name]):
             refuse(f"its fact {name} is {facts.get(name)!r}")
 

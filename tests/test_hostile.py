@@ -38,12 +38,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan
 from lorasuite_fast.adapter import check_base, read_adapter
 from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer
 from lorasuite_fast.calibration import load_examples
 from lorasuite_fast.checkpoint import Checkpoint, resolve_folder
+from lorasuite_fast.cli import app
 from lorasuite_fast.families import FAMILIES, Shape
 from lorasuite_fast.hidden_states import LayerStream, padded
 from lorasuite_fast.json_files import MOST_BYTES
@@ -924,6 +926,7 @@ PLANS: dict[str, tuple[Callable[[dict[str, torch.Tensor], Any], object], str]] =
     "a layer spelled otherwise": (lambda t, h: put(h, "layers", "00", 0), "has a wrong one"),
     "two layers for one": (lambda t, h: [put(h, "layers", j, 0) for j in h["layers"]], "two new layers to one"),
     "layers that are a list": (lambda t, h: put(h, "layers", [0]), "has a wrong one"),
+    "a name that writes to the terminal": (lambda t, h: put(h, "old", "name", "\x1b[2J"), "is no text"),
     "no facts": (lambda t, h: put(h, "facts", {}), "its fact same_vocabulary is None"),
     "a negative ratio": (lambda t, h: put(h, "facts", "rms_ratio", -1.0), "its fact rms_ratio is -1.0"),
     "a ratio that is a text": (lambda t, h: put(h, "facts", "rms_ratio", "1"), "its fact rms_ratio is '1'"),
@@ -985,6 +988,21 @@ def test_a_plan_of_denormals_is_applied(planned: Path, tmp_path: Path) -> None:
     TransferPlan.load(path).apply(planned / "adapter", tmp_path / "out")
     written = load_file(tmp_path / "out/adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in written.values())
+
+
+def test_a_plan_of_a_release_that_said_less_is_read(planned: Path, tmp_path: Path) -> None:
+    tensors, header = plan_parts(planned / "plan")
+    del header["options"]["similarity"], header["facts"]["layer_r2"], header["facts"]["method_reason"]
+    TransferPlan.load(write_plan(tmp_path / "plan", tensors, header)).apply(planned / "adapter", tmp_path / "out")
+
+
+def test_names_in_a_plan_are_printed_as_they_are(planned: Path, tmp_path: Path) -> None:
+    tensors, header = plan_parts(planned / "plan")
+    header["old"]["name"] = "[/bold] [red]x"
+    path = write_plan(tmp_path / "plan", tensors, header)
+    result = CliRunner().invoke(app, ["inspect", str(path)])
+    assert result.exit_code == 0, result.output
+    assert "[/bold] [red]x" in result.stdout
 
 
 FREE = {"name", "fingerprint", "made_by", "calibration", "method_reason", "seed", "examples", "max_tokens", "V", "f"}
