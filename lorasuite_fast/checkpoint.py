@@ -25,7 +25,8 @@ _SNAPSHOT_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", 
 _TEMPLATES = "additional_chat_templates"
 _READ_FILES = [*_SNAPSHOT_FILES, "*.md", _TEMPLATES]
 _HUB_REPO = re.compile(r"(models|datasets|spaces)--.+")
-_ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
+_IMPLEMENTATIONS = tuple(f"{under}{of}_implementation" for under in ("", "_") for of in ("attn", "experts"))
+_MOST_LABELS = 1 << 16
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -103,27 +104,28 @@ def _link_roots(folder: Path) -> list[Path]:
     return roots
 
 
-def check_kernels(config: Any, where: Path, *, trust_remote_code: bool) -> None:
-    """Refuses a config that chooses an attention transformers would fetch from the hub as code.
+def check_config(config: Any, where: Path, *, trust_remote_code: bool) -> None:
+    """Refuses what transformers would fetch, compile or allocate at a config's word.
 
     Raises:
-        LoraSuiteError: it, or a config inside it, names one, and `trust_remote_code` is off.
+        LoraSuiteError: it, or a config inside it, chooses an attention that may be fetched from the hub as code (and
+            `trust_remote_code` is off), or more labels than memory is for.
     """
-    if trust_remote_code or not isinstance(config, dict):
+    if not isinstance(config, dict):
         return
-    for key in ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"):
+    for key in () if trust_remote_code else _IMPLEMENTATIONS:
         chosen = config.get(key)
-        if isinstance(chosen, dict):
-            bad = [value for value in chosen.values() if value not in _ATTENTIONS]
-        else:
-            bad = [chosen] if isinstance(chosen, list) or chosen not in _ATTENTIONS else []
-        if bad:
-            raise LoraSuiteError(
-                f"{where}: {key} is {bad[0]!r}, for which transformers may fetch code; take it out, or pass "
-                "--trust-remote-code"
-            )
+        for value in chosen.values() if isinstance(chosen, dict) else [chosen]:
+            if not (value is None or value in ("eager", "sdpa")):
+                raise LoraSuiteError(
+                    f"{where}: {key} is {value!r}, for which transformers may fetch or compile code; take it out, or "
+                    "pass --trust-remote-code"
+                )
+    labels = config.get("num_labels")
+    if isinstance(labels, int) and labels > _MOST_LABELS:
+        raise LoraSuiteError(f"{where}: num_labels is {labels}; more than {_MOST_LABELS} are not read")
     for inner in config.values():
-        check_kernels(inner, where, trust_remote_code=trust_remote_code)
+        check_config(inner, where, trust_remote_code=trust_remote_code)
 
 
 class Checkpoint:
@@ -247,7 +249,18 @@ class Checkpoint:
                     f"{found.file}: tensor {name} is stored as {found.dtype}; quantised weights must be converted to "
                     "bfloat16, float16 or float32 first"
                 )
-        optional = {f"{head}.{kind}" for head in self.family.head for kind in ("weight", "bias")}
+        heads: dict[str, tuple[int, ...]] = {
+            f"{head}.weight": (self.shape.V, self.shape.d) for head in self.family.head
+        }
+        heads |= {f"{head}.bias": (self.shape.V,) for head in self.family.head}
+        for name, shape in heads.items():
+            if name in entries and (entries[name].shape != shape or entries[name].dtype not in _FLOATS):
+                found = entries[name]
+                raise LoraSuiteError(
+                    f"{found.file}: tensor {name} is {found.dtype} {list(found.shape)}, config.json makes it "
+                    f"{list(shape)} of a floating dtype"
+                )
+        optional = set(heads)
         optional |= {f"{self.layer(i)}.{name}" for i in range(self.shape.L) for name in self.family.optional}
         for name in entries:
             if name not in expected and name not in optional and not name.endswith(self.family.ignored):
@@ -326,6 +339,8 @@ class Checkpoint:
         if not any((self.folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise LoraSuiteError(f"{self.folder}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
         check_ids(self.folder)
+        # transformers reads the config for it.
+        check_config(self.config, self.folder / "config.json", trust_remote_code=trust_remote_code)
         try:
             return AutoTokenizer.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=trust_remote_code

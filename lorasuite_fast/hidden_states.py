@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, check_kernels
+from .checkpoint import Checkpoint, check_config
 from .errors import LoraSuiteError
 from .loader import Layer, stream_layers
 from .phases import release_memory
@@ -29,7 +29,7 @@ def _empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModel
 
-    check_kernels(checkpoint.config, checkpoint.folder / "config.json", trust_remote_code=trust_remote_code)
+    check_config(checkpoint.config, checkpoint.folder / "config.json", trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code

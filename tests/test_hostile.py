@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,10 +43,11 @@ from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan
 from lorasuite_fast.adapter import check_base, read_adapter
-from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer
+from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer, read_sizes
 from lorasuite_fast.calibration import load_examples
 from lorasuite_fast.checkpoint import Checkpoint, resolve_folder
 from lorasuite_fast.cli import app
+from lorasuite_fast.distillation import Settings, _Side, final_norm
 from lorasuite_fast.families import FAMILIES, Shape
 from lorasuite_fast.hidden_states import LayerStream, padded
 from lorasuite_fast.json_files import MOST_BYTES
@@ -669,7 +671,7 @@ def test_code_of_a_checkpoint_does_not_run(model: Path, tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("value", ["owner/kernel", "flash_attention_2", {"": "owner/kernel@main:f"}, ["sdpa"], 1])
+@pytest.mark.parametrize("value", ["owner/kernel", "flash_attention_2", "flex_attention", {"": "o/k@m:f"}, 1])
 def test_a_kernel_the_config_names_is_not_fetched(value: object, model: Path) -> None:
     edit_json(model / "config.json", attn_implementation=value)
     checkpoint = Checkpoint(model)
@@ -678,7 +680,40 @@ def test_a_kernel_the_config_names_is_not_fetched(value: object, model: Path) ->
         lambda: LoadedModel(model, "OLD", device=device, dtype=torch.float32),
         lambda: LayerStream(checkpoint, *padded(checkpoint, [[1, 2]]), device=device, dtype=torch.float32),
     ):
-        refused(run, "config.json", "attn_implementation", "may fetch code")
+        refused(run, "config.json", "attn_implementation", "may fetch or compile code")
+
+
+def test_labels_beyond_memory_are_not_made(model: Path) -> None:
+    tiny_tokenizer(320).save_pretrained(model)
+    edit_json(model / "config.json", text_config={"num_labels": 10**9})
+    for read_it in (
+        Checkpoint(model).tokenizer,
+        lambda: load_tokenizer(model, "OLD"),
+        lambda: read_sizes(model, "OLD"),
+        lambda: LoadedModel(model, "OLD", device=torch.device("cpu"), dtype=torch.float32),
+    ):
+        refused(read_it, "config.json", "num_labels is 1000000000")
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (12, 8, 1), (12,)])
+def test_a_head_of_another_shape_is_refused(shape: tuple[int, ...], model: Path) -> None:
+    (model / "model.safetensors").write_bytes(pack(model_tensors() | {"lm_head.weight": np.zeros(shape)}))
+    refused(lambda: Checkpoint(model), "model.safetensors", f"lm_head.weight is F32 {list(shape)}", "[12, 8]")
+
+
+def test_nan_in_the_head_and_the_final_norm_is_refused_by_name(model: Path) -> None:
+    edit_json(model / "config.json", tie_word_embeddings=False)
+    for name in ("lm_head.weight", "model.norm.weight"):
+        tensors = model_tensors() | {"lm_head.weight": np.ones((12, 8))}
+        tensors[name][3] = float("nan")
+        (model / "model.safetensors").write_bytes(pack(tensors))
+        checkpoint = Checkpoint(model)
+        side = _Side(checkpoint, [[1]], [torch.tensor([0])], Settings(seed=0), torch.device("cpu"))
+        reads = {
+            "lm_head.weight": lambda s=side: s.head(torch.arange(12)),
+            "model.norm.weight": partial(final_norm, checkpoint),
+        }
+        refused(reads[name], "model.safetensors", f"tensor {name} holds NaN or infinity")
 
 
 OFFLINE = """
