@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +16,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .checkpoint import Checkpoint, read_json
+from .checkpoint import Checkpoint, check_links
 from .errors import LoraSuiteError
 from .families import FAMILIES, Family, Shape
+from .json_files import read_json
 from .projection import Factors, balanced
 from .tensor_files import TensorFiles
 
@@ -33,7 +37,17 @@ _UNSUPPORTED = {
     "layer_replication": "adapters with layer_replication",
     "alora_invocation_tokens": "activated LoRA",
     "use_qalora": "QALoRA adapters",
+    "megatron_config": "Megatron adapters, for which PEFT imports a module the file names,",
 }
+_FLAGS = ("use_dora", "use_rslora", "inference_mode")
+_MOST_RANK = 4
+"""Times the longer side of a weight. More than the side itself is of no use, but was trained by somebody."""
+_MOST_PATTERNS, _MOST_CHARACTERS, _MOST_QUANTIFIERS = 4096, 1000, 8
+_REPEATS = 64
+_MOST_TRIES = _REPEATS**3
+"""Of all patterns on one module. Trying them on the modules of the largest models then takes a second."""
+_TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:|\(\?|\{[\d,]*\}|.", re.DOTALL)
+_COUNTED, _REFERENCE = re.compile(r"\{[\d,]*\}"), re.compile(r"\\[1-9]")
 
 
 @dataclass(frozen=True)
@@ -80,18 +94,66 @@ class Adapter:
         return name if isinstance(name, str) and name else None
 
 
+@lru_cache(maxsize=2 * _MOST_PATTERNS)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """PEFT's rule: a pattern stands for the modules whose path, or an ending of it, it matches."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
 def _pattern_value(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the module's path or an ending of it."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+    """The value of the first pattern that matches."""
+    return next((value for pattern, value in patterns.items() if _compiled(pattern).match(module)), default)
+
+
+def _tries(pattern: str) -> float:
+    """How many ways there may be to match a pattern with a module's path, which Python tries one by one.
+
+    64 for every quantifier and as many as there are alternatives for every group, multiplied. What could multiply them
+    by itself (a quantified group) or cannot be told from the text (look-around, references) counts as infinite.
+    """
+    if len(pattern) > _MOST_CHARACTERS:
+        return math.inf
+    tokens = _TOKENS.findall(pattern)
+    quantified = [n for n, token in enumerate(tokens) if token in ("*", "+", "?") or _COUNTED.fullmatch(token)]
+    if any(token == "(?" or _REFERENCE.fullmatch(token) for token in tokens):
+        return math.inf
+    if len(quantified) > _MOST_QUANTIFIERS or any(n and tokens[n - 1] == ")" for n in quantified):
+        return math.inf
+    groups, bars = sum(token in ("(", "(?:") for token in tokens), tokens.count("|")
+    return float(_REPEATS ** len(quantified) * (bars + 1) ** min(bars, groups + 1, _MOST_QUANTIFIERS))
+
+
+def _check_patterns(patterns: dict[str, Any], key: str, where: Path) -> None:
+    """Refuses what is no regex, and patterns that together could take long to try on every module."""
+    total = 0.0
+    for pattern in patterns:
+        total += _tries(pattern)
+        if total > _MOST_TRIES:
+            raise LoraSuiteError(
+                f"{where}: {key} has the pattern {pattern[:80]!r}, which may take very long to match; name the "
+                "modules, or write it with fewer quantifiers and alternatives, and none behind a group"
+            )
+        try:
+            _compiled(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise LoraSuiteError(f"{where}: {key} has the pattern {pattern!r}, which is no regex ({error})") from None
 
 
 def _number(value: Any, name: str, where: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value == value:
+    number = None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        # A whole number may be longer than a float can hold.
+        with suppress(OverflowError):
+            number = float(value)
+    if number is None or not math.isfinite(number):
         raise LoraSuiteError(f"{where}: {name} must be a number, found {value!r}")
-    return float(value)
+    return number
+
+
+def _check_rank(value: Any, name: str, where: Path) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise LoraSuiteError(f"{where}: rank {name} is {value!r}; it must be a positive integer")
+    return value
 
 
 def _check_config(config: dict[str, Any], where: Path) -> None:
@@ -108,26 +170,36 @@ def _check_config(config: dict[str, Any], where: Path) -> None:
             f"{where}: init_lora_weights {config['init_lora_weights']!r} changes the base weights; save the adapter "
             "with PEFT's path_initial_model_for_weight_conversion first"
         )
+    for key in _FLAGS:
+        if not isinstance(config.get(key), bool | None):
+            raise LoraSuiteError(f"{where}: {key} must be true or false, found {config[key]!r}")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
         if not isinstance(patterns, dict):
             raise LoraSuiteError(f"{where}: {key} must be an object, found {patterns!r}")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise LoraSuiteError(
-                    f"{where}: {key} has the pattern {pattern!r}, which is no regex ({error})"
-                ) from None
+        if len(patterns) > _MOST_PATTERNS:
+            raise LoraSuiteError(f"{where}: {key} has {len(patterns)} patterns, more than the {_MOST_PATTERNS} read")
+        if (kind, key) == ("ADALORA", "rank_pattern"):
+            # Full names, each with a list of what is kept.
+            continue
+        _check_patterns(patterns, key, where)
+        for pattern, value in patterns.items():
+            if key == "rank_pattern":
+                _check_rank(value, f"of {pattern!r}", where)
+            else:
+                _number(value, f"alpha of {pattern!r}", where)
     name = "init_r" if kind == "ADALORA" else "r"
-    rank = _number(config.get(name), name, where)
-    if rank < 1 or rank != int(rank):
-        raise LoraSuiteError(f"{where}: rank {name} is {config.get(name)!r}; it must be a positive integer")
+    _check_rank(config.get(name), name, where)
+    _number(config.get(name), name, where)
+    _number(config.get("lora_alpha"), "lora_alpha", where)
+    dropout = config.get("lora_dropout")
+    if dropout is not None and not 0 <= _number(dropout, "lora_dropout", where) <= 1:
+        raise LoraSuiteError(f"{where}: lora_dropout is {config['lora_dropout']!r}; it must be a share from 0 to 1")
 
 
 def _place_of(module: str, family: Family, where: Path) -> tuple[int, str]:
     """Layer, and module path inside it."""
-    match = re.fullmatch(re.escape(f"{family.prefix}{family.layers}.") + r"(\d+)\.(.+)", module)
+    match = re.fullmatch(re.escape(f"{family.prefix}{family.layers}.") + r"(0|[1-9][0-9]{0,5})\.(.+)", module)
     if match is None or match[2] not in family.modules():
         known = ", ".join(family.modules())
         raise LoraSuiteError(
@@ -152,6 +224,7 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise LoraSuiteError(f"ADAPTER {source}: no such folder")
+    check_links(folder)
     config = read_json(folder / CONFIG)
     _check_config(config, folder / CONFIG)
     if not (folder / WEIGHTS).exists():
@@ -159,36 +232,44 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
         hint = f"; {pickles[0]} is never opened, save it with safe_serialization=True" if pickles else ""
         raise LoraSuiteError(f"{folder}: {WEIGHTS} is missing{hint}")
     files = TensorFiles([folder / WEIGHTS])
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, str]] = {}
     for name in files.entries:
         key = _KEY.fullmatch(name)
         if key is None:
             raise LoraSuiteError(f"{folder / WEIGHTS}: tensor {name} is not a lora_A or lora_B weight; not supported")
-        # A copy, so that nothing points into the file when it is closed or replaced.
-        found.setdefault(key["module"], {})[key["which"]] = files.view(name).clone()
-    files.close()
+        names = found.setdefault(key["module"], {})
+        if key["which"] in names:
+            raise LoraSuiteError(
+                f"{folder / WEIGHTS}: {name} and {names[key['which']]} are one tensor under two names; save it again"
+            )
+        names[key["which"]] = name
     if not found:
         raise LoraSuiteError(f"{folder / WEIGHTS}: holds no LoRA weights")
     kind = "DORA" if config.get("use_dora") else str(config["peft_type"])
     updates: dict[tuple[int, str], Update] = {}
-    for module, parts in found.items():
+    for module, names in found.items():
         layer, inside = _place_of(module, family, folder / WEIGHTS)
-        for missing in sorted(_PARTS[kind] - set(parts)):
+        for missing in sorted(_PARTS[kind] - set(names)):
             raise LoraSuiteError(f"{folder / WEIGHTS}: {module}.{_stored_name(missing, kind)} is missing")
-        for further in sorted(set(parts) - _PARTS[kind]):
+        for further in sorted(set(names) - _PARTS[kind]):
             raise LoraSuiteError(f"{folder / WEIGHTS}: {module}.lora_{further} does not belong to a {kind} adapter")
         if layer >= shape.L:
             raise LoraSuiteError(
                 f"{folder / WEIGHTS}: {module} is beyond the {shape.L} layers of {base}; is this adapter's base OLD?"
             )
         sizes = family.module_shape(inside, shape)
-        if kind == "ADALORA" and parts["A"].shape[0] == 0:
+        entries = {which: files.entry(name) for which, name in names.items()}
+        if kind == "ADALORA" and entries["A"].shape[:1] == (0,):
             continue
-        _check_factors(module, parts, sizes, kind, folder / WEIGHTS, base)
+        _check_shapes(module, {which: e.shape for which, e in entries.items()}, sizes, folder / WEIGHTS, base)
+        # Copies, so that nothing points into the file when it is closed or replaced.
+        parts = {which: files.view(name).clone() for which, name in names.items()}
+        _check_values(module, parts, kind, folder / WEIGHTS)
         update = _update_of(module, parts, config, kind, folder)
         for role in family.sharing(inside):
             rows = family.rows(role, shape)
             updates[layer, role] = update if rows is None else _with_rows(update, rows)
+    files.close()
     if not updates:
         raise LoraSuiteError(f"{folder / WEIGHTS}: every rank is pruned; there is nothing to migrate")
     if kind == "ADALORA":
@@ -231,27 +312,36 @@ def _stored_name(part: str, kind: str) -> str:
     return f"lora_{part}.weight" if part in "AB" and kind != "ADALORA" else f"lora_{part}"
 
 
-def _check_factors(
-    module: str, parts: dict[str, Tensor], sizes: tuple[int, int], kind: str, where: Path, base: str
+def _check_shapes(
+    module: str, shapes: dict[str, tuple[int, ...]], sizes: tuple[int, int], where: Path, base: str
 ) -> None:
-    (out, into), b, a = sizes, parts["B"], parts["A"]
-    fits = b.ndim == 2 and a.ndim == 2 and b.shape[0] == out and a.shape[1] == into and b.shape[1] == a.shape[0]
+    (out, into), b, a = sizes, shapes["B"], shapes["A"]
+    fits = len(b) == 2 and len(a) == 2 and b[0] == out and a[1] == into and b[1] == a[0]
     if not fits:
         raise LoraSuiteError(
-            f"{where}: {module} has lora_B {list(b.shape)} and lora_A {list(a.shape)}; the weight of {base} is "
-            f"{[out, into]}; is this adapter's base OLD?"
+            f"{where}: {module} has lora_B {list(b)} and lora_A {list(a)}; the weight of {base} is {[out, into]}; is "
+            "this adapter's base OLD?"
         )
-    if a.shape[0] == 0:
+    rank = a[0]
+    if rank == 0:
         raise LoraSuiteError(f"{where}: {module} has rank 0; there is nothing to migrate")
-    for which, shape in (("E", (a.shape[0], 1)), ("magnitude_vector", (out,))):
-        if which in parts and tuple(parts[which].shape) != shape:
-            found = list(parts[which].shape)
-            raise LoraSuiteError(f"{where}: {module}.lora_{which} is {found}, expected {list(shape)}")
+    if rank > _MOST_RANK * max(out, into):
+        raise LoraSuiteError(
+            f"{where}: {module} has rank {rank}, far more than its weight {[out, into]} can hold; save the update "
+            "with a rank that fits"
+        )
+    for which, shape in (("E", (rank, 1)), ("magnitude_vector", (out,))):
+        if which in shapes and shapes[which] != shape:
+            raise LoraSuiteError(f"{where}: {module}.lora_{which} is {list(shapes[which])}, expected {list(shape)}")
+
+
+def _check_values(module: str, parts: dict[str, Tensor], kind: str, where: Path) -> None:
     for which, tensor in parts.items():
         name = f"{module}.{_stored_name(which, kind)}"
         if not tensor.dtype.is_floating_point:
             raise LoraSuiteError(f"{where}: {name} is {tensor.dtype}, not a floating dtype")
-        if not torch.isfinite(tensor).all():
+        # In float32, which it is computed in.
+        if not torch.isfinite(tensor.float()).all():
             raise LoraSuiteError(f"{where}: {name} holds NaN or infinity; train or save it again")
 
 
@@ -375,18 +465,15 @@ def _ranks(
 def check_base(adapter: Adapter, fingerprint: str, name: str) -> None:
     """Refuses an adapter whose recorded base is a model at hand that is not the plan's old model.
 
-    A base named by a hub id that is not in the local cache, or by a folder that is gone, cannot be compared; the shapes
-    then have to do.
+    A base named by a hub id that is not in the local cache, or by a folder that is gone or holds no model, cannot be
+    compared; the shapes then have to do. Nothing is fetched.
     """
     base = adapter.base
     if base is None or base == name:
         return
-    folder = Path(base).expanduser()
-    if not folder.is_dir():
-        cached = _cached(base)
-        if cached is None:
-            return
-        folder = cached
+    folder = _local(base)
+    if folder is None:
+        return
     found = Checkpoint(folder, "base").fingerprint()
     if found != fingerprint:
         raise LoraSuiteError(
@@ -395,11 +482,13 @@ def check_base(adapter: Adapter, fingerprint: str, name: str) -> None:
         )
 
 
-def _cached(repo: str) -> Path | None:
+def _local(base: str) -> Path | None:
+    """A model's folder, on its own or in the hub cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError):
+        folder = Path(base).expanduser()
+        return folder if (folder / "config.json").is_file() else Path(snapshot_download(base, local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError, ValueError):
         return None

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .alignment import TokenEnds
-from .checkpoint import read_json, resolve_folder
+from .checkpoint import check_config, resolve_folder
 from .errors import LoraSuiteError
+from .json_files import read_json
+from .vocabulary import check_ids
 
 _MICRO_BATCH = 8
 _LOGITS = 2**25
@@ -78,9 +80,10 @@ def _loading(what: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except LoraSuiteError:
+    except (LoraSuiteError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:
+    except BaseException as error:
+        # A panic inside `tokenizers` is no Exception.
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise LoraSuiteError(f"{what} ({first})") from None
     finally:
@@ -111,7 +114,8 @@ class LoadedModel:
 
         self.folder = resolve_folder(source, what=f"{what} model")
         self.name, self.what, self.device = os.fspath(source), what, device
-        read_json(self.folder / "config.json")
+        config = read_json(self.folder / "config.json")
+        check_config(config, self.folder / "config.json", trust_remote_code=trust_remote_code)
         with _loading(f"{self.folder}: transformers cannot load this model"):
             # safetensors only: nothing that is pickled is ever opened.
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -417,7 +421,7 @@ def read_sizes(source: str | os.PathLike[str], what: str, *, trust_remote_code: 
     from transformers import AutoConfig
 
     folder = resolve_folder(source, what=f"{what} model")
-    read_json(folder / "config.json")
+    check_config(read_json(folder / "config.json"), folder / "config.json", trust_remote_code=trust_remote_code)
     with _loading(f"{folder}: transformers cannot read this config"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
@@ -431,5 +435,9 @@ def load_tokenizer(source: str | os.PathLike[str], what: str, *, trust_remote_co
     folder = resolve_folder(source, what=f"{what} model")
     if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise LoraSuiteError(f"{folder}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    check_ids(folder)
+    if (folder / "config.json").exists():
+        # transformers reads it for the tokenizer.
+        check_config(read_json(folder / "config.json"), folder / "config.json", trust_remote_code=trust_remote_code)
     with _loading(f"{folder}: its tokenizer cannot be loaded"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,10 @@ def _open_work(folder: Path, identity: dict[str, Any], limits: Limits, ranks: Ra
         if not work.resumed:
             work.start(micro_batch=limits.micro_batch, chunk_rows=limits.chunk_rows)
     ranks.share(None)
-    return work or Work(folder, identity, owner=False)
+    work = work or Work(folder, identity, owner=False)
+    if not {"micro_batch", "chunk_rows"} <= work.record.keys():
+        raise LoraSuiteError(f"{folder}: holds damaged work; delete the folder to start over")
+    return work
 
 
 def _transfer(inputs: Inputs, options: Options, limits: Limits, work: Work | None) -> Transfer:
@@ -278,7 +281,8 @@ def _transfer(inputs: Inputs, options: Options, limits: Limits, work: Work | Non
     found = work.load("transfer") if work else None
     if found is not None:
         tensors, note = found
-        return Transfer(tensors["W_h"], tensors["S"], **note)
+        if {*tensors, *note} == {field.name for field in fields(Transfer)}:
+            return Transfer(tensors["W_h"], tensors["S"], **note)
     tokens = shared_tokens(*inputs.tokenizers)
     carried = build_transfer(
         inputs.old, inputs.new, tokens, options.transfer, ridge=options.ridge, chunk=limits.chunk_rows
@@ -391,6 +395,8 @@ def _finished(model: Checkpoint, parts: int, work: Work) -> _Pass:
         if found is None:
             break
         tensors = unstacked(found[0], torch.device("cpu"))
+        if len(tensors) != 3 * parts + 1:
+            break
         done.grams |= {(n, i): Gram(*tensors[3 * n : 3 * n + 3]) for n in range(parts)}
         done.sample[i] = tensors[-1]
     return done
@@ -404,7 +410,7 @@ def _saved_state(model: Checkpoint, work: Work | None, last: int) -> tuple[int, 
     for path in sorted(work.folder.glob(f"{model.role}.state.*.safetensors")):
         name = path.name.removesuffix(".safetensors")
         found = work.load(name)
-        if found is not None and best[0] < found[1]["layer"] <= last:
+        if found is not None and isinstance(found[1].get("layer"), int) and best[0] < found[1]["layer"] <= last:
             best = found[1]["layer"], (lambda device, tensors=found[0]: unstacked(tensors, device))
     return best
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from importlib.resources import files
 from pathlib import Path
 
 from .errors import LoraSuiteError
+from .json_files import parse_json
 
 EXAMPLE_CHARACTERS = 1000
 MIN_EXAMPLES = 4
@@ -24,6 +24,11 @@ def read_text(path: Path) -> str:
         raise LoraSuiteError(f"{path}: is not UTF-8 text") from None
     except OSError as error:
         raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for half a surrogate pair, which JSON can spell and no tokenizer reads."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def cut_text(text: str) -> list[str]:
@@ -43,17 +48,17 @@ def cut_text(text: str) -> list[str]:
 
 def _json_lines(text: str, where: str) -> list[str]:
     examples = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise LoraSuiteError(f"{where}: line {number} is not JSON ({error})") from None
         if not isinstance(value, dict) or not isinstance(value.get("text"), str):
             raise LoraSuiteError(f'{where}: line {number} has no string field "text"')
         if value["text"].strip():
-            examples.append(value["text"])
+            examples.append(whole_characters(value["text"]))
     return examples
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +15,33 @@ from torch import Tensor
 
 from .errors import LoraSuiteError
 from .families import Family, Projection, Shape, family_of, shape_of
+from .json_files import read_json
 from .tensor_files import TensorFiles
+from .vocabulary import check_ids
 
 _SAMPLE_BYTES = 256
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
 _SNAPSHOT_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja"]
+_TEMPLATES = "additional_chat_templates"
+_READ_FILES = [*_SNAPSHOT_FILES, "*.md", _TEMPLATES]
+_HUB_REPO = re.compile(r"(models|datasets|spaces)--.+")
+_IMPLEMENTATIONS = tuple(f"{under}{of}_implementation" for under in ("", "_") for of in ("attn", "experts"))
+_MOST_LABELS = 1 << 16
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 def resolve_folder(source: str | os.PathLike[str], *, what: str) -> Path:
     """A local folder as it is, or a hub id through huggingface_hub (its cache and offline switch are honoured)."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
     text = os.fspath(source)
-    if path.exists():
+    try:
+        path = Path(source).expanduser()
+        is_folder, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise LoraSuiteError(f"{what} {text}: no such folder ({getattr(error, 'strerror', None) or error})") from None
+    if is_folder:
+        check_links(path)
+        return path
+    if exists:
         raise LoraSuiteError(f"{what} {text}: expected a folder or a hub id, found a file")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -35,7 +49,7 @@ def resolve_folder(source: str | os.PathLike[str], *, what: str) -> Path:
     if text.startswith((".", "/", "~")) or text.count("/") > 1:
         raise LoraSuiteError(f"{what} {text}: no such folder")
     try:
-        return Path(snapshot_download(text, allow_patterns=_SNAPSHOT_FILES))
+        found = Path(snapshot_download(text, allow_patterns=_SNAPSHOT_FILES))
     except HFValidationError:
         raise LoraSuiteError(f"{what} {text}: no such folder, and not a hub id of the form owner/name") from None
     except LocalEntryNotFoundError:
@@ -43,19 +57,75 @@ def resolve_folder(source: str | os.PathLike[str], *, what: str) -> Path:
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LoraSuiteError(f"{what} {text}: no such folder, and the hub answers: {reason}") from None
+    check_links(found)
+    return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a one-line error."""
+def check_links(folder: Path) -> None:
+    """Refuses a model or adapter folder with a file that is a symbolic link to somewhere else.
+
+    A link may lead to something in the folder itself or in a hub cache: the configured one, or the one the folder lies
+    in, where snapshots are links to `blobs` of the repository or of the whole cache.
+
+    Raises:
+        LoraSuiteError: a file that is read here leads out of the folder, or anywhere but to a file.
+    """
+    roots: list[Path] | None = None
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoraSuiteError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise LoraSuiteError(f"{path}: cannot be read as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise LoraSuiteError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+        with os.scandir(folder) as found:
+            entries = [e for e in found if any(fnmatch(e.name, pattern) for pattern in _READ_FILES)]
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_symlink():
+                roots = _link_roots(folder) if roots is None else roots
+                target = path.resolve()
+                if not any(target.is_relative_to(root) for root in roots):
+                    raise LoraSuiteError(
+                        f"{path}: is a link to {target}, outside its folder; put the file itself there, or pass the "
+                        "folder that holds it"
+                    )
+            if entry.name == _TEMPLATES and entry.is_dir():
+                check_links(path)
+            elif not (entry.is_file() or entry.is_dir()):
+                raise LoraSuiteError(f"{path}: is not a regular file")
+    except (OSError, RuntimeError) as error:
+        raise LoraSuiteError(f"{folder}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
+
+
+def _link_roots(folder: Path) -> list[Path]:
+    """Where links of a folder may lead."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    here = folder.resolve()
+    roots = [here, Path(HF_HUB_CACHE).expanduser().resolve()]
+    for place in (here, *here.parents):
+        if _HUB_REPO.fullmatch(place.name) and here.is_relative_to(place / "snapshots"):
+            roots += [place / "blobs", place.parent / "blobs"]
+    return roots
+
+
+def check_config(config: Any, where: Path, *, trust_remote_code: bool) -> None:
+    """Refuses what transformers would fetch, compile or allocate at a config's word.
+
+    Raises:
+        LoraSuiteError: it, or a config inside it, chooses an attention that may be fetched from the hub as code (and
+            `trust_remote_code` is off), or more labels than memory is for.
+    """
+    if not isinstance(config, dict):
+        return
+    for key in () if trust_remote_code else _IMPLEMENTATIONS:
+        chosen = config.get(key)
+        for value in chosen.values() if isinstance(chosen, dict) else [chosen]:
+            if not (value is None or value in ("eager", "sdpa")):
+                raise LoraSuiteError(
+                    f"{where}: {key} is {value!r}, for which transformers may fetch or compile code; take it out, or "
+                    "pass --trust-remote-code"
+                )
+    labels = config.get("num_labels")
+    if isinstance(labels, int) and labels > _MOST_LABELS:
+        raise LoraSuiteError(f"{where}: num_labels is {labels}; more than {_MOST_LABELS} are not read")
+    for inner in config.values():
+        check_config(inner, where, trust_remote_code=trust_remote_code)
 
 
 class Checkpoint:
@@ -79,6 +149,7 @@ class Checkpoint:
         self.config = read_json(self.folder / "config.json")
         self.family: Family = family_of(self.config, str(self.folder))
         self.shape: Shape = shape_of(self.config, self.family, str(self.folder))
+        self._check_config()
         self.tensors = TensorFiles(self._files(), mapped=mapped)
         # Some files are of the transformer alone, and lack its prefix.
         whole = f"{self.family.prefix}{self.family.embedding}.weight" in self.tensors.entries
@@ -96,10 +167,11 @@ class Checkpoint:
             if not isinstance(weight_map, dict) or not weight_map:
                 raise LoraSuiteError(f"{index}: has no weight_map")
             shards = sorted(set(map(str, weight_map.values())))
+            present = {path.name for path in self.folder.iterdir()}
             for shard in shards:
                 if shard != Path(shard).name or shard in ("", ".", ".."):
                     raise LoraSuiteError(f"{index}: names the shard {shard!r}, which is outside the model folder")
-                if not (self.folder / shard).exists():
+                if shard not in present:
                     raise LoraSuiteError(f"{index}: names the shard {shard}, which is missing from {self.folder}")
             self._indexed: dict[str, str] = {str(k): str(v) for k, v in weight_map.items()}
             return [self.folder / shard for shard in shards]
@@ -110,6 +182,17 @@ class Checkpoint:
                 "with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER) in an environment you trust"
             )
         raise LoraSuiteError(f"{self.folder}: holds neither model.safetensors nor model.safetensors.index.json")
+
+    def _check_config(self) -> None:
+        """What is read of the config beside the sizes."""
+        where = self.folder / "config.json"
+        epsilon = self.config.get(self.family.epsilon, 0.0)
+        if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
+            raise LoraSuiteError(f"{where}: {self.family.epsilon} must be a small number, found {epsilon!r}")
+        biases = {p.bias for p in self.family.projections.values() if isinstance(p.bias, str)}
+        for key in sorted({*biases, "tie_word_embeddings"}):
+            if not isinstance(self.config.get(key), bool | None):
+                raise LoraSuiteError(f"{where}: {key} must be true or false, found {self.config[key]!r}")
 
     def _has_bias(self, projection: Projection) -> bool:
         bias = projection.bias
@@ -138,7 +221,13 @@ class Checkpoint:
         return expected
 
     def _check_tensors(self) -> None:
-        expected, entries = self._expected(), self.tensors.entries
+        entries = self.tensors.entries
+        if len(entries) < self.shape.L:
+            raise LoraSuiteError(
+                f"{self.folder}: config.json gives it {self.shape.L} layers, its files hold {len(entries)} tensors in "
+                "all; check that config.json belongs to these weights"
+            )
+        expected = self._expected()
         for name, shard in getattr(self, "_indexed", {}).items():
             if name not in entries or entries[name].file.name != shard:
                 raise LoraSuiteError(
@@ -160,7 +249,18 @@ class Checkpoint:
                     f"{found.file}: tensor {name} is stored as {found.dtype}; quantised weights must be converted to "
                     "bfloat16, float16 or float32 first"
                 )
-        optional = {f"{head}.{kind}" for head in self.family.head for kind in ("weight", "bias")}
+        heads: dict[str, tuple[int, ...]] = {
+            f"{head}.weight": (self.shape.V, self.shape.d) for head in self.family.head
+        }
+        heads |= {f"{head}.bias": (self.shape.V,) for head in self.family.head}
+        for name, shape in heads.items():
+            if name in entries and (entries[name].shape != shape or entries[name].dtype not in _FLOATS):
+                found = entries[name]
+                raise LoraSuiteError(
+                    f"{found.file}: tensor {name} is {found.dtype} {list(found.shape)}, config.json makes it "
+                    f"{list(shape)} of a floating dtype"
+                )
+        optional = set(heads)
         optional |= {f"{self.layer(i)}.{name}" for i in range(self.shape.L) for name in self.family.optional}
         for name in entries:
             if name not in expected and name not in optional and not name.endswith(self.family.ignored):
@@ -231,11 +331,17 @@ class Checkpoint:
 
         if not any((self.folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise LoraSuiteError(f"{self.folder}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+        check_ids(self.folder)
+        # transformers reads the config for it.
+        check_config(self.config, self.folder / "config.json", trust_remote_code=trust_remote_code)
         try:
             return AutoTokenizer.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
+            # A panic inside `tokenizers` is no Exception.
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise LoraSuiteError(f"{self.folder}: its tokenizer cannot be loaded ({first})") from None
 

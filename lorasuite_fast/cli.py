@@ -298,6 +298,7 @@ def _print_transfer(console: Console, plan: TransferPlan) -> None:
         f"old: {old.L} layers, d {old.d}, {old.attention}   new: {new.L} layers, d {new.d}, {new.attention}   "
         f"method: {plan.options['method']}, {facts.get('method_reason', 'asked for')}",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )
     if plan.options["transfer"] == "identity":

@@ -188,8 +188,12 @@ class _Side:
     def head(self, tokens: Tensor) -> Head:
         name, config = self.model.head("bias"), self.model.config
         bias = None if name is None else self.model.tensors.view(name)[tokens].float().to(self.device)
+        weight = unembedding(self.model)[tokens].float().to(self.device)
+        self.model.check_finite(weight, self.model.head() or self.model.embedding_name)
+        if name is not None and bias is not None:
+            self.model.check_finite(bias, name)
         cap = config.get("final_logit_softcapping") or None
-        return Head(unembedding(self.model)[tokens].float().to(self.device), bias, cap=cap)
+        return Head(weight, bias, cap=cap)
 
 
 def unembedding(model: Checkpoint) -> Tensor:
@@ -200,8 +204,12 @@ def unembedding(model: Checkpoint) -> Tensor:
 def final_norm(model: Checkpoint) -> tuple[Tensor, Tensor | None]:
     """Gain and shift (None for RMSNorm) of the norm in front of the head, (d,) float32."""
     name = f"{model.prefix}{model.family.final_norm}"
-    gain = model.tensors.view(f"{name}.weight").float() + model.family.gain_offset
-    return gain, model.tensors.view(f"{name}.bias").float() if model.family.layer_norm else None
+    found = {
+        kind: model.tensors.view(f"{name}.{kind}").float() for kind in ("weight", "bias")[: 1 + model.family.layer_norm]
+    }
+    for kind, tensor in found.items():
+        model.check_finite(tensor, f"{name}.{kind}")
+    return found["weight"] + model.family.gain_offset, found.get("bias")
 
 
 def gained_rows(rows: Tensor, model: Checkpoint) -> Tensor:

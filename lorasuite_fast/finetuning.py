@@ -27,9 +27,10 @@ from torch.nn import functional
 
 from .adapter import CONFIG, WEIGHTS
 from .aligned_states import LoadedModel, load_tokenizer
-from .checkpoint import Checkpoint, read_json, resolve_folder
+from .checkpoint import Checkpoint, resolve_folder
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, ROLES, Family
+from .json_files import read_json
 from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder, writing
 from .phases import Phase, PhaseClock, Progress

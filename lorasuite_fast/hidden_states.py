@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, check_config
 from .errors import LoraSuiteError
 from .loader import Layer, stream_layers
 from .phases import release_memory
@@ -29,6 +29,7 @@ def _empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModel
 
+    check_config(checkpoint.config, checkpoint.folder / "config.json", trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -191,7 +192,9 @@ class LayerStream:
                 part = mask[start : start + micro_batch].to(device)
                 # Only the rows that are read, in the dtype of the pass: some families scale them in it.
                 used, place = ids[start : start + micro_batch].unique(return_inverse=True)
-                embedding.weight = nn.Parameter(table[used].to(dtype), requires_grad=False)
+                rows = table[used].to(dtype)
+                checkpoint.check_finite(rows, checkpoint.embedding_name)
+                embedding.weight = nn.Parameter(rows, requires_grad=False)
                 embedded = embedding(place).to(device)
                 entering, calls = _record_calls(model, self._layers, embedded, part)
                 self.hidden.append(entering.to(keep or device))

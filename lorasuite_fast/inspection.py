@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -67,8 +68,8 @@ def print_plan(console: Console, plan: TransferPlan, measure: str) -> None:
     for name in ("", "old", "new"):
         table.add_column(name, overflow="fold")
     old, new = plan.old, plan.new
-    table.add_row("name", old.name, new.name)
-    table.add_row("fingerprint", old.fingerprint, new.fingerprint)
+    table.add_row("name", escape(old.name), escape(new.name))
+    table.add_row("fingerprint", escape(old.fingerprint), escape(new.fingerprint))
     table.add_row("family", old.family, new.family)
     for label, shown in (
         ("vocabulary", [f"{s.V:,}" for s in (old.shape, new.shape)]),

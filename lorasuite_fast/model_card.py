@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .build import EXACT_R2
-from .checkpoint import read_json
 from .errors import LoraSuiteError
+from .json_files import read_json
 
 if TYPE_CHECKING:
     from .adapter import Adapter

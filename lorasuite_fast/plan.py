@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,16 +23,18 @@ from .checkpoint import Checkpoint
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
 from .fill import SHARE, fill_layers
+from .json_files import parse_unique
 from .memory import Limits, parse_memory
 from .model_card import CARD, migration_section, model_card
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
+from .plan_check import check_plan, layer_index
 from .projection import METHODS, PlannedLayer, update_norm
 from .ranks import Ranks
 from .report_file import check_report, write_report
 from .result import LayerResult, Migration
 from .similarity import MEASURES
-from .tensor_files import DTYPES
+from .tensor_files import read_header
 from .work import Work, clean_up, work_folder
 
 if TYPE_CHECKING:
@@ -277,49 +278,33 @@ class TransferPlan:
         Raises:
             LoraSuiteError: not a plan file, or one of a version this release does not read.
         """
-        file = Path(path).expanduser()
-        if not file.is_file():
+        try:
+            file = Path(path).expanduser()
+            found = file.is_file()
+        except (OSError, RuntimeError):
+            found = False
+        if not found:
             raise LoraSuiteError(f"PLAN {path}: no such file")
         try:
             lazy = _LazyTensors(file)
-            header = json.loads((lazy.file.metadata() or {})["plan"])
+            header = parse_unique((lazy.file.metadata() or {})["plan"])
             if header["format"] != FORMAT:
                 raise KeyError
-            if header["version"] != FORMAT_VERSION:
-                raise LoraSuiteError(
-                    f"PLAN {path}: has format version {header['version']}, this release reads {FORMAT_VERSION}; "
-                    "build the plan again"
-                )
-            old, new = (
-                ModelRecord(m["name"], m["fingerprint"], m["family"], Shape(**m["shape"]))
-                for m in (header["old"], header["new"])
-            )
-            plan = cls(
-                old,
-                new,
-                dict(header["options"]),
-                {int(j): int(i) for j, i in header["layers"].items()},
-                lazy,
-                dict(header["facts"]),
-            )
-        except (SafetensorError, KeyError, TypeError, ValueError, AttributeError, OSError):
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError):
             raise LoraSuiteError(f"PLAN {path}: is not a plan file, or is damaged; build it again") from None
-        plan._check(str(path))
+        if header.get("version") != FORMAT_VERSION:
+            raise LoraSuiteError(
+                f"PLAN {path}: has format version {header.get('version')!r}, this release reads {FORMAT_VERSION}; "
+                "build the plan again"
+            )
+        try:
+            models = [ModelRecord(**(m | {"shape": Shape(**m["shape"])})) for m in (header["old"], header["new"])]
+            layers = {layer_index(j): i for j, i in header["layers"].items()}
+            plan = cls(models[0], models[1], dict(header["options"]), layers, lazy, dict(header["facts"]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise LoraSuiteError(f"PLAN {path}: its header lacks a part or has a wrong one; build it again") from None
+        check_plan(plan, lazy.held, f"PLAN {path}")
         return plan
-
-    def _check(self, path: str) -> None:
-        """The invariants every other method relies on."""
-        d_o, d_n, L_o, L_n = self.old.shape.d, self.new.shape.d, self.old.shape.L, self.new.shape.L
-        expected = {"W_h": (d_o, d_n), "S": (d_n, d_o), "cka": (L_o, L_n)}
-        for name, shape in expected.items():
-            if name not in self.tensors or tuple(self.tensors[name].shape) != shape:
-                raise LoraSuiteError(f"PLAN {path}: tensor {name} is missing or not {list(shape)}; build it again")
-        if self.old.family not in FAMILIES or self.new.family not in FAMILIES:
-            raise LoraSuiteError(f"PLAN {path}: names a family ({self.old.family}, {self.new.family}) not known here")
-        if self.options.get("method") not in METHODS:
-            raise LoraSuiteError(f"PLAN {path}: was built by an unknown method {self.options.get('method')!r}")
-        if any(not (0 <= i < L_o and 0 <= j < L_n) for j, i in self.layers.items()):
-            raise LoraSuiteError(f"PLAN {path}: maps layers the models do not have; build it again")
 
     def check_models(
         self, old: str | os.PathLike[str] | None = None, new: str | os.PathLike[str] | None = None
@@ -337,6 +322,11 @@ class TransferPlan:
                 raise LoraSuiteError(
                     f"{checkpoint.folder}: has fingerprint {found}, the plan was built with the {role} model "
                     f"{record.name} of fingerprint {record.fingerprint}; build a plan for this model"
+                )
+            if checkpoint.shape != record.shape or checkpoint.family.model_type != record.family:
+                raise LoraSuiteError(
+                    f"{checkpoint.folder}: is {checkpoint.family.model_type} {checkpoint.shape}, the plan has the "
+                    f"{role} model as {record.family} {record.shape}; build a plan for this model"
                 )
             opened.append(checkpoint)
         return opened[0], opened[1]
@@ -561,23 +551,34 @@ class _LazyTensors:
     """The tensors of a plan file, read one by one when asked for."""
 
     def __init__(self, path: Path) -> None:
-        self.file = safe_open(path, framework="pt")
-        self._names = set(self.file.keys())
+        self.path = path
+        self._header = read_header(path)
+        try:
+            self.file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise LoraSuiteError(f"PLAN {path}: cannot be mapped ({error})") from None
+
+    @property
+    def held(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of every tensor."""
+        return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in self._header.items()}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._names
+        return name in self._header
 
     def __getitem__(self, name: str) -> Tensor:
+        """Raises LoraSuiteError if the tensor holds NaN or infinity."""
         # A copy is aligned as a fresh tensor is, so that products of a loaded plan give the same bits.
         tensor: Tensor = self.file.get_tensor(name).clone()
+        if tensor.numel() and not all(torch.isfinite(bound) for bound in torch.aminmax(tensor)):
+            raise LoraSuiteError(f"PLAN {self.path}: tensor {name} holds NaN or infinity; build it again")
         return tensor
 
     def sizes(self) -> dict[str, int]:
-        slices = ((name, self.file.get_slice(name)) for name in sorted(self._names))
-        return {name: math.prod(s.get_shape()) * DTYPES[s.get_dtype()].itemsize for name, s in slices}
+        return {name: e["data_offsets"][1] - e["data_offsets"][0] for name, e in sorted(self._header.items())}
 
     def items(self) -> Any:
-        return ((name, self[name]) for name in sorted(self._names))
+        return ((name, self[name]) for name in sorted(self._header))
 
 
 class _Prefixed(dict[str, Tensor]):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from .alignment import TokenEnds
-from .calibration import cut_text, read_text
+from .calibration import cut_text, read_text, whole_characters
 from .errors import LoraSuiteError
+from .json_files import parse_json
 from .vocabulary import _prefix
 
 Record = Mapping[str, Any] | str
@@ -128,19 +129,19 @@ def _file(path: Path) -> list[tuple[str, dict[str, Any]]]:
         return _numbered([piece for part in _PARAGRAPHS.split(text) for piece in cut_text(part.strip())], str(path))
     try:
         if path.suffix == ".json":
-            values = json.loads(text)
+            values = parse_json(text)
             if not isinstance(values, list):
                 raise LoraSuiteError(f"{path}: expected a list of records, found {type(values).__name__}")
             return _numbered(values, str(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise LoraSuiteError(f"{path}: is not JSON ({error})") from None
     records = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             at = f"{path}: line {number}"
             try:
-                records.append((at, _fields(json.loads(line), at)))
-            except (json.JSONDecodeError, RecursionError) as error:
+                records.append((at, _fields(parse_json(line), at)))
+            except ValueError as error:
                 raise LoraSuiteError(f"{at} is not JSON ({error})") from None
     return records
 
@@ -308,7 +309,7 @@ def _string(fields: Mapping[str, Any], name: str, where: str) -> str:
     value = fields[name]
     if not isinstance(value, str):
         raise LoraSuiteError(f"{where}: its {name} is {type(value).__name__}, not a string")
-    return value
+    return whole_characters(value)
 
 
 def _messages(value: Any, where: str) -> list[dict[str, Any]]:
@@ -317,7 +318,7 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     for n, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
             raise LoraSuiteError(f"{where}: turn {n} of its messages has no role and content as strings")
-    return [dict(turn) for turn in value]
+    return [{**turn, "content": whole_characters(turn["content"])} for turn in value]
 
 
 def load_samples(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,9 @@ def self_written(
         *(count, size, seed, tokens, device.type, str(dtype), torch.__version__),
     ]
     path = _cache_folder() / f"{hashlib.sha256(json.dumps(depends).encode()).hexdigest()[:32]}.jsonl"
-    if path.is_file():
-        return [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        # A damaged cache counts as none.
+        return [str(json.loads(line)["text"]) for line in path.read_text("utf-8").splitlines()]
     texts = _write(model, adapter, count, size, seed, device, tokens, dtype, trust_remote_code, report)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
+import math
 import mmap
 import os
-import struct
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import LoraSuiteError
+from .json_files import MOST_BYTES, open_regular, parse_unique
 
 DTYPES = {
     "F64": torch.float64,
@@ -37,22 +37,64 @@ DTYPES = {
 _POPULATE_READ = 22
 """Linux's MADV_POPULATE_READ: like touching every page, but a page that cannot be had is an error, not a signal."""
 _MERGE_GAP = 1 << 16
+_MOST_ELEMENTS = 1 << 59
+"""Of the largest dtype, what a signed 64-bit byte count can hold."""
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file, after safetensors itself has checked it against the file."""
+    """The header of a safetensors file, checked against the file by safetensors and by `_check_ranges`.
+
+    Raises:
+        LoraSuiteError: not a regular file, incomplete or damaged, or with a header of more than MOST_BYTES.
+    """
     try:
-        safe_open(path, framework="pt")
-        with path.open("rb") as file:
-            header: dict[str, Any] = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    except SafetensorError as error:
+        with open(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if len(start) < 8 or length > size - 8:
+                raise ValueError(f"{size} bytes, of which the header alone is to be {length}")
+            if length > MOST_BYTES:
+                raise LoraSuiteError(
+                    f"{path}: its header is {length} bytes long, more than {MOST_BYTES >> 20} MiB, which no model "
+                    "needs; fetch or save it again"
+                )
+            text = file.read(length)
+        # Of numpy, which maps the file read-only: torch's map may need as much memory as the file is long.
+        safe_open(path, framework="np")
+        header: dict[str, Any] = parse_unique(text, equal_twice=False)
+        header.pop("__metadata__", None)
+        _check_ranges(header, size - 8 - length)
+    except (SafetensorError, ValueError) as error:
         raise LoraSuiteError(
             f"{path}: not a complete safetensors file ({error}); it is truncated or damaged, fetch or save it again"
         ) from None
-    except OSError as error:
-        raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
-    header.pop("__metadata__", None)
+    except (OSError, RuntimeError) as error:
+        raise LoraSuiteError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     return header
+
+
+def _check_ranges(header: dict[str, Any], size: int) -> None:
+    """Tensors must lie one behind the other, fill the file's `size` data bytes, and be no more than torch can address.
+
+    safetensors checks most of this, in a second reading of the file; a field it does not know may mean anything.
+    """
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry.keys() != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"tensor {name} has the fields {', '.join(entry)}")
+        start, stop = entry["data_offsets"]
+        if start != end or stop < start:
+            raise ValueError(f"tensor {name} begins at byte {start} and not at {end}")
+        end = stop
+        shape = entry["shape"]
+        if math.prod(dim or 1 for dim in shape) > _MOST_ELEMENTS:
+            raise ValueError(f"tensor {name} has the impossible shape {shape}")
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is not None and math.prod(shape) * dtype.itemsize != stop - start:
+            raise ValueError(f"tensor {name} is {shape} of {entry['dtype']} in {stop - start} bytes")
+    if end != size:
+        raise ValueError(f"its tensors end at byte {end} of {size}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +118,7 @@ class _File:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.descriptor = open_regular(path)
         except OSError as error:
             raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
         self.state = self._stat()

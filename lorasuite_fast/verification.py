@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -19,10 +18,11 @@ from lorasuite_kernels import StreamingCKA
 from .aligned_states import LoadedModel, States, load_tokenizer, read_sizes
 from .alignment import Alignment, TokenEnds
 from .base_fit import BaseFit, TokenRows, base_fit, depth_pairs, prediction, token_rows
-from .calibration import MIN_EXAMPLES, load_examples
+from .calibration import MIN_EXAMPLES, load_examples, read_text, whole_characters
 from .checkpoint import Checkpoint
 from .effect import EffectSums, effect_sums, resamples, statistics
 from .errors import LoraSuiteError
+from .json_files import parse_json
 from .mapping import map_layers
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
@@ -431,19 +431,13 @@ def load_labelled(source: str | os.PathLike[str], count: int, seed: int) -> list
     path = Path(source)
     if path.suffix != ".jsonl":
         raise LoraSuiteError(f"{path}: labelled text must be a .jsonl file (`text`, or `prompt` and `completion`)")
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError:
-        raise LoraSuiteError(f"{path}: is not UTF-8 text") from None
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            value = parse_json(line)
+        except ValueError as error:
             raise LoraSuiteError(f"{path}: line {number} is not JSON ({error})") from None
         fields = value if isinstance(value, dict) else {}
         prompt = "" if "text" in fields else fields.get("prompt")
@@ -451,7 +445,7 @@ def load_labelled(source: str | os.PathLike[str], count: int, seed: int) -> list
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise LoraSuiteError(f"{path}: line {number} has neither `text` nor `prompt` and `completion` as strings")
         if completion:
-            found.append((prompt, completion))
+            found.append((whole_characters(prompt), whole_characters(completion)))
     if not found:
         raise LoraSuiteError(f"{path}: holds no text")
     if len(found) > count:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import LoraSuiteError
+from .json_files import parse_json
 
 _SPACE = "\u2581"
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_MOST_BYTES = 256 << 20
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -38,6 +42,41 @@ def _component_types(decoder: Any) -> set[str]:
     return {str(decoder.get("type"))}
 
 
+def check_ids(folder: Path) -> None:
+    """Refuses a folder whose tokenizer.json gives two tokens one id.
+
+    `tokenizers` then keeps one of them, another one each time it is loaded.
+
+    Raises:
+        LoraSuiteError: naming both tokens, or for a file of more than 256 MiB.
+    """
+    path = folder / "tokenizer.json"
+    try:
+        found = path.stat()
+    except OSError:
+        return
+    _check_ids(path, found.st_size, found.st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _check_ids(path: Path, size: int, changed: int) -> None:
+    if size > _MOST_BYTES:
+        raise LoraSuiteError(f"{path}: is longer than {_MOST_BYTES >> 20} MiB, which is no tokenizer")
+    try:
+        state = parse_json(path.read_bytes())
+        vocab = state["model"]["vocab"]
+        pairs = vocab.items() if isinstance(vocab, dict) else [(n, piece[0]) for n, piece in enumerate(vocab)]
+        seen: dict[Any, Any] = {}
+        for token, index in pairs:
+            if seen.setdefault(index, token) != token:
+                raise LoraSuiteError(
+                    f"{path}: has {index!r} twice, for {seen[index]!r} and {token!r}; fetch or save it again"
+                )
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        # What else is wrong with it is for its loader to say.
+        return
+
+
 Key = bytes | tuple[str, str]
 
 
@@ -48,7 +87,7 @@ def token_keys(tokenizer: Any) -> dict[int, tuple[Key, bool]]:
     ("special", content) elsewhere.
 
     Raises:
-        LoraSuiteError: for a tokenizer without a `tokenizers` backend.
+        LoraSuiteError: for a tokenizer without a `tokenizers` backend, or with two tokens of one id.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -63,8 +102,18 @@ def token_keys(tokenizer: Any) -> dict[int, tuple[Key, bool]]:
         if token is not None:
             roles.setdefault(token, role)
     keys: dict[int, tuple[Key, bool]] = {}
+    spelled: dict[int, str] = {}
     for token, index in tokenizer.get_vocab().items():
         literal = added.get(index)
+        if literal is not None and token != literal.content:
+            # An added token takes the place of the entry whose id it has.
+            continue
+        if index in spelled:
+            raise LoraSuiteError(
+                f"{tokenizer.name_or_path}: its tokenizer gives the id {index} to two tokens, {spelled[index]!r} and "
+                f"{token!r}; fetch or save it again"
+            )
+        spelled[index] = token
         fallback = _FALLBACK.fullmatch(token) if "ByteFallback" in types else None
         if token in roles:
             keys[index] = ("role", roles[token]), False

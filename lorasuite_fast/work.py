@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import LoraSuiteError, WriteError
+from .json_files import parse_json, read_json
 
 _RUN, _COMPLETE = "run.json", "complete"
 _STATE_SHARE = 20
@@ -57,9 +59,10 @@ class Work:
         self.folder = folder
         self._last_state = self._state_seconds = 0.0
         self._lock: int | None = None
+        self.record: dict[str, Any]
         identity = json.loads(json.dumps(identity))
         if not owner:
-            self.record: dict[str, Any] = json.loads((folder / _RUN).read_text())
+            self.record = self._read()
             return
         try:
             folder.mkdir(exist_ok=True)
@@ -78,14 +81,10 @@ class Work:
             leftover.unlink()
 
     def _found(self, identity: dict[str, Any]) -> dict[str, Any] | None:
-        run = self.folder / _RUN
-        if not run.exists():
+        if not self.resumed:
             return None
-        try:
-            record: dict[str, Any] = json.loads(run.read_text())
-            before = record["identity"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise LoraSuiteError(f"{self.folder}: holds damaged work; delete the folder to start over") from None
+        record = self._read()
+        before = record["identity"]
         for key in sorted({*before, *identity}):
             if before.get(key) != identity.get(key):
                 raise LoraSuiteError(
@@ -93,6 +92,21 @@ class Work:
                     f"this one has {_short(identity.get(key))}. Repeat that run, or delete the folder to start over"
                 )
         return record
+
+    def _read(self) -> dict[str, Any]:
+        """What `start` recorded."""
+        record: Any = None
+        with suppress(LoraSuiteError):
+            record = read_json(self.folder / _RUN)
+        counts = [] if record is None else [value for key, value in record.items() if key != "identity"]
+        if (
+            record is None
+            or not isinstance(record.get("identity"), dict)
+            or not all(isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in counts)
+        ):
+            raise LoraSuiteError(f"{self.folder}: holds damaged work; delete the folder to start over")
+        found: dict[str, Any] = record
+        return found
 
     @property
     def resumed(self) -> bool:
@@ -107,10 +121,11 @@ class Work:
         """A finished part and what was noted with it; None where there is none, or what is there is damaged."""
         try:
             with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
-                note = json.loads((file.metadata() or {})["note"])
-                return {key: file.get_tensor(key).clone() for key in file.keys()}, note  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError, KeyError):
+                note = parse_json((file.metadata() or {})["note"])
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, RuntimeError, ValueError, KeyError):
             return None
+        return (tensors, note) if isinstance(note, dict) else None
 
     def save(self, name: str, tensors: dict[str, Tensor], **note: Any) -> None:
         host = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
