@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TOOLS := .venv-tools
 
-.PHONY: demo test lint bench demo-pair quality reproduce docs dist clean
+.PHONY: demo test lint bench demo-pair quality reproduce docs dist sbom audit clean
 
 demo: $(READY)
 	$(BIN)/python bench/demo.py
@@ -53,13 +54,34 @@ dist: $(READY)
 	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation -w dist dist/*.tar.gz
 
+# What a release is made from and tested with, as CycloneDX; the tools have an environment of their own.
+sbom: $(READY) $(TOOLS)/.ready
+	mkdir -p dist
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible -o dist/sbom.cdx.json $(BIN)/python
+
+# Known vulnerabilities of the installed packages; needs the advisories of PyPI.
+audit: $(READY) $(TOOLS)/.ready
+	$(BIN)/python -m pip check
+	$(TOOLS)/bin/pip-audit --strict --path "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
+
+$(TOOLS)/.ready:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet cyclonedx-bom==7.5.0 pip-audit==2.10.1
+	touch $@
+
+# With LOCKED=1 every file is checked against its hash (Linux x86-64, CPython 3.11).
 $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed; set PYTHON=...')"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifdef LOCKED
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r requirements-locked.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+else
 	$(BIN)/python -m pip install --quiet -c constraints.txt "setuptools>=77"
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[test,triton,plot]"
+endif
 	touch $(READY)
 
 clean:
-	rm -rf $(VENV) .cache build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) $(TOOLS) .cache build dist demo-out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
