@@ -35,7 +35,7 @@ from transformers.utils import logging
 from lorasuite_fast import migrate, refine, verify
 from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.distillation import Settings
-from lorasuite_fast.families import ROLES
+from lorasuite_fast.families import ATTENTION
 from lorasuite_fast.self_text import self_written
 
 RATES, EPOCHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (3, 6, 15)
@@ -43,12 +43,11 @@ TEXT_BYTES = 160_000
 """Of general, domain or self-written text that a closed-form row reads, and of the first two for a refinement."""
 STEPS = 300
 VARIANTS: dict[str, tuple[str, Any]] = {
-    "mlp": ("roles", ROLES),
+    "attention": ("roles", ATTENTION),
     "kl": ("next_token_weight", 0.0),
     "long": ("steps", 2 * STEPS),
 }
 """Words in the name of a refined row, and the option of `refine` they change."""
-STARTS = ("nothing", "paper", "distill-self", "refined", "refined-long")
 HEADLINE = (
     "paper",
     "distill-general",
@@ -180,7 +179,6 @@ class Case:
             start = row[4:]
             needs = (*models,) if start.startswith("nothing") else (*models, self.name(start))
             needs += (f"{first}/{row}",) if self.seed else ()
-            needs += (self.name(row.removesuffix("-mlp")),) if start not in STARTS else ()
             return Stage(self.name(row), needs, partial(self.few, start))
         if row == "adapter":
             return Stage(self.name(row), models, self.adapt_old)
@@ -362,13 +360,9 @@ class Case:
     def search(self, start: str) -> list[dict[str, Any]]:
         """By halving: every rate at the fewest epochs, the two best at more, the better of these at the most.
 
-        With WHOLE_GRID every rate at every number of epochs. A start that has the MLP's modules besides takes the rate
-        that was best without them, at the middle number of epochs alone.
+        With WHOLE_GRID every rate at every number of epochs.
         """
         fewest, more, most = EPOCHS
-        if start not in STARTS:
-            best = self.bench.get(self.name(f"few-{start.removesuffix('-mlp')}"))["best"]
-            return [self.setting(start, best["rate"], more)]
         runs = {(rate, fewest): self.setting(start, rate, fewest) for rate in RATES}
 
         def rank(epochs: int) -> list[float]:
@@ -481,7 +475,8 @@ def stages(bench: Bench) -> list[Stage]:
         found.extend(case.stage(row) for row in rows if case.name(row) not in {stage.name for stage in found})
 
     basis = ("adapter", "full", "text")
-    few, few_others = ("few-nothing", "few-refined"), ("few-paper", "few-distill-self")
+    few = ("few-nothing", "few-nothing-mlp", "few-refined")
+    few_others = ("few-paper", "few-distill-self")
     demo = ("demo", "bible")
     tiny = [(pair, domain) for domain in DOMAINS for pair in PAIRS if pair != "demo"]
     checked = [f"verify-{row}" for row in ("full", *HEADLINE, *few, *few_others)]
@@ -505,19 +500,9 @@ def stages(bench: Bench) -> list[Stage]:
     for case in (demo, *tiny):
         add(*case, 0, (*few_others, *checked))
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
-        variants = [f"refined-{words}{c}" for words in ("mlp", "kl", "mlp-kl", "long") for c in ("", "-shuffled")]
-        variants += ["refined-shuffled-labels", "refined-mlp-shuffled-labels"]
-        add(
-            *case,
-            0,
-            (
-                *variants,
-                "few-refined-long",
-                "few-refined-mlp",
-                "few-nothing-mlp",
-                *(f"verify-{row}" for row in variants),
-            ),
-        )
+        variants = [f"refined-{words}{c}" for words in ("attention", "kl", "long") for c in ("", "-shuffled")]
+        variants += ["refined-shuffled-labels", "refined-attention-shuffled-labels"]
+        add(*case, 0, (*variants, "few-refined-attention", "few-refined-long", *(f"verify-{row}" for row in variants)))
     for seed in SEEDS[1:]:
         for case in (*tiny, demo):
             add(*case, seed, (*basis, *HEADLINE, *few, *few_others, *checked))

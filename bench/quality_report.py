@@ -27,19 +27,19 @@ ROWS = {
     "refined-general": ("refined", "general"),
     "refined": ("refined", "self-written"),
     "refined-domain": ("refined", "domain"),
-    "refined-mlp": ("refined, also the MLP", "self-written"),
+    "refined-attention": ("refined, attention alone", "self-written"),
     "refined-kl": ("refined, KL alone", "self-written"),
-    "refined-mlp-kl": ("refined, also the MLP, KL alone", "self-written"),
     "refined-long": ("refined, twice the steps", "self-written"),
 }
 """What the rows without labels are called, and which text they read."""
 STARTS = {
-    "few-nothing": "nothing, LoRA(100)",
+    "few-nothing": "nothing, LoRA(100), attention alone",
+    "few-nothing-mlp": "nothing, LoRA(100)",
     "few-paper": "paper",
     "few-distill-self": "distilled, self-written",
+    "few-refined-attention": "refined, attention alone, self-written",
     "few-refined": "refined, self-written",
-    "few-nothing-mlp": "nothing, also the MLP (one setting)",
-    "few-refined-mlp": "refined, also the MLP (one setting)",
+    "few-refined-long": "refined, twice the steps, self-written",
 }
 DROPPED = ("texts", "evaluations", "phases", "gains", "explained", "teacher")
 
@@ -207,7 +207,7 @@ def case_table(rows: Rows, pair: str, domain: str) -> list[str]:
 
 def leads(rows: Rows, pair: str, domain: str, row: str) -> list[float]:
     """Of a start over LoRA(100), seed by seed; of one that has the MLP's modules, over the better LoRA(100)."""
-    baselines = ["few-nothing"] + (["few-nothing-mlp"] if row.endswith("-mlp") else [])
+    baselines = ["few-nothing"] + (["few-nothing-mlp"] if row in ("few-refined", "few-refined-long") else [])
 
     def lead(seed: int) -> float | None:
         own = rows.share(pair, domain, seed, row)
@@ -260,7 +260,7 @@ def floors(rows: Rows) -> list[str]:
         line("closed form, general text, % of LoRA(full)'s gain", "≥ 12", rows.shares(*case, "distill-general"),
              lambda v: v >= 0.12)
     )  # fmt: skip
-    variants = [("", ""), ("-mlp", ", also the MLP")]
+    variants = [("", ""), ("-long", ", twice the steps"), ("-attention", ", attention alone")]
     shown = [v for v in variants if rows.shares(*case, f"refined{v[0]}") or not v[0]]
     for words, also in shown:
         row, what = f"refined{words}", f"refined, self-written text{also}"
@@ -288,7 +288,7 @@ def overview(rows: Rows) -> list[str]:
     names = {
         row: f"{what}, {text}".removesuffix(", –")
         for row, (what, text) in ROWS.items()
-        if row in ("paper", "distill-general", "distill-self", "refined", "refined-mlp")
+        if row in ("paper", "distill-general", "distill-self", "refined", "refined-long", "refined-attention")
     }
     names |= {row: f"100 samples from {what}" for row, what in STARTS.items()}
     lines = [
@@ -412,18 +412,18 @@ def findings(rows: Rows) -> list[str]:
             f"({course[-2][1]:.3f} at step {course[-2][0]}, {course[-1][1]:.3f} at step {course[-1][0]})."
         )
     for pair, domain in cases(rows):
-        plain, mlp = (rows.shares(pair, domain, row)[:1] for row in ("refined", "refined-mlp"))
-        if plain and mlp:
+        plain, attention = (rows.shares(pair, domain, row)[:1] for row in ("refined", "refined-attention"))
+        if plain and attention:
             lines.append(
-                f"- Adapters on gate, up and down as well, {pair}, {domain}, seed 0: {percent(mlp)} instead of "
-                f"{percent(plain)}. They have more parameters than LoRA(full) here."
+                f"- With the attention's projections alone, as LoRA(full) has here, {pair}, {domain}, seed 0: "
+                f"{percent(attention)} instead of {percent(plain)}."
             )
-        for words in ("kl", "mlp-kl"):
+        for words, what in (("kl", ""), ("attention-kl", ", attention alone")):
             alone, shuffled = (rows.shares(pair, domain, f"refined-{words}{c}") for c in ("", "-shuffled"))
             if alone or shuffled:
                 lines.append(
-                    f"- Without the next-token loss ({ROWS[f'refined-{words}'][0]}), {pair}, {domain}: "
-                    f"{percent(alone)}, shuffled {percent(shuffled)}."
+                    f"- Without the next-token loss{what}, {pair}, {domain}: {percent(alone)}, shuffled "
+                    f"{percent(shuffled)}."
                 )
     both = rows.shares(*case, "refined-shuffled"), rows.shares(*case, "distill-self-shuffled")
     if all(both):
@@ -435,7 +435,7 @@ def findings(rows: Rows) -> list[str]:
     constant = {
         f"{pair}, {domain}{also}": found
         for pair, domain in (case, ("neox", "bible"), ("llama-deep", "bible"))
-        for words, also in (("", ""), ("-mlp", ", also the MLP"))
+        for words, also in (("", ""), ("-attention", ", attention alone"))
         if (found := rows.shares(pair, domain, f"refined{words}-shuffled-labels"))
     }
     if constant:
@@ -443,13 +443,6 @@ def findings(rows: Rows) -> list[str]:
         lines.append(
             "- The constant: with the next tokens in random order as well as the teacher's positions, a constant shift "
             f"of the predictions is all that is left to learn: {listed}."
-        )
-    if rows.get(*case, 0, "few-refined-mlp") is not None:
-        both = rows.shares(*case, "few-refined-mlp"), rows.shares(*case, "few-nothing-mlp")
-        lines.append(
-            f"- With the MLP's modules trained too, 100 samples reach {percent(both[0])} from the refinement and "
-            f"{percent(both[1]) if both[1] else 'an unmeasured share'} from nothing, at one setting each (the rate "
-            "that was best without them, 6 epochs), where LoRA(full) has the attention's modules only."
         )
     few = rows.get(*case, 0, "few-nothing")
     if few is not None:

@@ -100,6 +100,7 @@ MethodName = Annotated[
 ]
 Rank = Annotated[int | None, _option(METHOD, "N", "Of the result, with distill [the adapter's]", min=1)]
 Fill = Annotated[str, _option(METHOD, "KIND", "New layers without a partner: none, zero, nearest [none]")]
+FillShare = Annotated[float, _option(METHOD, "X", "Of the neighbour's update, with --fill nearest [0.5]")]
 Fitted = Annotated[int | None, _option(METHOD, "N", "Last new layers that distill fits [half of them]", min=1)]
 RefineText = Annotated[
     Path | None, _option(TEXT, "FILE", "Unlabelled text to refine on [self: the old model writes it]")
@@ -455,6 +456,7 @@ def migrate(
     rank: Rank = None,
     distill_layers: Fitted = None,
     fill: Fill = "none",
+    fill_share: FillShare = 0.5,
     refine: Annotated[
         str | None,
         _option(TRAINING, "STEPS", "Then train without labels: N, auto; 0: no [auto on a GPU]"),
@@ -501,6 +503,7 @@ def migrate(
             mapped=mapped,
             settings=_settings(rank, distill_layers, seed),
             fill=fill,
+            fill_share=fill_share,
             refine=_steps(refine) if refine is not None else _default_refinement(device),
             refine_text=refine_text,
             finetune=finetune,
@@ -620,6 +623,7 @@ def apply(
     rank: Rank = None,
     distill_layers: Fitted = None,
     fill: Fill = "none",
+    fill_share: FillShare = 0.5,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -644,6 +648,7 @@ def apply(
                 text=text,
                 settings=_settings(rank, distill_layers, loaded.options["seed"]),
                 fill=fill,
+                fill_share=fill_share,
                 overwrite=overwrite,
                 progress=report,
             )
@@ -655,7 +660,8 @@ def apply(
         loaded = TransferPlan.from_pretrained(plan_file)
         if old is not None or new is not None:
             loaded.check_models(old, new)
-        share = loaded.apply_all(adapters, out, overwrite=overwrite, ranks=ranks, progress=report, fill=fill)
+        filling = {"fill": fill, "fill_share": fill_share}
+        share = loaded.apply_all(adapters, out, overwrite=overwrite, ranks=ranks, progress=report, **filling)
         outcomes = ranks.merge(
             {name: {"error": str(r)} if isinstance(r, LoraSuiteError) else {"out": r.out} for name, r in share.items()}
         )

@@ -14,10 +14,12 @@ from planted_families import TARGETS, config_of, plant_family, random_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
 from lorasuite_fast.adapter import read_adapter
 from lorasuite_fast.checkpoint import Checkpoint
+from lorasuite_fast.cli import app
 from lorasuite_fast.distillation import updated
 from lorasuite_fast.hidden_states import LayerStream, padded
 from lorasuite_fast.magnitude import stored_factors
@@ -319,6 +321,22 @@ def test_layers_without_a_partner_are_filled_as_asked(
     # The planted layer's o is zero, so that only what is added there can learn at first.
     grads = [p.grad for n, p in loaded.named_parameters() if "layers.1.self_attn.o_proj.lora_B" in n]
     assert bool(grads[0].any())
+
+
+def test_the_command_line_passes_the_share_on(
+    plan: TransferPlan, upgrade: tuple[Path, Any, Planted], tmp_path: Path
+) -> None:
+    adapter = random_adapter(upgrade[0] / "old", tmp_path / "a", targets=["q_proj"], rank=2, alpha=2, seed=1)
+    plan.save(tmp_path / "plan")
+    plan.apply(adapter, tmp_path / "python", fill="nearest", fill_share=0.25)
+    asked = ["--fill", "nearest", "--fill-share", "0.25"]
+    for arguments in ([str(tmp_path / "one")], ["--out", str(tmp_path / "many")]):
+        done = CliRunner().invoke(app, ["apply", str(tmp_path / "plan"), str(adapter), *arguments, *asked])
+        assert done.exit_code == 0, done.output
+    expected = by_layer(tmp_path / "python")
+    for folder in (tmp_path / "one", tmp_path / "many/a"):
+        found = by_layer(folder)
+        assert all(torch.equal(found[j][name], t) for j in expected for name, t in expected[j].items())
 
 
 def test_an_unknown_fill_is_refused(plan: TransferPlan, upgrade: tuple[Path, Any, Planted], tmp_path: Path) -> None:
