@@ -862,6 +862,25 @@ def test_two_tokens_of_one_id_are_refused(kind: str, model: Path) -> None:
         assert "'b'" in message if kind == "Unigram" else "'one' and 'two'" in message
 
 
+def test_a_tokenizer_that_fails_when_it_is_used_ends_in_one_line(model: Path) -> None:
+    tiny_tokenizer(320).save_pretrained(model)
+    edit_json(model / "tokenizer_config.json", model_max_length="long")
+    for read_it in (Checkpoint(model).tokenizer, lambda: load_tokenizer(model, "OLD")):
+        refused(read_it, str(model), "its tokenizer cannot be loaded")
+
+
+@pytest.mark.parametrize("where", ["vocab", "added_tokens"])
+def test_an_id_beyond_any_vocabulary_is_refused(where: str, model: Path) -> None:
+    tiny_tokenizer(320).save_pretrained(model)
+    state = json.loads((model / "tokenizer.json").read_text())
+    if where == "vocab":
+        state["model"]["vocab"]["far"] = 2**31
+    else:
+        state["added_tokens"][0]["id"] = 2**31
+    (model / "tokenizer.json").write_text(json.dumps(state))
+    refused(Checkpoint(model).tokenizer, str(model / "tokenizer.json"), f"has the id {2**31}")
+
+
 def test_an_added_token_takes_the_place_of_the_entry_whose_id_it_has() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(word_level({"a": 0, "b": 1})))
     before = token_keys(tokenizer)
@@ -876,7 +895,6 @@ TOKENIZERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "an unknown model": lambda state: state["model"].update(type="X"),
     "a merge of tokens it does not have": lambda state: state["model"].update(merges=[["zzzz", "yyyy"]]),
     "ids that are texts": lambda state: state["model"].update(vocab={"a": "0"}),
-    "ids beyond any": lambda state: state["model"].update(vocab={"a": 2**32}),
     "a negative id": lambda state: state["model"].update(vocab={"a": -1}),
     "a decoder in 200 decoders": lambda state: state.update(decoder=deep(200)),
     "a broken pattern": lambda state: state.update(
