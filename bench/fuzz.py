@@ -52,10 +52,9 @@ MENDED = [
     "was taken twice; an adapter's tensors were read before their shapes were compared.",
     "A plan edited by hand (matches, sizes, mapping, facts, tensors taken out) was applied, or ended in a traceback; "
     "NaN in it was reported without naming plan and tensor.",
-    "An id of 2^31 in tokenizer.json had `tokenizers` count the gaps up to it, gigabytes of them, and end the process; a "
-    "`model_max_length` that is a text, and a panic inside `tokenizers`, ended in a traceback. Of two tokens of one id it "
-    "keeps another one each time it loads the file, so that two "
-    "runs differed.",
+    "An id of 2^31 in tokenizer.json had `tokenizers` count the gaps up to it, gigabytes of them, and end the process. "
+    "A `model_max_length` that is a text, and a panic inside `tokenizers`, ended in a traceback. Of two tokens of one id "
+    "`tokenizers` keeps another one each time it loads the file, so that two runs differed.",
     "`attn_implementation` in config.json could name a kernel on the hub, which transformers fetches and runs.",
     "safetensors opened through torch maps a file so that it may count as memory as long as the file is.",
 ]
