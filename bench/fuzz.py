@@ -39,22 +39,22 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels" / "torch-ext"), str(ROOT / "test
 REPORT = ROOT / "bench" / "reports" / "fuzz.md"
 INPUTS, LONGEST, SECONDS, MEGABYTES = 100_000, 2048, 5, 2048
 MENDED = [
-    "A name twice in a safetensors header was read, the last one winning; so was an empty tensor whose other sizes "
-    "overflow, which ended in a traceback when it was asked for.",
-    "A pipe or device in place of a file was waited for; a link out of the folder was followed; a JSON file of any "
+    "A name twice in a safetensors header was read, the last one winning; so was an empty tensor whose "
+    "other sizes overflow, which ended in a traceback when it was asked for.",
+    "A pipe in place of a file was waited for; a link out of the folder was followed; a JSON file of any "
     "size was read whole.",
-    "Integers of more than 4,300 digits, in any JSON file read here, ended in a traceback, as did a plan header nested "
-    "too deeply, a plan's sizes of another type, an adapter's base `~nobody/x` or longer than a path may be, an alpha "
-    "or rank no float holds, a shard name longer than a file's may be, and half a surrogate pair in a text.",
-    "`num_hidden_layers` of 10^12 was counted up to, and `num_labels` of 10^9 filled the memory. Patterns such as "
-    "`(a+)+` or `a{99999999999}` in `rank_pattern` took for ever or ended in a traceback.",
-    '`use_rslora: "false"` counted as true; a tensor spelled `lora_A` and `lora_A.weight`, or layer `0` and `00`, '
-    "was taken twice; an adapter's tensors were read before their shapes were compared.",
-    "A plan edited by hand (matches, sizes, mapping, facts, tensors taken out) was applied, or ended in a traceback; "
-    "NaN in it was reported without naming plan and tensor.",
-    "An id of 2^31 in tokenizer.json had `tokenizers` count the gaps up to it, gigabytes of them, and end the process. "
-    "A `model_max_length` that is a text, and a panic inside `tokenizers`, ended in a traceback. Of two tokens of one id "
-    "`tokenizers` keeps another one each time it loads the file, so that two runs differed.",
+    "Tracebacks: integers of more than 4,300 digits in any JSON file read here; a plan header nested too "
+    "deeply; an adapter's base `~nobody/x`, or longer than a path may be; an alpha no float holds; a "
+    "shard or layer name too long; half a surrogate pair in a text; a `model_max_length` that is a text; "
+    "a panic inside `tokenizers`.",
+    "`num_hidden_layers` of 10^12 was counted up to, and `num_labels` of 10^9 filled the memory. Patterns"
+    " such as `(a+)+` in `rank_pattern` took for ever, `a{99999999999}` ended in a traceback.",
+    '`use_rslora: "false"` counted as true; a tensor spelled `lora_A` and `lora_A.weight`, or layer `0` '
+    "and `00`, was taken twice; an adapter's tensors were read before their shapes were compared.",
+    "A plan edited by hand was applied (two layers mapped to one, a head matched twice, a layer 0.9) or "
+    "ended in a traceback (a match beyond the heads, facts taken out, NaN).",
+    "An id of 2^31 in tokenizer.json had `tokenizers` count the gaps up to it, gigabytes of them. Of two "
+    "tokens of one id it keeps another one each time it loads the file, so that two runs differed.",
     "`attn_implementation` in config.json could name a kernel on the hub, which transformers fetches and runs.",
     "safetensors opened through torch maps a file so that it may count as memory as long as the file is.",
 ]
