@@ -55,7 +55,7 @@ MENDED = [
     "ended in a traceback (a match beyond the heads, facts taken out, NaN).",
     "An id of 2^31 in tokenizer.json had `tokenizers` count the gaps up to it, gigabytes of them. Of two "
     "tokens of one id it keeps another one each time it loads the file, so that two runs differed.",
-    "`attn_implementation` in config.json could name a kernel on the hub, which transformers fetches and runs.",
+    "`attn_implementation` in config.json could name a kernel on the hub, which transformers sets out to fetch.",
     "safetensors opened through torch maps a file so that it may count as memory as long as the file is.",
 ]
 
@@ -69,8 +69,9 @@ class Target:
     """One reader: writes an input to its place, reads it, and says what the oracle holds of it.
 
     Attributes:
-        seeds: valid files. place: where an input goes. read: the reader. check: called with the input and what was
-            read, raises Found or the oracle's Invalid. values: whether `seeds[0]` is JSON of which values are replaced.
+        seeds: valid files; values of the first are replaced. place: where an input goes. read: the reader.
+        check: called with the input and what was read; raises Found, or the oracle's Invalid.
+        wrap: the file an input is a part of. header: the seed is a safetensors file, and its header is what is edited.
     """
 
     seeds: list[bytes]
