@@ -67,7 +67,8 @@ def _check_ids(path: Path, size: int, changed: int) -> None:
         vocab = state["model"]["vocab"]
         pairs = vocab.items() if isinstance(vocab, dict) else [(n, piece[0]) for n, piece in enumerate(vocab)]
         ids = [*vocab.values()] if isinstance(vocab, dict) else []
-        ids += [token["id"] for token in state.get("added_tokens") or []]
+        added = state.get("added_tokens")
+        ids += [token.get("id") for token in (added if isinstance(added, list) else []) if isinstance(token, dict)]
         beyond = next((index for index in ids if isinstance(index, int) and index > _MOST_ID), None)
         if beyond is not None:
             raise LoraSuiteError(f"{path}: has the id {beyond}, beyond {_MOST_ID}; fetch or save it again")

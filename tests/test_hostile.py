@@ -969,6 +969,7 @@ PLANS: dict[str, tuple[Callable[[dict[str, torch.Tensor], Any], object], str]] =
     "an unknown method": (lambda t, h: put(h, "options", "method", "magic"), "unknown method 'magic'"),
     "a method that is a list": (lambda t, h: put(h, "options", "method", []), "unknown method []"),
     "unknown roles": (lambda t, h: put(h, "options", "roles", ["q", "x"]), "unknown roles"),
+    "a role twice": (lambda t, h: put(h, "options", "roles", ["q", "q", "o"]), "unknown roles"),
     "roles it holds nothing for": (lambda t, h: put(h, "options", "roles", ["q", "k", "o"]), "k.blocks is missing"),
     "a seed that is a text": (lambda t, h: put(h, "options", "seed", "0"), "its option seed is '0'"),
     "a device that is a path": (lambda t, h: put(h, "options", "device", "/dev/sda"), "unknown device '/dev/sda'"),
@@ -1058,7 +1059,7 @@ def test_names_in_a_plan_are_printed_as_they_are(planned: Path, tmp_path: Path) 
     assert "[/bold] [red]x" in result.stdout
 
 
-FREE = {"name", "fingerprint", "made_by", "calibration", "method_reason", "seed", "examples", "max_tokens", "V", "f"}
+FREE = {"name", "fingerprint", "made_by", "calibration", "method_reason", "seed", "examples", "max_tokens", "V", "f", "G"}
 """What a plan's header may say as it likes, of its own type: nothing in the file tells otherwise."""
 CHOICES = {"device", "similarity", "heads", "transfer", "dtype", "layers"}
 
@@ -1161,6 +1162,13 @@ def test_damaged_work_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work/run.json").write_text(text)
     refused(lambda: Work(tmp_path / "work", {"a": 1}), str(tmp_path / "work"), "damaged work", "delete the folder")
+
+
+@pytest.mark.parametrize("identity", [{"a": True}, {"a": 1, "b": None}, {}], ids=["true", "more", "none"])
+def test_work_of_another_run_is_told_apart(identity: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/run.json").write_text(json.dumps({"identity": identity}))
+    refused(lambda: Work(tmp_path / "work", {"a": 1}), str(tmp_path / "work"), "unfinished work of another run")
 
 
 @pytest.mark.parametrize("note", ["", "[]", "1", "[" * 100_000, "9" * 5000])
