@@ -440,4 +440,7 @@ def load_tokenizer(source: str | os.PathLike[str], what: str, *, trust_remote_co
         # transformers reads it for the tokenizer.
         check_config(read_json(folder / "config.json"), folder / "config.json", trust_remote_code=trust_remote_code)
     with _loading(f"{folder}: its tokenizer cannot be loaded"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        # Some of what is wrong with one shows only when it is used.
+        found("a b")
+        return found

@@ -335,9 +335,12 @@ class Checkpoint:
         # transformers reads the config for it.
         check_config(self.config, self.folder / "config.json", trust_remote_code=trust_remote_code)
         try:
-            return AutoTokenizer.from_pretrained(
+            found = AutoTokenizer.from_pretrained(
                 self.folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
+            # Some of what is wrong with one shows only when it is used.
+            found("a b")
+            return found
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:

@@ -112,7 +112,8 @@ def _check_options(options: dict[str, Any], refuse: Any) -> None:
         if options.get(name) not in known and not (name in _OPTIONAL and name not in options):
             refuse(f"was built with the unknown {name} {options.get(name)!r}")
     roles = options.get("roles")
-    if not isinstance(roles, list) or not roles or not all(role in ROLES for role in roles):
+    all_known = isinstance(roles, list) and all(role in ROLES for role in roles)
+    if not roles or not all_known or len(set(roles)) < len(roles):
         refuse(f"was built for the unknown roles {roles!r}")
     wrong = [name for name in ("seed", "examples", "max_tokens") if not _is_int(options.get(name))]
     wrong += [] if _is_finite(options.get("ridge")) else ["ridge"]

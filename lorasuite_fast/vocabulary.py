@@ -20,7 +20,7 @@ from .json_files import parse_json
 
 _SPACE = "\u2581"
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_MOST_BYTES = 256 << 20
+_MOST_BYTES, _MOST_ID = 256 << 20, 1 << 24
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -43,9 +43,9 @@ def _component_types(decoder: Any) -> set[str]:
 
 
 def check_ids(folder: Path) -> None:
-    """Refuses a folder whose tokenizer.json gives two tokens one id.
+    """Refuses a folder whose tokenizer.json gives two tokens one id, or one beyond any vocabulary.
 
-    `tokenizers` then keeps one of them, another one each time it is loaded.
+    Of two tokens `tokenizers` keeps one, another one each time it is loaded; up to the largest id it counts the gaps.
 
     Raises:
         LoraSuiteError: naming both tokens, or for a file of more than 256 MiB.
@@ -66,6 +66,12 @@ def _check_ids(path: Path, size: int, changed: int) -> None:
         state = parse_json(path.read_bytes())
         vocab = state["model"]["vocab"]
         pairs = vocab.items() if isinstance(vocab, dict) else [(n, piece[0]) for n, piece in enumerate(vocab)]
+        ids = [*vocab.values()] if isinstance(vocab, dict) else []
+        added = state.get("added_tokens")
+        ids += [token.get("id") for token in (added if isinstance(added, list) else []) if isinstance(token, dict)]
+        beyond = next((index for index in ids if isinstance(index, int) and index > _MOST_ID), None)
+        if beyond is not None:
+            raise LoraSuiteError(f"{path}: has the id {beyond}, beyond {_MOST_ID}; fetch or save it again")
         seen: dict[Any, Any] = {}
         for token, index in pairs:
             if seen.setdefault(index, token) != token:

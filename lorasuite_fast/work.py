@@ -86,7 +86,8 @@ class Work:
         record = self._read()
         before = record["identity"]
         for key in sorted({*before, *identity}):
-            if before.get(key) != identity.get(key):
+            same = key in before and key in identity and json.dumps(before[key]) == json.dumps(identity[key])
+            if not same:
                 raise LoraSuiteError(
                     f"{self.folder}: holds the unfinished work of another run, with {key} {_short(before.get(key))}; "
                     f"this one has {_short(identity.get(key))}. Repeat that run, or delete the folder to start over"

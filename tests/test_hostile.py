@@ -862,6 +862,25 @@ def test_two_tokens_of_one_id_are_refused(kind: str, model: Path) -> None:
         assert "'b'" in message if kind == "Unigram" else "'one' and 'two'" in message
 
 
+def test_a_tokenizer_that_fails_when_it_is_used_ends_in_one_line(model: Path) -> None:
+    tiny_tokenizer(320).save_pretrained(model)
+    edit_json(model / "tokenizer_config.json", model_max_length="long")
+    for read_it in (Checkpoint(model).tokenizer, lambda: load_tokenizer(model, "OLD")):
+        refused(read_it, str(model), "its tokenizer cannot be loaded")
+
+
+@pytest.mark.parametrize("where", ["vocab", "added_tokens"])
+def test_an_id_beyond_any_vocabulary_is_refused(where: str, model: Path) -> None:
+    tiny_tokenizer(320).save_pretrained(model)
+    state = json.loads((model / "tokenizer.json").read_text())
+    if where == "vocab":
+        state["model"]["vocab"]["far"] = 2**31
+    else:
+        state["added_tokens"][0]["id"] = 2**31
+    (model / "tokenizer.json").write_text(json.dumps(state))
+    refused(Checkpoint(model).tokenizer, str(model / "tokenizer.json"), f"has the id {2**31}")
+
+
 def test_an_added_token_takes_the_place_of_the_entry_whose_id_it_has() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(word_level({"a": 0, "b": 1})))
     before = token_keys(tokenizer)
@@ -876,7 +895,6 @@ TOKENIZERS: dict[str, Callable[[dict[str, Any]], object]] = {
     "an unknown model": lambda state: state["model"].update(type="X"),
     "a merge of tokens it does not have": lambda state: state["model"].update(merges=[["zzzz", "yyyy"]]),
     "ids that are texts": lambda state: state["model"].update(vocab={"a": "0"}),
-    "ids beyond any": lambda state: state["model"].update(vocab={"a": 2**32}),
     "a negative id": lambda state: state["model"].update(vocab={"a": -1}),
     "a decoder in 200 decoders": lambda state: state.update(decoder=deep(200)),
     "a broken pattern": lambda state: state.update(
@@ -951,6 +969,7 @@ PLANS: dict[str, tuple[Callable[[dict[str, torch.Tensor], Any], object], str]] =
     "an unknown method": (lambda t, h: put(h, "options", "method", "magic"), "unknown method 'magic'"),
     "a method that is a list": (lambda t, h: put(h, "options", "method", []), "unknown method []"),
     "unknown roles": (lambda t, h: put(h, "options", "roles", ["q", "x"]), "unknown roles"),
+    "a role twice": (lambda t, h: put(h, "options", "roles", ["q", "q", "o"]), "unknown roles"),
     "roles it holds nothing for": (lambda t, h: put(h, "options", "roles", ["q", "k", "o"]), "k.blocks is missing"),
     "a seed that is a text": (lambda t, h: put(h, "options", "seed", "0"), "its option seed is '0'"),
     "a device that is a path": (lambda t, h: put(h, "options", "device", "/dev/sda"), "unknown device '/dev/sda'"),
@@ -1040,7 +1059,7 @@ def test_names_in_a_plan_are_printed_as_they_are(planned: Path, tmp_path: Path) 
     assert "[/bold] [red]x" in result.stdout
 
 
-FREE = {"name", "fingerprint", "made_by", "calibration", "method_reason", "seed", "examples", "max_tokens", "V", "f"}
+FREE = {"name", "fingerprint", "made_by", "calibration", "method_reason", "seed", "examples", "max_tokens", "V", "f", "G"}
 """What a plan's header may say as it likes, of its own type: nothing in the file tells otherwise."""
 CHOICES = {"device", "similarity", "heads", "transfer", "dtype", "layers"}
 
@@ -1143,6 +1162,13 @@ def test_damaged_work_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
     (tmp_path / "work/run.json").write_text(text)
     refused(lambda: Work(tmp_path / "work", {"a": 1}), str(tmp_path / "work"), "damaged work", "delete the folder")
+
+
+@pytest.mark.parametrize("identity", [{"a": True}, {"a": 1, "b": None}, {}], ids=["true", "more", "none"])
+def test_work_of_another_run_is_told_apart(identity: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/run.json").write_text(json.dumps({"identity": identity}))
+    refused(lambda: Work(tmp_path / "work", {"a": 1}), str(tmp_path / "work"), "unfinished work of another run")
 
 
 @pytest.mark.parametrize("note", ["", "[]", "1", "[" * 100_000, "9" * 5000])
