@@ -53,6 +53,8 @@ MENDED = [
     "and `00`, was taken twice; an adapter's tensors were read before their shapes were compared.",
     "A plan edited by hand was applied (two layers mapped to one, a head matched twice, a layer 0.9) or "
     "ended in a traceback (a match beyond the heads, facts taken out, NaN).",
+    "By the fuzzer: a role twice in a plan; a run.json that says one thing more of its run, with the value null; ids "
+    "that were not looked at where an added token was broken.",
     "An id of 2^31 in tokenizer.json had `tokenizers` count the gaps up to it, gigabytes of them. Of two "
     "tokens of one id it keeps another one each time it loads the file, so that two runs differed.",
     "`attn_implementation` in config.json could name a kernel on the hub, which transformers sets out to fetch.",

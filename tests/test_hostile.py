@@ -1059,19 +1059,7 @@ def test_names_in_a_plan_are_printed_as_they_are(planned: Path, tmp_path: Path) 
     assert "[/bold] [red]x" in result.stdout
 
 
-FREE = {
-    "name",
-    "fingerprint",
-    "made_by",
-    "calibration",
-    "method_reason",
-    "seed",
-    "examples",
-    "max_tokens",
-    "V",
-    "f",
-    "G",
-}
+FREE = {"name", "fingerprint", "made_by", "calibration", "method_reason", "seed", "examples", "max_tokens", *"VfG"}
 """What a plan's header may say as it likes, of its own type: nothing in the file tells otherwise."""
 CHOICES = {"device", "similarity", "heads", "transfer", "dtype", "layers"}
 
