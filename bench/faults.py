@@ -115,6 +115,10 @@ def start(arguments: list[str], log: Path, inject: Callable[[], object] | None =
         lorasuite_fast.cli.main(arguments)
     except SystemExit as end:
         code = end.code or 0
+    except KeyboardInterrupt:
+        # Before the command began.
+        os.write(2, b"interrupted; nothing was begun\n")
+        code = INTERRUPTED
     except BaseException:
         traceback.print_exc()
     finally:

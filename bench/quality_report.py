@@ -475,6 +475,10 @@ PAIR_NOTES = [
     "pair's about 370.",
 ]
 ROW_NOTES = [
+    "Refined adapters, and what is fine-tuned from them, have all projections, as `refine` has by default; the old",
+    "adapters and LoRA(full) have the attention's alone. So LoRA(100) and the refinement are measured with both, and",
+    "a lead over LoRA(100) is one over the better of the two.",
+    "",
     "A seed moves, on the small pairs: the old adapter's training, LoRA(full), the self-written text, the sample",
     "of general, domain and calibration text, the refinement's start and order, and order and start of the",
     "fine-tuning. On the demo pair the adapter is the shipped one and LoRA(full) the recorded one. The",

@@ -1069,8 +1069,9 @@ def main(arguments: list[str] | None = None) -> Any:
     try:
         return app(args=sys.argv[1:] if arguments is None else arguments)
     except SystemExit as end:
-        if end.code == INTERRUPTED:
-            typer.echo(
-                "interrupted; OUT is what it was, or complete; the same command goes on from what is done", err=True
-            )
-        raise
+        if end.code != INTERRUPTED:
+            raise
+    except KeyboardInterrupt:
+        pass
+    typer.echo("interrupted; OUT is what it was, or complete; the same command goes on from what is done", err=True)
+    raise SystemExit(INTERRUPTED)
