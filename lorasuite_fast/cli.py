@@ -202,9 +202,13 @@ _MEMORY_WORDS = (
 )
 
 
-def _fail(message: str) -> NoReturn:
+def _complain(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     typer.echo(f"error{f' (rank {rank})' if rank != '0' else ''}: {message}", err=True)
+
+
+def _fail(message: str) -> NoReturn:
+    _complain(message)
     raise typer.Exit(2) from None
 
 
@@ -243,17 +247,10 @@ def _run(as_json: bool) -> Iterator[Reporter | None]:
             yield report
     except LoraSuiteError as error:
         _fail(str(error))
-    except MemoryError:
-        _fail(_OUT_OF_MEMORY)
     except OSError as error:
         if error.filename is None:
             raise
         _fail(f"{error.filename}: {error.strerror or error}")
-    except (RuntimeError, ImportError) as error:
-        # torch has a class of its own for GPUs alone, and what is imported late may not find room.
-        if not any(words in str(error).lower() for words in _MEMORY_WORDS):
-            raise
-        _fail(_OUT_OF_MEMORY)
 
 
 @contextmanager
@@ -1071,6 +1068,12 @@ def main(arguments: list[str] | None = None) -> Any:
     except SystemExit as end:
         if end.code != INTERRUPTED:
             raise
+    except (MemoryError, RuntimeError, ImportError) as error:
+        # torch has a class of its own for GPUs alone, and what is imported late may not find room.
+        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _MEMORY_WORDS):
+            raise
+        _complain(_OUT_OF_MEMORY)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         pass
     typer.echo("interrupted; OUT is what it was, or complete; the same command goes on from what is done", err=True)
