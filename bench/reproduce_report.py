@@ -35,8 +35,8 @@ ROWS = {
     "full": ("LoRA(full)", "full"),
     "distill-self": ("ours: distilled, no labels", None),
     "few-distill-self": ("ours: distilled, then 100 samples, best setting", None),
-    "refined": ("ours: refined, no labels", None),
-    "few-refined": ("ours: refined, then 100 samples, best setting", None),
+    "refined": ("ours: refined, all projections, no labels", None),
+    "few-refined": ("ours: refined, all projections, then 100 samples, best setting", None),
 }
 """Row -> its name in the table, and the part whose cost is its own."""
 ABLATIONS: dict[str, dict[str, Any]] = {
