@@ -409,7 +409,8 @@ def stages(bench: Bench) -> list[Stage]:
             add(pair, task, 0, [f"cost-{part}" for part in PARTS])
     for seed in SEEDS:
         for pair in chosen:
-            add(pair, "bible", seed, (*table, "text", "distill-self", "refined", "few-distill-self", "few-refined"))
+            ours = ("text", "distill-self", "refined", "few-distill-self", "few-nothing-mlp", "few-refined")
+            add(pair, "bible", seed, (*table, *ours))
     return list(found.values())
 
 

@@ -36,6 +36,7 @@ ROWS = {
     "distill-self": ("ours: distilled, no labels", None),
     "few-distill-self": ("ours: distilled, then 100 samples, best setting", None),
     "refined": ("ours: refined, all projections, no labels", None),
+    "few-nothing-mlp": ("to compare: LoRA(100), all projections, best setting", None),
     "few-refined": ("ours: refined, all projections, then 100 samples, best setting", None),
 }
 """Row -> its name in the table, and the part whose cost is its own."""
@@ -143,7 +144,10 @@ def case_table(rows: Measured, pair: str, task: str) -> list[str]:
     for row, (name, part) in ROWS.items():
         scores = rows.scores(pair, task, row)
         if not scores:
-            if not row.startswith(("distill", "refined", "few-distill", "few-refined")) or task == "bible":
+            if (
+                not row.startswith(("distill", "refined", "few-distill", "few-refined", "few-nothing-mlp"))
+                or task == "bible"
+            ):
                 lines.append(f"| {name} | 0 | not measured yet | – | – | – | – |")
             continue
         cost = rows.cost(pair, task, part)
