@@ -88,9 +88,11 @@ class PhaseClock:
 
         def sample() -> None:
             nonlocal peak
-            while not done.wait(_INTERVAL):
-                anonymous, resident = memory()
-                peak = max(peak[0], anonymous), max(peak[1], resident)
+            # Where memory runs out the work itself says so.
+            with suppress(MemoryError, OSError):
+                while not done.wait(_INTERVAL):
+                    anonymous, resident = memory()
+                    peak = max(peak[0], anonymous), max(peak[1], resident)
 
         def report(steps: int) -> None:
             if self._progress:

@@ -17,7 +17,7 @@ from lorasuite_fast.errors import LoraSuiteError, WriteError
 
 @pytest.fixture(scope="module")
 def tallies() -> dict[tuple[str, str], dict[str, object]]:
-    command = [sys.executable, faults.__file__, "--kills", "2", "--json", "--seed", str(os.getpid())]
+    command = [sys.executable, faults.__file__, "--kills", "2", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return {(tally["job"], tally["fault"]): tally for tally in json.loads(done.stdout.splitlines()[-1])}
