@@ -18,11 +18,6 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
-from hypothesis import settings
-
-# The same inputs on every run; `--hypothesis-profile=default` draws others.
-settings.register_profile("repeatable", derandomize=True)
-settings.load_profile("repeatable")
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ["TRITON_INTERPRET"] = "1"

@@ -16,7 +16,7 @@ CASES = [pytest.param(TWIN, d) for d in [*DTYPES, torch.float64]] + [
 side = st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 3]), st.sampled_from([1, 6, 16, 70]))
 """(key/value heads, query heads per key/value head, head size)"""
 seeds = st.integers(0, 2**31)
-widths = st.sampled_from([1, 24, 67])
+widths = st.sampled_from([1, 24, 67, 140])
 
 
 def attention(groups: int, share: int, size: int, d: int, seed: int, dtype: torch.dtype) -> list[Tensor]:

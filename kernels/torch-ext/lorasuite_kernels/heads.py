@@ -50,8 +50,39 @@ def head_similarity(
     if q_o.shape[1] != q_n.shape[1]:
         raise ValueError(f"old and new weights must have one width; got {q_o.shape[1]} and {q_n.shape[1]}")
     check_one_device(q_o=q_o, k_o=k_o, v_o=v_o, o_o=o_o, q_n=q_n, k_n=k_n, v_n=v_n, o_n=o_n)
+    if q_o.shape[1] < max(q_o.shape[0] // heads[0], q_n.shape[0] // heads[1]):
+        return _narrow(q_o, k_o, v_o, o_o, q_n, k_n, v_n, o_n, heads, kv_heads)
     result: Tensor = _head_similarity_op(q_o, k_o, v_o, o_o, q_n, k_n, v_n, o_n, *heads, *kv_heads)
     return result
+
+
+def _narrow(
+    q_o: Tensor,
+    k_o: Tensor,
+    v_o: Tensor,
+    o_o: Tensor,
+    q_n: Tensor,
+    k_n: Tensor,
+    v_n: Tensor,
+    o_n: Tensor,
+    heads: tuple[int, int],
+    kv_heads: tuple[int, int],
+) -> Tensor:
+    """The definition itself, for a width below a head's size.
+
+    There the sums over the block cancel: at width 1 a norm is (q·k)², which they get from terms of size |q|²|k|².
+    """
+
+    def interactions(q: Tensor, k: Tensor, v: Tensor, o: Tensor, H: int, G: int) -> Tensor:
+        q, k, v, o = (w.double().reshape(n, -1, w.shape[1]) for w, n in ((q, H), (k, G), (v, G), (o.T, H)))
+        k, v = (w.repeat_interleave(H // G, 0) for w in (k, v))
+        return torch.cat([(q.mT @ k).flatten(1), (v.mT @ o).flatten(1)], 1)
+
+    old = interactions(q_o, k_o, v_o, o_o, heads[0], kv_heads[0])
+    new = interactions(q_n, k_n, v_n, o_n, heads[1], kv_heads[1])
+    scale = torch.outer(torch.linalg.vector_norm(old, dim=1), torch.linalg.vector_norm(new, dim=1))
+    similarity = torch.where(scale > 0, old @ new.T / torch.where(scale > 0, scale, 1), 0)
+    return similarity.to(wide(q_o, k_o, v_o, o_o, q_n, k_n, v_n, o_n))
 
 
 def _twin(
