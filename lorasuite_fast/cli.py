@@ -190,7 +190,7 @@ class _PlainProgress:
 
 
 _OUT_OF_MEMORY = (
-    "out of memory; OUT is untouched. Free some, or pass --memory with what may be used, where the command has it; "
+    "out of memory; OUT is what it was, or complete. Free some, or pass --memory, where the command has it; "
     "what is finished is kept, and the same command goes on from there"
 )
 _MEMORY_WORDS = (

@@ -79,6 +79,14 @@ def _locked(folder: Path) -> int | None:
     return None
 
 
+def _abandon(folder: Path, path: Path) -> None:
+    """Removes a temporary folder; an old output that was set aside in it, and not replaced, is put back first."""
+    previous = folder / _PREVIOUS
+    if (previous.exists() or previous.is_symlink()) and not (path.exists() or path.is_symlink()):
+        previous.rename(path)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def sweep(path: Path) -> None:
     """Removes what killed processes left beside an output.
 
@@ -93,9 +101,7 @@ def sweep(path: Path) -> None:
             if folder.is_symlink() or (handle := _locked(folder)) is None:
                 continue
             try:
-                if (folder / _PREVIOUS).exists() and not path.exists():
-                    (folder / _PREVIOUS).rename(path)
-                shutil.rmtree(folder, ignore_errors=True)
+                _abandon(folder, path)
             finally:
                 os.close(handle)
 
@@ -115,8 +121,10 @@ def _beside(path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(handle)
+        try:
+            _abandon(folder, path)
+        finally:
+            os.close(handle)
 
 
 def _renameat2(source: Path, target: Path, flag: int) -> bool:
@@ -137,7 +145,8 @@ def _renameat2(source: Path, target: Path, flag: int) -> bool:
 def _place(new: Path, path: Path, *, overwrite: bool) -> None:
     """Gives the new output its name; at no moment is there neither it nor, complete, the one it replaces.
 
-    On file systems that cannot exchange names a kill between two renames leaves the old one set aside: see `sweep`.
+    On file systems that cannot exchange names there are two renames; what ends the process, or fails, between them
+    leaves the old one set aside, and `_abandon` puts it back.
     """
     try:
         if _renameat2(new, path, _NOREPLACE):
@@ -156,13 +165,8 @@ def _place(new: Path, path: Path, *, overwrite: bool) -> None:
     elif not (path.exists() or path.is_symlink()):
         new.rename(path)
     else:
-        aside = new.with_name(_PREVIOUS)
-        path.rename(aside)
-        try:
-            new.rename(path)
-        except OSError:
-            aside.rename(path)
-            raise
+        path.rename(new.with_name(_PREVIOUS))
+        new.rename(path)
 
 
 def _write(path: Path, write: Callable[[Path], object], *, overwrite: bool) -> None:

@@ -94,6 +94,27 @@ def test_an_output_that_fails_leaves_the_old_one(one_step: bool, tmp_path: Path)
     assert contents(tmp_path) == {"out": b"old"}
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
+def test_an_old_output_survives_an_end_between_the_two_renames(
+    stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("old")
+    monkeypatch.setattr(output, "_renameat2", lambda *_: False)
+    rename = Path.rename
+
+    def ended(source: Path, target: Path) -> Path:
+        if source.name == "new":
+            raise stop
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", ended)
+    with pytest.raises((stop, WriteError)):
+        output.write_folder(out, {"a": b"new"}, overwrite=True)
+    assert contents(tmp_path) == {"out/a": b"old"}
+
+
 def leftover(out: Path, **files: str) -> Path:
     """What a process killed while it wrote `out` leaves."""
     folder = out.with_name(f".{out.name}.abcd_123.tmp")
