@@ -18,6 +18,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
+from hub_stub import Hub
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -39,3 +40,10 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    stub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: stub)
+    return stub

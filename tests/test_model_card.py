@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_stub import Hub
 from huggingface_hub import ModelCard
 
 from lorasuite_fast import LoraSuiteError, TransferPlan, finetune, migrate, push_to_hub
@@ -121,30 +122,6 @@ def test_a_relative_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_pipe_in_a_name_does_not_break_the_table() -> None:
     assert "| from | a\\|b |" in section("S", "done", {"from": "a|b"})
-
-
-class Hub:
-    """Stands for huggingface_hub's API and keeps what it was asked for."""
-
-    def __init__(self) -> None:
-        self.created: dict[str, Any] = {}
-        self.uploaded: dict[str, Any] = {}
-        self.files: dict[str, bytes] = {}
-
-    def create_repo(self, repo_id: str, **options: Any) -> None:
-        self.created = {"repo_id": repo_id, **options}
-
-    def upload_folder(self, *, folder_path: str, **options: Any) -> SimpleNamespace:
-        self.uploaded = options
-        self.files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-        return SimpleNamespace(commit_url=f"https://hub/{options['repo_id']}/commit/1")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    stub = Hub()
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: stub)
-    return stub
 
 
 def test_push_uploads_weights_config_and_card_in_the_name_of_the_hub_model(made: Any, hub: Hub) -> None:

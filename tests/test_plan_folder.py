@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, RepoUrl, errors
+from hub_stub import Hub
+from huggingface_hub import ModelCard, errors
 from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan
@@ -32,29 +33,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     text.write_text("".join(f'{{"text": "the red fox number {n} sat on the mat in the rain"}}\n' for n in range(12)))
     plan = TransferPlan.build(root / "old", root / "new", method="lstsq", examples=8, calibration=text)
     return SimpleNamespace(root=root, plan=plan)
-
-
-class Hub:
-    """Stands for huggingface_hub's API and keeps what it was asked for."""
-
-    def __init__(self) -> None:
-        self.created: dict[str, Any] = {}
-        self.uploaded: dict[str, Any] = {}
-
-    def create_repo(self, repo_id: str, **options: Any) -> RepoUrl:
-        self.created = {"repo_id": repo_id, **options}
-        return RepoUrl(f"https://huggingface.co/{repo_id if '/' in repo_id else f'me/{repo_id}'}")
-
-    def upload_folder(self, **options: Any) -> SimpleNamespace:
-        self.uploaded = options
-        return SimpleNamespace(commit_url=f"https://hub/{options['repo_id']}/commit/1")
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    stub = Hub()
-    monkeypatch.setattr("huggingface_hub.HfApi", lambda: stub)
-    return stub
 
 
 def test_a_saved_folder_opens_as_the_same_plan(made: Any, tmp_path: Path) -> None:
