@@ -38,7 +38,7 @@ import torch
 from demo_pair import ALPHA, DEMO, RANK, Recipe, _samples, train_few
 from pairs import PAIRS, Pair, Side, Texts, measured
 from quality import Stage, started, with_needs
-from reproduce_report import ABLATIONS, PARTS, SEEDS, TASKS, write
+from reproduce_report import ABLATIONS, FURTHER, PARTS, SEEDS, TASKS, write
 from transformers import LlamaConfig
 from transformers.utils import logging
 from word_problems import Difficulty, Record, exact_match, problems
@@ -409,8 +409,7 @@ def stages(bench: Bench) -> list[Stage]:
             add(pair, task, 0, [f"cost-{part}" for part in PARTS])
     for seed in SEEDS:
         for pair in chosen:
-            ours = ("text", "distill-self", "refined", "few-distill-self", "few-nothing-mlp", "few-refined")
-            add(pair, "bible", seed, (*table, *ours))
+            add(pair, "bible", seed, (*table, "text", *FURTHER))
     return list(found.values())
 
 
