@@ -91,7 +91,7 @@ def main() -> None:
         f"`python bench/load.py`, {machine()}, float32, the demo pair, `lstsq`, all seven projections.",
         f"Adapters in turn {', '.join(KINDS)}, of ranks {', '.join(map(str, RANKS))}, on the attention, MLP, both or",
         "q and v; one of the larger number is cut off by a byte. The time includes starting Python. DoRA opens both",
-        "models for its norms. The machine ran other programs beside it: the rates are lower bounds.",
+        "models for its norms.",
         "",
         "| adapters | seconds | adapters a minute | peak resident, MiB | exit code | written | failed |",
         "|---:|---:|---:|---:|---:|---:|---|",
