@@ -318,25 +318,29 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
 
         return prepare
 
-    def tokenizer() -> Target:
-        model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2}, "merges": []}
-        seed = json.dumps({"version": "1.0", "added_tokens": [], "model": model}).encode()
+    def tokenizer(name: str) -> Callable[[], Target]:
+        def prepare() -> Target:
+            vocab = {"a": 0, "b": 1, "c": 2}
+            whole = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+            seed = json.dumps(whole if name == "tokenizer.json" else vocab).encode()
 
-        def check(data: bytes, read: Any) -> None:
-            try:
-                vocab = hostile.strict_json(data)["model"]["vocab"]
-                ids = list(vocab.values())
-            except (hostile.Invalid, KeyError, TypeError, AttributeError):
-                return
-            if all(type(i) is int for i in ids) and len(set(ids)) < len(ids):
-                raise Found("two tokens of one id")
+            def check(data: bytes, read: Any) -> None:
+                try:
+                    said = hostile.strict_json(data)
+                    ids = list((said["model"]["vocab"] if name == "tokenizer.json" else said).values())
+                except (hostile.Invalid, KeyError, TypeError, AttributeError):
+                    return
+                if all(type(i) is int for i in ids) and len(set(ids)) < len(ids):
+                    raise Found("two tokens of one id")
 
-        def read() -> None:
-            # The clock of a memory file system is too coarse to tell one input from the next.
-            vocabulary._check_ids.cache_clear()
-            vocabulary.check_ids(folder)
+            def read() -> None:
+                # The clock of a memory file system is too coarse to tell one input from the next.
+                vocabulary._check_ids.cache_clear()
+                vocabulary.check_ids(folder)
 
-        return Target([seed], folder / "tokenizer.json", read, check)
+            return Target([seed], folder / name, read, check)
+
+        return prepare
 
     def work() -> Target:
         run = folder / "work/run.json"
@@ -362,7 +366,8 @@ def targets(folder: Path) -> dict[str, Callable[[], Target]]:
         "adapter_config": adapter_config,
         "adapter_weights": adapter_weights,
         "plan": plan,
-        "tokenizer_ids": tokenizer,
+        "tokenizer_ids": tokenizer("tokenizer.json"),
+        "vocab_ids": tokenizer("vocab.json"),
         "calibration": texts(".jsonl", lambda path: load_examples(path, 8, 0)),
         "labelled": texts(".jsonl", lambda path: load_labelled(path, 8, 0)),
         "records_jsonl": texts(".jsonl", read_records),

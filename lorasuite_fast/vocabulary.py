@@ -6,6 +6,7 @@ Byte-level BPE writes " the" as `Ġthe`, SentencePiece as `▁the`; comparing st
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -43,19 +44,21 @@ def _component_types(decoder: Any) -> set[str]:
 
 
 def check_ids(folder: Path) -> None:
-    """Refuses a folder whose tokenizer.json gives two tokens one id, or one beyond any vocabulary.
+    """Refuses a folder whose tokenizer gives two tokens one id, or one beyond any vocabulary.
 
     Of two tokens `tokenizers` keeps one, another one each time it is loaded; up to the largest id it counts the gaps.
+    Looked at is tokenizer.json, or where there is none vocab.json and added_tokens.json, which are read in its place.
 
     Raises:
         LoraSuiteError: naming both tokens, or for a file of more than 256 MiB.
     """
-    path = folder / "tokenizer.json"
-    try:
-        found = path.stat()
-    except OSError:
-        return
-    _check_ids(path, found.st_size, found.st_mtime_ns)
+    whole, parts = folder / "tokenizer.json", [folder / "vocab.json", folder / "added_tokens.json"]
+    for path in [whole] if os.path.exists(whole) else parts:
+        try:
+            found = path.stat()
+        except OSError:
+            continue
+        _check_ids(path, found.st_size, found.st_mtime_ns)
 
 
 @lru_cache(maxsize=8)
@@ -64,10 +67,10 @@ def _check_ids(path: Path, size: int, changed: int) -> None:
         raise LoraSuiteError(f"{path}: is longer than {_MOST_BYTES >> 20} MiB, which is no tokenizer")
     try:
         state = parse_json(path.read_bytes())
-        vocab = state["model"]["vocab"]
+        vocab = state["model"]["vocab"] if path.name == "tokenizer.json" else state
         pairs = vocab.items() if isinstance(vocab, dict) else [(n, piece[0]) for n, piece in enumerate(vocab)]
         ids = [*vocab.values()] if isinstance(vocab, dict) else []
-        added = state.get("added_tokens")
+        added = state.get("added_tokens") if path.name == "tokenizer.json" else None
         ids += [token.get("id") for token in (added if isinstance(added, list) else []) if isinstance(token, dict)]
         beyond = next((index for index in ids if isinstance(index, int) and index > _MOST_ID), None)
         if beyond is not None:

@@ -862,6 +862,21 @@ def test_two_tokens_of_one_id_are_refused(kind: str, model: Path) -> None:
         assert "'b'" in message if kind == "Unigram" else "'one' and 'two'" in message
 
 
+@pytest.mark.parametrize("name", ["vocab.json", "added_tokens.json"])
+@pytest.mark.parametrize(("ids", "message"), [((400, 400), "has 400 twice"), ((400, 2**31), f"has the id {2**31}")])
+def test_the_files_before_tokenizer_json_are_held_to_the_same(
+    name: str, ids: tuple[int, int], message: str, model: Path
+) -> None:
+    (model / "tokenizer.json").unlink(missing_ok=True)
+    (model / "vocab.json").write_text(json.dumps({"a": 0, "b": 1}))
+    (model / "merges.txt").write_text("#version: 0.2\n")
+    (model / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer"}))
+    assert sorted(Checkpoint(model).tokenizer().get_vocab().values())[:2] == [0, 1]
+    (model / name).write_text(json.dumps({"a": 0, "one": ids[0], "two": ids[1]}))
+    for read_it in (Checkpoint(model).tokenizer, lambda: load_tokenizer(model, "OLD")):
+        refused(read_it, str(model / name), message)
+
+
 def test_a_tokenizer_that_fails_when_it_is_used_ends_in_one_line(model: Path) -> None:
     tiny_tokenizer(320).save_pretrained(model)
     edit_json(model / "tokenizer_config.json", model_max_length="long")
