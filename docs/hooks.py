@@ -22,8 +22,8 @@ def on_files(files: Files, config: Any) -> Files:
             title = path.read_text("utf-8").splitlines()[0].removeprefix("# ")
             rows.append(f"- [{title}]({path.name})")
     index = (
-        "# Measurements\n\nAs `bench/` wrote them. Every figure of this site and the README is from one of these, but for "
-        "the table of the demo's bits per byte, which `make demo` prints.\n\n"
+        "# Measurements\n\nAs `bench/` wrote them. Every figure of this site and the README is from one of these, but "
+        "for the table of the demo's bits per byte, which `make demo` prints.\n\n"
     )
     files.append(File.generated(config, "reports/index.md", content=index + "\n".join(rows) + "\n"))
     files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
