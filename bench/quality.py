@@ -473,7 +473,7 @@ def stages(bench: Bench) -> list[Stage]:
     def add(pair: str, domain: str, seed: int, rows: Iterable[str]) -> None:
         case = Case(bench, PAIRS[pair], domain, seed)
         # Of the demo pair's LoRA(full) the figures are recorded, the adapter is not kept.
-        left_out = {stage.name for stage in found} | {"demo/bible/0/verify-full"}
+        left_out = {stage.name for stage in found} | {f"demo/bible/{seed}/verify-full"}
         found.extend(case.stage(row) for row in rows if case.name(row) not in left_out)
 
     basis = ("adapter", "full", "text")
