@@ -320,24 +320,23 @@ def _print_transfer(console: Console, plan: TransferPlan) -> None:
 
 
 def _print_layers(console: Console, result: Migration) -> None:
+    plan, distilled = result.plan, result.distilled is not None
+    figures = ("explained",) if distilled else ("head cosine", "neuron cosine")
     table = Table(title="Layers", title_justify="left")
-    for name in ("new", "old", _measure(result.plan), "head cosine", "neuron cosine", "relative size of the update"):
+    for name in ("new", "old", _measure(plan), *figures, "relative size of the update"):
         table.add_column(name, justify="left" if name.startswith("relative") else "right")
-    partners = {layer.new_layer: layer for layer in result.layers}
-    for j in range(result.plan.new.shape.L):
-        layer = partners.get(j)
+    results = {layer.new_layer: layer for layer in result.layers}
+    for j in range(plan.new.shape.L):
+        layer, old = results.get(j), plan.layers.get(j)
+        similarity = None if old is None else float(plan.tensors["cka"][old, j])
         if layer is None:
-            table.add_row(str(j), "–", "", "", "", "[dim]no partner, no update[/dim]")
-            continue
-        sizes = "  ".join(f"{role}\u00a0{size:.3f}" for role, size in layer.update.items()) or "–"
-        table.add_row(
-            str(j),
-            "–" if layer.old_layer is None else str(layer.old_layer),
-            _share(layer.cka),
-            _share(layer.head_similarity),
-            _share(layer.neuron_similarity),
-            sizes,
-        )
+            none = "not fitted, no update" if distilled else "no partner, no update"
+            row, update = [""] * len(figures), f"[dim]{none}[/dim]"
+        else:
+            shares = (layer.explained,) if distilled else (layer.head_similarity, layer.neuron_similarity)
+            row = [_share(share) for share in shares]
+            update = "  ".join(f"{role}\u00a0{size:.3f}" for role, size in layer.update.items()) or "–"
+        table.add_row(str(j), "–" if old is None else str(old), _share(similarity), *row, update)
     console.print(table)
 
 

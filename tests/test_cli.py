@@ -75,6 +75,9 @@ def test_auto_says_which_method_it_takes_why_and_what_arrived(root: Path, tmp_pa
     text = " ".join(invoke("migrate", *arguments).split())
     assert "method: distill, no linear map carries one model onto the other" in text
     assert "agreement with the old adapter on held-out text" in text
+    assert "│ 0 │ 0 │" in text.replace("┃", "│")
+    assert "not fitted, no update" in text
+    assert "explained" in text
     assert "WARNING: " in text
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["r"] == 3
 
