@@ -377,6 +377,15 @@ def test_a_folder_saved_by_datasets_is_read_by_it(tmp_path: Path, monkeypatch: p
     assert asked == [tmp_path / "saved", "owner/name"]
 
 
+@pytest.mark.parametrize("splits", [False, True])
+def test_what_datasets_itself_has_saved_is_read(tmp_path: Path, splits: bool) -> None:
+    datasets = pytest.importorskip("datasets")
+    records = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    saved = datasets.Dataset.from_list(records)
+    (datasets.DatasetDict({"train": saved}) if splits else saved).save_to_disk(str(tmp_path / "saved"))
+    assert [dict(fields) for _, fields in read_records(tmp_path / "saved")] == records
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
