@@ -175,6 +175,8 @@ class Case:
         first = f"{self.pair.name}/{self.domain}/0"
         if row.startswith("verify-"):
             return Stage(self.name(row), (*adapter, self.name(row[7:])), partial(self.verify, row[7:]))
+        if row.startswith("tried-"):
+            return Stage(self.name(row), (*models, self.name(f"few-{row[6:]}")), partial(self.tried, row[6:]))
         if row.startswith("few-"):
             start = row[4:]
             needs = (*models,) if start.startswith("nothing") else (*models, self.name(start))
@@ -379,6 +381,14 @@ class Case:
                     runs[rate, epochs] = self.setting(start, rate, epochs)
         return list(runs.values())
 
+    def tried(self, start: str) -> dict[str, Any]:
+        """What every setting of a search reaches on the test texts: gain against forgetting."""
+        found = []
+        for rate, epochs, valid in self.bench.get(self.name(f"few-{start}"))["settings"]:
+            bits = self.score(self.setting_folder(start, rate, epochs))
+            found.append({"rate": rate, "epochs": epochs, "domain_valid": valid, **bits})
+        return {"settings": found}
+
     def setting_folder(self, start: str, rate: float, epochs: int) -> Path:
         return self.bench.folder(self.name(f"few-{start}@{rate:g}x{epochs}"))
 
@@ -499,6 +509,8 @@ def stages(bench: Bench) -> list[Stage]:
         add(*demo, seed, (*basis, "refined", *few))
         for case in tiny:
             add(*case, seed, (*basis, *HEADLINE, *few, *checked_first))
+    for case in (demo, *tiny):
+        add(*case, 0, ("tried-nothing-mlp", "tried-refined"))
     for case in (demo, *tiny):
         add(*case, 0, (*few_others, *checked))
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
