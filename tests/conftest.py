@@ -32,11 +32,15 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     del os.environ["TRITON_INTERPRET"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full-width", action="store_true", help="test_pairs at the pairs' own widths (bench/widths.py)")
+
+
 @pytest.fixture(autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     """Products of a tiny model lose more to waiting for a second thread than they gain; real models use all."""
     before = torch.get_num_threads()
-    if request.node.get_closest_marker("real") is None:
+    if request.node.get_closest_marker("real") is None and not request.config.getoption("--full-width"):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)

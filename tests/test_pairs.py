@@ -2,7 +2,7 @@
 
 Weights are random, and the vocabulary is as small as the width allows. Widths are a half (Bloom, MiniCPM), a quarter or
 an eighth (Llama-2-13B to Llama-3.1-70B) of the true ones, with heads of their true size and as many of them per
-key/value head as the width leaves.
+key/value head as the width leaves. With --full-width they are the true ones, as in bench/reports/widths.md.
 """
 
 from __future__ import annotations
@@ -61,8 +61,16 @@ class Model:
         return self.config(**common)
 
 
-def pythia(heads: int, layers: int) -> Model:
-    return Model(GPTNeoXConfig, 512, 2048, layers, heads, heads)
+def pythia(d: int, heads: int, layers: int) -> Model:
+    return Model(GPTNeoXConfig, d, 4 * d, layers, heads, heads)
+
+
+def bloom(d: int, heads: int, layers: int) -> Model:
+    return Model(BloomConfig, d, 4 * d, layers, heads, heads)
+
+
+def phi(d: int, heads: int, layers: int) -> Model:
+    return Model(PhiConfig, d, 4 * d, layers, heads, heads)
 
 
 def llama(d: int, f: int, layers: int, heads: int, kv_heads: int, kind: str = "sentencepiece") -> Model:
@@ -75,15 +83,27 @@ def qwen(d: int, f: int, layers: int, heads: int, kv_heads: int) -> Model:
 
 PAIRS = {
     "Yi-6B to Yi-1.5-9B": (llama(1024, 2752, 2, 8, 1), llama(1024, 2752, 3, 8, 1)),
-    "Pythia-1B to 1.4B": (pythia(2, 2), pythia(4, 3)),
-    "Bloom-560m to Bloomz-1b1": (Model(BloomConfig, 512, 2048, 2, 8, 8), Model(BloomConfig, 768, 3072, 2, 8, 8)),
+    "Pythia-1B to 1.4B": (pythia(512, 2, 2), pythia(512, 4, 3)),
+    "Bloom-560m to Bloomz-1b1": (bloom(512, 8, 2), bloom(768, 8, 2)),
     "Llama-2-7B to Llama-3-8B": (llama(1024, 2752, 2, 8, 8), llama(1024, 3584, 2, 8, 2, "bytelevel")),
     "Llama-2-13B to Llama-3.1-70B": (llama(640, 1728, 2, 5, 5), llama(1024, 3584, 3, 8, 1, "bytelevel")),
     "Qwen1.5-1.8B to Qwen2.5-3B": (qwen(512, 1376, 2, 4, 4), qwen(512, 2752, 3, 4, 2)),
     "Qwen1.5-1.8B to Qwen2-1.5B": (qwen(512, 1376, 2, 4, 4), qwen(384, 2240, 2, 3, 1)),
     "MiniCPM-S-1B to MiniCPM-2B": (llama(768, 1920, 3, 12, 4), llama(1152, 2880, 2, 18, 18)),
-    "Phi-1.5 to Phi-2": (Model(PhiConfig, 512, 2048, 2, 8, 8), Model(PhiConfig, 640, 2560, 3, 8, 8)),
+    "Phi-1.5 to Phi-2": (phi(512, 8, 2), phi(640, 8, 3)),
 }
+FULL = {
+    "Yi-6B to Yi-1.5-9B": (llama(4096, 11008, 1, 32, 4), llama(4096, 11008, 2, 32, 4)),
+    "Pythia-1B to 1.4B": (pythia(2048, 8, 1), pythia(2048, 16, 2)),
+    "Bloom-560m to Bloomz-1b1": (bloom(1024, 16, 1), bloom(1536, 16, 2)),
+    "Llama-2-7B to Llama-3-8B": (llama(4096, 11008, 1, 32, 32), llama(4096, 14336, 1, 32, 8, "bytelevel")),
+    "Llama-2-13B to Llama-3.1-70B": (llama(5120, 13824, 1, 40, 40), llama(8192, 28672, 1, 64, 8, "bytelevel")),
+    "Qwen1.5-1.8B to Qwen2.5-3B": (qwen(2048, 5504, 1, 16, 16), qwen(2048, 11008, 2, 16, 2)),
+    "Qwen1.5-1.8B to Qwen2-1.5B": (qwen(2048, 5504, 1, 16, 16), qwen(1536, 8960, 2, 12, 2)),
+    "MiniCPM-S-1B to MiniCPM-2B": (llama(1536, 3840, 2, 24, 8), llama(2304, 5760, 1, 36, 36)),
+    "Phi-1.5 to Phi-2": (phi(2048, 32, 1), phi(2560, 32, 2)),
+}
+"""The same at their own widths; with fewer layers still, since every one of them is as large as it is."""
 MODULES: dict[type[PreTrainedConfig], tuple[str, dict[str, str]]] = {
     GPTNeoXConfig: ("gpt_neox.layers", {
         "qkv": "attention.query_key_value", "o": "attention.dense", "up": "mlp.dense_h_to_4h",
@@ -141,7 +161,7 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.fixture(scope="module", params=PAIRS, ids=lambda name: name.replace(" ", "-"))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, ...]]:
     """One pair with its plan of Eq. (3) and an adapter carried by it."""
-    models = PAIRS[request.param]
+    models = (FULL if request.config.getoption("--full-width") else PAIRS)[request.param]
     root = tmp_path_factory.mktemp("pair")
     vocab = models[0].d + 800
     for name, model, seed in zip(("old", "new"), models, (1, 2), strict=True):
@@ -160,7 +180,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         file.unlink()
 
 
-def test_every_shape_of_the_pair_is_carried(pair: tuple[Any, ...]) -> None:
+def test_every_shape_of_the_pair_is_carried(pair: tuple[Any, ...], record_property: Any) -> None:
     """One layer agrees with the dense form in float64: heads' cosines, attention and MLP updates."""
     root, (model_o, model_n), plan, (old, new) = pair
     checkpoints = Checkpoint(root / "old"), Checkpoint(root / "new")
@@ -179,22 +199,29 @@ def test_every_shape_of_the_pair_is_carried(pair: tuple[Any, ...]) -> None:
         target = torch.cat(oracle.interaction(sides[1], b))
         cosine = (carried * target).sum() / (carried.norm() * target.norm())
         assert float(similarity[a, b]) == pytest.approx(float(cosine), abs=1e-5)
+        record_property("head cosine", abs(float(similarity[a, b]) - float(cosine)))
     match = plan.tensors[f"layers.{j}.heads.match"].tolist()
     mapping = {b: None if a < 0 else a for b, a in enumerate(match)}
     delta_o, delta_n = updates(root / "adapter", model_o, i), updates(root / "out", model_n, j)
     for role in "qkv":
         wanted = oracle._project_qkv(role, *sides, W_h, mapping, delta_o[role])
+        record_property(role, relative(delta_n[role], wanted))
         assert relative(delta_n[role], wanted) < 1e-4
-    assert relative(delta_n["o"], oracle._project_o(*sides, W_h, mapping, delta_o["o"])) < 1e-4
+    wanted = oracle._project_o(*sides, W_h, mapping, delta_o["o"])
+    record_property("o", relative(delta_n["o"], wanted))
+    assert relative(delta_n["o"], wanted) < 1e-4
     # A.3 without a pseudo-inverse: U_o X = ΔU_o in the least-squares sense, W_h Y = X likewise.
     inner = torch.linalg.lstsq(w_o["up"], delta_o["up"]).solution
     # Bloom's stream behind the embedding has no mean, so that W_h lacks one dimension.
     wanted = w_n["up"] @ torch.linalg.lstsq(W_h, inner, rcond=1e-5, driver="gelsd").solution @ W_h
+    record_property("up", relative(delta_n["up"], wanted))
     assert relative(delta_n["up"], wanted) < 1e-3
     # ΔD_n = pinv(W_h) ΔD_o pinv(D_o) W_h D_n.
     outer = torch.linalg.lstsq(w_o["down"].T, delta_o["down"].T).solution.T
     back = torch.linalg.lstsq(W_h, outer, rcond=1e-5, driver="gelsd").solution
-    assert relative(delta_n["down"], back @ W_h @ w_n["down"]) < 1e-3
+    wanted = back @ W_h @ w_n["down"]
+    record_property("down", relative(delta_n["down"], wanted))
+    assert relative(delta_n["down"], wanted) < 1e-3
 
 
 def test_peft_loads_the_carried_adapter(pair: tuple[Any, ...]) -> None:

@@ -1,0 +1,82 @@
+"""The paper's pairs at their own widths, one or two layers deep, against the dense oracle; writes reports/widths.md.
+
+    python bench/widths.py                      # up to 20 GB of memory
+    python bench/widths.py Pythia Phi           # pairs whose names hold one of these; prints, and writes no report
+
+Runs tests/test_pairs.py --full-width, a process for each pair, and collects how far each projection is from the dense
+form in float64.
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from xml.etree import ElementTree
+
+from measure import machine, write_report
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from test_pairs import FULL, Model  # noqa: E402
+
+COLUMNS = ("head cosine", "q", "k", "v", "o", "up", "down")
+
+
+def shape(model: Model) -> str:
+    heads = str(model.heads) if model.heads == model.kv_heads else f"{model.heads}:{model.kv_heads}"
+    return f"{model.d}, {model.f}, {heads}"
+
+
+def run(name: str) -> str:
+    """One row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "found.xml"
+        start = time.perf_counter()
+        found = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "--full-width", "tests/test_pairs.py",
+             "-k", name.replace(" ", "-"), f"--junitxml={report}", f"--basetemp={folder}/models"],
+            cwd=ROOT, capture_output=True, text=True,
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        if found.returncode:
+            print(found.stdout[-3000:])
+        cases = list(ElementTree.parse(report).iter("testcase"))
+        properties = [p for case in cases for p in case.iter("property")]
+    worst = {c: max((float(p.get("value", 0)) for p in properties if p.get("name") == c), default=0.0) for c in COLUMNS}
+    passed = sum(case.find("failure") is None and case.find("error") is None for case in cases)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    figures = " | ".join(f"{worst[c]:.0e}" for c in COLUMNS)
+    result = f"{passed} of {len(cases)}" if cases else "**none ran**"
+    row = f"| {name} | {shape(FULL[name][0])} → {shape(FULL[name][1])} | {result} | {figures} | {seconds:.0f} |"
+    print(f"{row} {peak:.1f} GiB", flush=True)
+    return row
+
+
+def main() -> None:
+    names = [name for name in FULL if not sys.argv[1:] or any(part in name for part in sys.argv[1:])]
+    rows = [run(name) for name in names]
+    if sys.argv[1:]:
+        return
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    text = f"""# The paper's pairs at their own widths
+
+`python bench/widths.py`, {machine()}. Random weights in bfloat16, one or two layers, a vocabulary as small as
+the width allows; `paper` (Eq. (3)) of every projection, computed in float32. Relative distance from the dense form in
+float64 by role, and the largest difference of a head's cosine. The result is loaded by PEFT and run. Heads are
+`H`, or `H:G` where key/value heads are shared.
+
+| pair | d, f, heads | passed | {" | ".join(COLUMNS)} | seconds |
+|---|---|---|{"---:|" * len(COLUMNS)}---:|
+"""
+    write_report(
+        "widths", text + "\n".join(rows) + f"\n\nPeak memory of the largest, oracle included: {peak:.1f} GiB.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
