@@ -94,6 +94,11 @@ class Measured:
         found = self.get(pair, task, seed, row)
         return None if found is None else found["bits"][key]
 
+    def fixed(self, task: str) -> float | None:
+        """What one fixed answer for each operation scores on the word problems."""
+        found = self.data.get("fixed answers")
+        return None if found is None or task != "arithmetic" else found["exact_match"]
+
     def scores(self, pair: str, task: str, row: str) -> list[float]:
         seeds = SEEDS[:1] if row in ("old", "new") else SEEDS
         return [v for seed in seeds if (v := self.score(pair, task, seed, row)) is not None]
@@ -143,6 +148,8 @@ def case_table(rows: Measured, pair: str, task: str) -> list[str]:
         f"| row | seeds | {unit} | share of LoRA(full)'s gain | rate, epochs | seconds | peak memory, MiB |",
         "|---|---:|---:|---:|---|---:|---:|",
     ]
+    if (fixed := rows.fixed(task)) is not None:
+        lines.append(f"| one fixed answer for each operation | – | {fixed:.3f} | – | – | – | – |")
     for row, (name, part) in ROWS.items():
         scores = rows.scores(pair, task, row)
         if not scores:
@@ -206,6 +213,9 @@ def _nothing(rows: Measured, pair: str, task: str) -> str:
     return _verdict(abs(statistics.mean(shares)) <= LARGEST_NOTHING, percent(shares) + _seeds(shares))
 
 
+STARTS = ("paper", "nothing")
+
+
 def _lead(kind: str) -> Judge:
     """A lead counts where its mean is above a point and above the standard deviation over the seeds."""
 
@@ -213,6 +223,9 @@ def _lead(kind: str) -> Judge:
         leads = rows.leads(pair, task, f"{kind}-paper", f"{kind}-nothing")
         if not leads:
             return MISSING
+        fixed, means = rows.fixed(task), [statistics.mean(rows.scores(pair, task, f"{kind}-{s}")) for s in STARTS]
+        if fixed is not None and max(means) <= fixed:
+            return f"nothing to tell: neither does better than one fixed answer for each operation ({fixed:.3f})"
         noise = statistics.stdev(leads) if len(leads) > 1 else 0.0
         return _verdict(statistics.mean(leads) > max(0.01, noise), spread(leads, 100, 1) + _seeds(leads))
 
@@ -352,7 +365,8 @@ INTRODUCTION = [
 CLAIM_NOTES = [
     "Shares and leads are of LoRA(full)'s gain over the bare new model, mean ± standard deviation over the seeds",
     "measured. A lead holds where its mean is above one point and above its standard deviation over the seeds. Time",
-    "and memory are of the paper's setting of LFT, the projection (with the forward passes for CKA) included.",
+    "and memory are of the paper's setting of LFT, the projection (with the forward passes for CKA) included. In the",
+    "paper's setting the two starts differ in rate too (1e-3 and 3e-4); the learning rates below have both at each.",
 ]
 ABLATION_NOTES = [
     "The paper's further choice, the identity in place of the embeddings' transfer matrix, needs two models of the",
@@ -365,7 +379,9 @@ NOTES = [
     "problem of one set is in another (a text is one problem: the sums themselves recur, there are few of them). The",
     "models never saw arithmetic in pre-training. The loss counts the answer only, adapters (rank 8, alpha 16) sit on",
     "every projection, LoRA(full) reads its 5,000 problems twice in batches of 16. Answers are generated greedily and",
-    "count where they are the number and nothing else.",
+    "count where they are the number and nothing else. A model that has only learnt which operation is asked for, and",
+    "gives each the answer it has most often, scores what the row of fixed answers says: up to there it is no",
+    "arithmetic.",
     "",
     "How hard the problems may be was tried on the new models before, in single runs with rank 16 on every",
     "projection: numbers up to 9 (`llama-deep`, rate 1e-2, batches of 32, three readings of 6,000) ended at 25 %;",

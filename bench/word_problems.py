@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,6 +61,16 @@ def problems(count: int, seed: int, difficulty: Difficulty, *, without: Sequence
             known.add(text)
             found.append({"prompt": text, "completion": f" {a + b if operation == '+' else a - b}"})
     raise ValueError(f"no {count} different problems of {difficulty} in {100 * count} draws")
+
+
+def fixed_answers(records: Sequence[Record]) -> float:
+    """What a model scores that gives every addition one number and every subtraction one, the best two."""
+    answers: dict[bool, Counter[int]] = {True: Counter(), False: Counter()}
+    for record in records:
+        first, second = (int(number) for number in re.findall(r"\d+", record["prompt"]))
+        answer = int(record["completion"])
+        answers[first + second == answer][answer] += 1
+    return sum(max(counts.values(), default=0) for counts in answers.values()) / len(records)
 
 
 def exact_match(model: Any, tokenizer: Any, records: Sequence[Record], *, batch: int = 125) -> float:
