@@ -394,7 +394,7 @@ def report(data: dict[str, Any]) -> str:
         "# How much of an adapter's effect arrives",
         "",
         f"`python bench/quality.py`, {machine()}, float32. One thread a process, two processes on two cores shared "
-        f"with other programs: seconds are wall time, an upper bound; {busy(data)} of it the processes were computing.",
+        f"with other programs: seconds are wall time, an upper bound; {busy(data)}.",
         "",
         "Share: of the gain in bits per byte of the domain's test text that LoRA(full), trained on the new model with "
         "the whole labelled domain text, has over the new model alone. Shuffled control: the same row with the "
@@ -514,10 +514,11 @@ def findings(rows: Rows) -> list[str]:
 
 
 def busy(data: dict[str, Any]) -> str:
-    """Of the stages' wall time, the share that was CPU time."""
+    """What all the stages took."""
     timed = [f for f in data.values() if f.get("stage_seconds", 0) > 1]
+    wall, cpu = (sum(f[key] for f in timed) / 3600 for key in ("stage_seconds", "stage_cpu_seconds"))
     return (
-        f"{sum(f['stage_cpu_seconds'] for f in timed) / sum(f['stage_seconds'] for f in timed):.0%}" if timed else "–"
+        f"{cpu / wall:.0%} of it the processes were computing, {cpu:.1f} CPU hours in all" if timed else "nothing yet"
     )
 
 

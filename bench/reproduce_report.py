@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ NAMES = {
 LARGEST_NOTHING = 0.05
 """Of LoRA(full)'s gain: below it a row counts as no better than the new model."""
 DATA = "reproduce.json"
+OWN_STAGES = re.compile("/arithmetic/|/ablate-|/cost-|/light-|/few-paper|/few-distill-self")
+"""Stages that the quality report does not have."""
 DROPPED = ("texts", "evaluations", "phases", "gains", "explained", "teacher")
 """What the committed file of figures leaves out."""
 
@@ -348,7 +351,7 @@ def report(rows: Measured, expected: Sequence[str]) -> str:
         lines += case_table(rows, pair, task)
     lines += ["## Learning rates of LFT(100) and LoRA(100)", "", "![scores by learning rate](reproduce-rates.png)", ""]
     lines += [*sweep_table(rows), "## Ablations", "", *ablation_table(rows), *ABLATION_NOTES, ""]
-    lines += ["## How it was measured", "", f"Machine: {machine()}.", "", *NOTES]
+    lines += ["## How it was measured", "", f"Machine: {machine()}. {hours(rows)}", "", *NOTES]
     return "\n".join(lines) + "\n"
 
 
@@ -452,6 +455,14 @@ def figures(rows: Measured, folder: Path) -> None:
         axis.legend(fontsize=6)
     figure.savefig(folder / "reproduce-rates.png", dpi=110)
     plt.close(figure)
+
+
+def hours(rows: Measured) -> str:
+    """What the stages of this report took, without those that the quality report counts."""
+    own = [
+        f["stage_cpu_seconds"] for name, f in rows.data.items() if OWN_STAGES.search(name) and "stage_cpu_seconds" in f
+    ]
+    return f"The word problems, ablations, costs and settings of the paper took {sum(own) / 3600:.1f} CPU hours."
 
 
 def write(measured: dict[str, Any], expected: Sequence[str], folder: Path | None = None) -> None:
