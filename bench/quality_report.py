@@ -554,7 +554,7 @@ ROW_NOTES = [
 TRADE_NOTES = [
     "After the fine-tuning on 100 labelled samples, seed 0, every setting of the search. A lead over LoRA(100) that",
     "forgets more is no lead at equal forgetting. Bold: of the settings that forget no more than LoRA(full) does, the",
-    "one that is best on the domain's validation text.",
+    "one that is best on the domain's validation text. What is forgotten is read off the general test text itself.",
 ]
 VERIFY_NOTES = [
     "`verify` reads the domain's validation text (16 examples of about 1,000 characters at most) as unlabelled",

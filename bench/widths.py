@@ -10,6 +10,8 @@ form in float64. Rows are kept in .cache/widths.json.
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,8 @@ import time
 from pathlib import Path
 from xml.etree import ElementTree
 
-from measure import machine, write_report
+import torch
+from measure import write_report
 
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / ".cache/widths.json"
@@ -41,7 +44,7 @@ def run(name: str) -> str:
         found = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:benchmark", "--full-width", "tests/test_pairs.py",
              "-k", name.replace(" ", "-"), f"--junitxml={report}", f"--basetemp={folder}/models"],
-            cwd=ROOT, capture_output=True, text=True,
+            cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         seconds = time.perf_counter() - start
         if found.returncode:
@@ -67,7 +70,7 @@ def main() -> None:
     table = [f"| {name} | {shape(old)} → {shape(new)} | {rows.get(name, missing)}" for name, (old, new) in FULL.items()]
     text = f"""# The paper's pairs at their own widths
 
-`python bench/widths.py`, {machine()}.
+`python bench/widths.py`, {platform.machine()} CPU, one thread, torch {torch.__version__}.
 Random weights in bfloat16, one or two layers, a vocabulary as small as
 the width allows; `paper` (Eq. (3)) of every projection, computed in float32. Relative distance from the dense form in
 float64 by role, and the largest difference of a head's cosine. The result is loaded by PEFT and run. Heads are
