@@ -29,7 +29,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ._version import __version__
-from .errors import LoraSuiteError
+from .errors import LoraSuiteError, WriteError
 
 if TYPE_CHECKING:
     from .distillation import Distilled, Settings
@@ -585,7 +585,13 @@ def plan(
             progress=report if ranks.first else None,
         )
         if ranks.first:
-            built.save(out, overwrite=overwrite)
+            try:
+                built.save(out, overwrite=overwrite)
+            except WriteError:
+                raise
+            except LoraSuiteError:
+                built.finish()
+                raise
             built.finish()
     if not ranks.first:
         return

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -41,7 +40,7 @@ from .result import Migration
 from .samples import Data, Sample, Samples, load_samples
 from .self_text import adapter_digest
 from .tensor_files import TensorFiles
-from .work import Work, clean_up
+from .work import Work, clean_up, remove_work
 
 EPOCHS, BATCH, LEARNING_RATE, MAX_TOKENS = 3, 16, 1e-3, 256
 RANK = 32
@@ -449,8 +448,7 @@ def finetune(
         config_of = course.source if start is None else start
         work.complete()
         _write(path, course.source, config_of, checkpoint.name, card, overwrite)
-        work.discard()
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_work(folder)
     finally:
         work.close()
     result = Finetuning(

@@ -107,7 +107,7 @@ def sweep(path: Path) -> None:
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """A locked temporary folder beside `path`, gone afterwards."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent))
@@ -171,7 +171,7 @@ def _place(new: Path, path: Path, *, overwrite: bool) -> None:
 
 def _write(path: Path, write: Callable[[Path], object], *, overwrite: bool) -> None:
     try:
-        with _beside(path) as folder:
+        with beside(path) as folder:
             new = folder / _NEW
             write(new)
             _sync(new)

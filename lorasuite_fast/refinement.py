@@ -15,7 +15,6 @@ import json
 import math
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -40,7 +39,7 @@ from .plan import pick_device, pick_dtype
 from .report_file import check_report, write_report
 from .self_text import adapter_digest, self_written
 from .teacher import Target, Targets, TeacherFacts, divergence, write_targets
-from .work import Work, clean_up
+from .work import Work, clean_up, remove_work
 
 SELF_TEXT_BYTES = 600_000
 """Bytes of text the old model writes where no text is given."""
@@ -594,8 +593,7 @@ def refine(
         _write(path, course.source, checkpoint_n.name, card, overwrite)
         if cache is None:
             works[0].discard()
-        works[1].discard()
-        shutil.rmtree(folder, ignore_errors=True)
+        remove_work(folder)
     finally:
         for work in works:
             work.close()

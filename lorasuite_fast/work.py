@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,8 +19,11 @@ from torch import Tensor
 
 from .errors import LoraSuiteError, WriteError
 from .json_files import parse_json, read_json
+from .output import beside, sweep
 
-_RUN, _COMPLETE = "run.json", "complete"
+_RUN, _COMPLETE, _LOCK = "run.json", "complete", ".lock"
+_CLAIMS = 100
+"""A folder is made and claimed again this often where others remove it in between."""
 _STATE_SHARE = 20
 """Resumable states are written so seldom that they take at most this fraction of the time, one in 20."""
 
@@ -37,9 +41,50 @@ def clean_up(out: str | os.PathLike[str], folder: Path | None = None, part: str 
         folder: where the work lies, `work_folder(out)` by default. part: sub-folder of it whose work was the last.
     """
     path, folder = Path(out).expanduser().absolute(), folder or work_folder(out)
+    sweep(folder)
     note = folder / part / _COMPLETE
-    if path.exists() and note.exists() and path.stat().st_mtime_ns >= note.stat().st_mtime_ns:
+    if not (path.exists() and note.exists()):
+        return
+    with suppress(OSError):
+        lock = _claim(folder / part)
+        try:
+            # Whoever had it before may have removed it, or gone on.
+            if note.exists() and path.stat().st_mtime_ns >= note.stat().st_mtime_ns:
+                remove_work(folder)
+        finally:
+            os.close(lock)
+
+
+def remove_work(folder: Path) -> None:
+    """Removes a folder of work: its name is free at once, so that another process may begin there as the rest goes.
+
+    Called by who holds the lock of the work in it.
+    """
+    try:
+        with beside(folder) as place:
+            folder.rename(place / "work")
+    except OSError:
+        # No room for one more name, or the folder is gone.
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _claim(folder: Path) -> int:
+    """A descriptor that holds the lock of a folder of work, which exists.
+
+    Raises:
+        BlockingIOError: another process holds it. FileNotFoundError: there is no such folder, or no longer.
+    """
+    file = folder / _LOCK
+    lock = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between the two calls another process may have removed the folder, and a third made a new one.
+        if not os.path.samestat(os.fstat(lock), file.stat()):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(file))
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 class Work:
@@ -65,9 +110,13 @@ class Work:
             self.record = self._read()
             return
         try:
-            folder.mkdir(exist_ok=True)
-            self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for _ in range(_CLAIMS):
+                folder.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):
+                    self._lock = _claim(folder)
+                    break
+            else:
+                raise WriteError(f"{folder}: cannot be claimed, its file {_LOCK} changes all the time")
         except BlockingIOError:
             raise LoraSuiteError(f"{folder}: another process is building the same output; wait for it") from None
         except OSError as error:
@@ -161,8 +210,13 @@ class Work:
         (self.folder / _COMPLETE).touch()
 
     def discard(self) -> None:
-        """Removes the folder, once its output is in place."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes the folder, once its output is in place; one that another process goes on in is left to that one."""
+        try:
+            self._lock = self._lock if self._lock is not None else _claim(self.folder)
+        except OSError:
+            return
+        remove_work(self.folder)
+        self.close()
 
     def close(self) -> None:
         """Lets others claim the folder."""

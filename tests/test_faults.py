@@ -138,7 +138,7 @@ def test_an_old_output_set_aside_by_a_killed_run_is_put_back(tmp_path: Path) -> 
 
 
 def test_temporary_files_of_a_living_process_or_of_another_output_stay(tmp_path: Path) -> None:
-    with output._beside(tmp_path / "out") as mine:
+    with output.beside(tmp_path / "out") as mine:
         others = [leftover(tmp_path / name) for name in ("outer", "out.part")]
         output.check_output(tmp_path / "out", overwrite=False)
         assert mine.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import signal
@@ -11,10 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 from lorasuite_fast import TransferPlan, migrate
+from lorasuite_fast.cli import app
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.work import Work, work_folder
+from lorasuite_fast.work import Work, clean_up, work_folder
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -147,6 +151,70 @@ def test_two_builds_of_one_output_do_not_meet(tmp_path: Path) -> None:
         Work(tmp_path / "work", {"a": 1})
     first.close()
     Work(tmp_path / "work", {"a": 1}).close()
+
+
+def test_work_removed_between_opening_and_locking_it_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = Work(tmp_path / "work", {"a": 1})
+    first.start(chosen=1)
+    lock = fcntl.flock
+
+    def late(handle: int, operation: int) -> None:
+        monkeypatch.undo()
+        first.discard()
+        lock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    second = Work(tmp_path / "work", {"a": 2})
+    assert not second.resumed
+    second.save("part", {"x": torch.ones(1)})
+    assert second.load("part") is not None
+    with pytest.raises(LoraSuiteError, match="another process is building the same output"):
+        Work(tmp_path / "work", {"a": 2})
+    second.discard()
+    assert not list(tmp_path.iterdir())
+
+
+def test_work_that_another_run_goes_on_with_is_left_to_it(tmp_path: Path) -> None:
+    first = Work(tmp_path / "work", {"a": 1})
+    first.start(chosen=1)
+    first.complete()
+    first.close()
+    second = Work(tmp_path / "work", {"a": 1})
+    (tmp_path / "out").touch()
+    first.discard()
+    clean_up(tmp_path / "out", tmp_path / "work")
+    second.save("part", {"x": torch.ones(1)})
+    second.discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_work_whose_output_was_written_goes_with_the_next_run(tmp_path: Path) -> None:
+    first = Work(tmp_path / "work", {"a": 1})
+    first.complete()
+    first.close()
+    (tmp_path / ".work.abcd_123.tmp").mkdir()  # of a process killed as it removed its work
+    clean_up(tmp_path / "out", tmp_path / "work")
+    assert [path.name for path in tmp_path.iterdir()] == ["work"]
+    (tmp_path / "out").touch()
+    clean_up(tmp_path / "out", tmp_path / "work")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_plan_refused_at_its_end_leaves_no_work_behind(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "plan"
+    save = TransferPlan.save
+
+    def written_meanwhile(plan: TransferPlan, path: Path, **options: bool) -> None:
+        out.write_text("another's")
+        save(plan, path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransferPlan, "save", written_meanwhile)
+        assert CliRunner().invoke(app, plan_command(pair, out)[3:]).exit_code == 2
+    assert out.read_text() == "another's"
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
 
 
 def test_a_damaged_part_is_made_again(pair: tuple[Path, Path], whole: bytes, tmp_path: Path) -> None:
