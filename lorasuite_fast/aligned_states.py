@@ -47,6 +47,11 @@ class Head:
     scale: float = 1.0
     cap: float | None = None
 
+    @property
+    def size(self) -> int:
+        """s, the number of chosen tokens."""
+        return self.weight.shape[0]
+
     def log_probs(self, last: Tensor) -> Tensor:
         """(n, d) -> (n, s) float32: log-probabilities renormalised over the chosen tokens."""
         return functional.log_softmax(self.logits(last), dim=-1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .aligned_states import LoadedModel, Report, States
-from .effect import position_chunks
+from .effect import chunk_size, position_chunks
 from .transfer import normal_equations, solve_normal
 from .vocabulary import trained_rows
 
@@ -156,7 +156,7 @@ def _agreement(
 ) -> tuple[float, float, float, float]:
     sums = torch.zeros(4, dtype=torch.float64)
     done = 0
-    for at in position_chunks(len(text), len(states[0].head.weight), torch.Generator().manual_seed(seed)):
+    for at in position_chunks(len(text), chunk_size(states[0].head.size), torch.Generator().manual_seed(seed)):
         o, n = (side.head.log_probs(side.last[at].to(device)) for side in states)
         best = o.argmax(-1)
         for k, other in enumerate((n, n.roll(1, 0))):

@@ -118,14 +118,15 @@ class Inputs:
 
         text = hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:32]
         return {
-            "old model": _files_identity(self.old),
-            "new model": _files_identity(self.new),
+            "old model": files_identity(self.old),
+            "new model": files_identity(self.new),
             "calibration text": text,
             "versions": [__version__, torch.__version__, transformers.__version__],
         } | {f"option {name}": value for name, value in options.as_dict().items() if name != "calibration"}
 
 
-def _files_identity(model: Checkpoint) -> dict[str, Any]:
+def files_identity(model: Checkpoint) -> dict[str, Any]:
+    """What tells a model's weights and configuration from others, without reading the weights."""
     files = sorted({entry.file for entry in model.tensors.entries.values()})
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return {"fingerprint": model.fingerprint(), "files": hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}
@@ -371,7 +372,7 @@ def _run_block(
     )
     if ranks.first and start and work:
         stream.hidden = _saved_state(model, work, start)[1](options.device)
-    ranks.receive(stream.hidden)
+    ranks.receive(list(stream.hidden))
     found = _Pass({}, {})
     for i, vectors in pooled_layers(stream):
         for n, part in enumerate(parts):
@@ -382,9 +383,9 @@ def _run_block(
             tensors = [t for n in range(len(parts)) for t in found.grams[n, i]]
             work.save(f"{model.role}.gram.{i}", stacked([*tensors, found.sample[i]]))
             if i + 1 < model.shape.L:
-                work.save_state(f"{model.role}.state.{ranks.rank}", stacked(stream.hidden), layer=i + 1)
+                work.save_state(f"{model.role}.state.{ranks.rank}", stacked(list(stream.hidden)), layer=i + 1)
         step(i + 1)
-    ranks.send(stream.hidden)
+    ranks.send(list(stream.hidden))
     return found
 
 

@@ -626,6 +626,7 @@ def apply(
     distill_layers: Fitted = None,
     fill: Fill = "none",
     fill_share: FillShare = 0.5,
+    memory: Memory = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -651,6 +652,7 @@ def apply(
                 settings=_settings(rank, distill_layers, loaded.options["seed"]),
                 fill=fill,
                 fill_share=fill_share,
+                memory=memory,
                 overwrite=overwrite,
                 progress=report,
             )
@@ -660,10 +662,20 @@ def apply(
         from .plan import TransferPlan
 
         loaded = TransferPlan.from_pretrained(plan_file)
-        if old is not None or new is not None:
-            loaded.check_models(old, new)
-        filling = {"fill": fill, "fill_share": fill_share}
-        share = loaded.apply_all(adapters, out, overwrite=overwrite, ranks=ranks, progress=report, **filling)
+        share = loaded.apply_all(
+            adapters,
+            out,
+            overwrite=overwrite,
+            ranks=ranks,
+            progress=report,
+            old=old,
+            new=new,
+            text=text,
+            settings=_settings(rank, distill_layers, loaded.options["seed"]),
+            fill=fill,
+            fill_share=fill_share,
+            memory=memory,
+        )
         outcomes = ranks.merge(
             {name: {"error": str(r)} if isinstance(r, LoraSuiteError) else {"out": r.out} for name, r in share.items()}
         )

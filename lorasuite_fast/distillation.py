@@ -9,15 +9,17 @@ first, then the MLP's, by reduced-rank ridge regression from its input to the ta
 
 Both models are streamed layer by layer, the old one first. Sums of products are taken in float32 within a micro-batch
 and added up in float64; besides the hidden states of the streamed pass only the old last states at the aligned
-positions are kept.
+positions are kept, all of them in files where a memory budget asks for that.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +35,12 @@ from .errors import LoraSuiteError
 from .families import Family
 from .hidden_states import MICRO_BATCH, LayerStream, StreamedLayer, padded
 from .magnitude import stored_factors
+from .memory import WEIGHED, DistillDemand, DistillLimits, Scratch
 from .phases import PhaseClock
+from .phases import memory as process_memory
 from .projection import Factors
+from .stored_tensors import StoredTensors
+from .work import Work
 
 GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Factors on the fitted updates from which held-out positions choose."""
@@ -43,9 +49,7 @@ OUTPUT_RIDGE = 1e-2
 NORM_PENALTY = 0.1
 """Of changes in front of a norm, as a share of the mean diagonal of the metric there."""
 _HELD_OUT = 10
-_WEIGHED = 4096
 _ROWS = 8192
-_ELEMENTS = 2**24
 _BOOTSTRAP = 500
 _LEAST_TEXTS = 8
 _LEAST_POSITIONS = 256
@@ -141,6 +145,57 @@ class Distilled:
         }
 
 
+@dataclass(frozen=True)
+class ChunkedHead(Head):
+    """A head whose rows stay as they are stored, on a CPU in the mapped file; products are float32.
+
+    Attributes:
+        weight: (V, d), of all tokens. tokens: (s,), the chosen ones. rows: how many are there in float32 at a time.
+    """
+
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    rows: int = _ROWS
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens)
+
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Consecutive chosen tokens and their rows, (at most `rows`, d) float32."""
+        for start in range(0, self.size, self.rows):
+            part = slice(start, start + self.rows)
+            yield part, self.weight[self.tokens[part]].float()
+
+    def logits(self, last: Tensor) -> Tensor:
+        logits = last.new_empty(len(last), self.size)
+        for part, rows in self.parts():
+            logits[:, part] = functional.linear(last, rows, None if self.bias is None else self.bias[part])
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How one distillation computes, and where its states lie.
+
+    Attributes:
+        folder: of the files where states lie in such, None where they lie in memory. keep: see `LayerStream`.
+    """
+
+    dtype: torch.dtype
+    trust_remote_code: bool
+    scratch: Scratch
+    folder: Path | None
+    keep: torch.device | None
+
+    def shelf(self, name: str, tensors: Iterable[Tensor] = ()) -> MutableSequence[Tensor]:
+        """A list for states, under a name that is in use once at a time."""
+        return list(tensors) if self.folder is None else StoredTensors(self.folder / name, tensors)
+
+    def clear(self, *names: str) -> None:
+        for name in names if self.folder else ():
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # type: ignore[operator]
+
+
 class _Side:
     """One model's half of the aligned texts."""
 
@@ -155,21 +210,24 @@ class _Side:
             row = torch.cat([torch.full_like(p, n) for n, p in enumerate(part)])
             self.at.append((row.to(device), torch.cat(part).to(device)))
 
-    def stream(self, dtype: torch.dtype, *, first: int = 0, trust_remote_code: bool = False) -> LayerStream:
+    def stream(self, run: _Run, name: str, *, first: int = 0) -> LayerStream:
+        """A forward pass whose hidden states lie where the run keeps them, under a name."""
         return LayerStream(
             self.model,
             *padded(self.model, self.ids),
             device=self.device,
-            dtype=dtype,
+            dtype=run.dtype,
             micro_batch=self.micro_batch,
             first=first,
-            trust_remote_code=trust_remote_code,
+            keep=run.keep,
+            hidden=run.shelf(name),
+            trust_remote_code=run.trust_remote_code,
         )
 
     def take(self, n: int, hidden: Tensor) -> Tensor:
         """Micro-batch n's states (examples, tokens, d) at its aligned positions, (positions, d) float32."""
         row, column = self.at[n]
-        return hidden[row, column].float()
+        return hidden.to(self.device)[row, column].float()
 
     def last(self, states: Tensor) -> Tensor:
         """(n, d) residual states -> what the head reads: behind the final norm."""
@@ -185,15 +243,19 @@ class _Side:
             states = states - states.mean(-1, keepdim=True)
         return (states.square().mean(-1, keepdim=True) + self.model.epsilon).sqrt()
 
-    def head(self, tokens: Tensor) -> Head:
+    def head(self, tokens: Tensor, rows: int = _ROWS) -> ChunkedHead:
+        """The head over the chosen tokens, of which `rows` at a time are there in float32."""
         name, config = self.model.head("bias"), self.model.config
         bias = None if name is None else self.model.tensors.view(name)[tokens].float().to(self.device)
-        weight = unembedding(self.model)[tokens].float().to(self.device)
-        self.model.check_finite(weight, self.model.head() or self.model.embedding_name)
+        weight = unembedding(self.model)
+        if self.device.type != "cpu":
+            weight, tokens = weight[tokens].to(self.device), torch.arange(len(tokens))
+        head = ChunkedHead(weight, bias, cap=config.get("final_logit_softcapping") or None, tokens=tokens, rows=rows)
+        for _, part in head.parts():
+            self.model.check_finite(part, self.model.head() or self.model.embedding_name)
         if name is not None and bias is not None:
             self.model.check_finite(bias, name)
-        cap = config.get("final_logit_softcapping") or None
-        return Head(weight, bias, cap=cap)
+        return head
 
 
 def unembedding(model: Checkpoint) -> Tensor:
@@ -281,44 +343,47 @@ class OutputMap:
     r2: float
 
 
-def fit_output_map(rows_o: Tensor, rows_n: Tensor, weights: Tensor, ridge: float = OUTPUT_RIDGE) -> OutputMap:
-    """Ridge regression `rows_n U ≈ rows_o`, tokens weighted, rows centred by the weighted mean.
+def _fit_output_map(heads: tuple[ChunkedHead, ChunkedHead], new: Checkpoint, weights: Tensor) -> OutputMap:
+    """Ridge regression `Un U ≈ Eo` over the shared tokens, weighted, rows centred by the weighted mean.
 
     Args:
-        rows_o: (s, d_o), rows_n: (s, d_n), of the shared tokens, gains folded in where wanted. weights: (s,), ≥ 0.
+        weights: (s,), ≥ 0.
 
     R² is measured on every 20th token, with a map fitted on the others.
     """
     w = weights.double() / weights.double().sum()
     held = torch.zeros(len(w), dtype=torch.bool, device=w.device)
     held[19::20] = True
-    mean_o, mean_n = (
-        sum((w[i : i + _ROWS, None] * rows[i : i + _ROWS].double()).sum(0) for i in range(0, len(w), _ROWS))
-        for rows in (rows_o, rows_n)
-    )
 
-    def centred(part: slice) -> tuple[Tensor, Tensor]:
-        scale = w[part, None].sqrt()
-        return (rows_o[part].double() - mean_o) * scale, (rows_n[part].double() - mean_n) * scale
+    def rows() -> Iterator[tuple[slice, Tensor, Tensor]]:
+        for (part, old), (_, gainless) in zip(heads[0].parts(), heads[1].parts(), strict=True):
+            yield part, old.double(), gained_rows(gainless, new).double()
 
-    d_o, d_n = rows_o.shape[1], rows_n.shape[1]
+    d_o, d_n = heads[0].weight.shape[1], heads[1].weight.shape[1]
+    mean_o, mean_n = (torch.zeros(d, dtype=torch.float64, device=w.device) for d in (d_o, d_n))
+    for part, old, gained in rows():
+        mean_o += w[part] @ old
+        mean_n += w[part] @ gained
+
+    def centred() -> Iterator[tuple[slice, Tensor, Tensor]]:
+        for part, old, gained in rows():
+            scale = w[part, None].sqrt()
+            yield part, (old - mean_o) * scale, (gained - mean_n) * scale
+
     grams = [torch.zeros(d_n, d_n, dtype=torch.float64, device=w.device) for _ in range(2)]
     crosses = [torch.zeros(d_n, d_o, dtype=torch.float64, device=w.device) for _ in range(2)]
-    parts = [slice(i, i + _ROWS) for i in range(0, len(w), _ROWS)]
-    for part in parts:
-        x_o, x_n = centred(part)
+    for part, x_o, x_n in centred():
         for k, chosen in enumerate((~held[part], held[part])):
             grams[k] += x_n[chosen].T @ x_n[chosen]
             crosses[k] += x_n[chosen].T @ x_o[chosen]
 
     def solve(gram: Tensor, cross: Tensor) -> Tensor:
-        solution: Tensor = torch.linalg.solve(_ridged(gram, ridge), cross)
+        solution: Tensor = torch.linalg.solve(_ridged(gram, OUTPUT_RIDGE), cross)
         return solution
 
     trained = solve(grams[0], crosses[0])
     error = spread = 0.0
-    for part in parts:
-        x_o, x_n = centred(part)
+    for part, x_o, x_n in centred():
         error += float((x_o - x_n @ trained)[held[part]].square().sum())
         spread += float(x_o[held[part]].square().sum())
     metric = grams[0] + grams[1]
@@ -383,8 +448,8 @@ class _Sums:
         self.cross = torch.zeros(d_out, d_in, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, t: Tensor) -> None:
-        self.gram += (x.T @ x).double()
-        self.cross += (t.T @ x).double()
+        self.gram += x.T @ x
+        self.cross += t.T @ x
 
 
 def distill(
@@ -398,46 +463,65 @@ def distill(
     *,
     device: torch.device,
     dtype: torch.dtype,
+    memory: int | None = None,
+    work: Work | None = None,
     trust_remote_code: bool = False,
 ) -> Distilled:
     """Carries an adapter's effect from the old to the new model, from unlabelled text.
 
     Args:
         source: the adapter, read for `old`. tokenizers: of both models. texts: at least 8.
+        memory: bytes that may be resident on the device (on a CPU, in the process); None sets no bound. The
+            micro-batch, and whether the states between layers lie in files, follow from it.
+        work: keeps what is finished, and those files; needed with `memory`. With an interrupted run's, the old model's
+            pass and the fitted layers are not computed again.
 
     Raises:
-        LoraSuiteError: too little text, models that share too few tokens, NaN or infinity in a forward pass.
+        LoraSuiteError: too little text, models that share too few tokens, NaN or infinity in a forward pass, a budget
+            too small.
     """
     aligned, shared = _align(old, new, tokenizers, texts, settings)
     of_text = torch.cat([torch.full((len(a.ends),), n) for n, a in enumerate(aligned)])
     held_texts = set(range(_HELD_OUT - 1, len(aligned), _HELD_OUT)) or {len(aligned) - 1}
     held = torch.tensor([n in held_texts for n in range(len(aligned))])[of_text]
-    o = _Side(old, [a.ids_o for a in aligned], [a.positions_o for a in aligned], settings, device)
-    n = _Side(new, [a.ids_n for a in aligned], [a.positions_n for a in aligned], settings, device)
-    heads = o.head(shared[0]), n.head(shared[1])
-    with clock.phase("adapter's effect", old.shape.L) as step:
-        before, after = _old_states(o, source, dtype, trust_remote_code, step)
-    with clock.phase("output map", 1) as step:
-        weights = _token_weights(heads[0], before, after, torch.nonzero(~held).flatten(), settings.seed)
-        gained = gained_rows(heads[1].weight, new)
-        mapped = fit_output_map(heads[0].weight, gained, weights)
-        change = _controlled((after - before) @ mapped.U.T.cpu(), settings)
-        sides = before[held], after[held]
-        del before, after
-        step(1)
     start = new.shape.L - (settings.layers or max(1, new.shape.L // 2))
     if not 0 <= start < new.shape.L:
         raise LoraSuiteError(f"{settings.layers} layers are to be fitted, the new model has {new.shape.L}")
+    limits = _limits(old, new, aligned, len(shared[0]), held_texts, settings, device, dtype, memory, work)
+    settings = replace(settings, micro_batch=limits.micro_batch)
+    on_cpu = device.type == "cpu"
+    folder = work.folder / "states" if work and limits.away and on_cpu else None
+    keep = torch.device("cpu") if limits.away and not on_cpu else None
+    run = _Run(dtype, trust_remote_code, limits.scratch, folder, keep)
+    o = _Side(old, [a.ids_o for a in aligned], [a.positions_o for a in aligned], settings, device)
+    n = _Side(new, [a.ids_n for a in aligned], [a.positions_n for a in aligned], settings, device)
+    heads = o.head(shared[0], limits.scratch.rows), n.head(shared[1], limits.scratch.rows)
+    parts = held.split([len(row) for row, _ in o.at])
+    with clock.phase("adapter's effect", old.shape.L, limits.predicted["adapter's effect"]) as step:
+        before, after = _old_states(o, source, run, work, step)
+    with clock.phase("output map", 1, limits.predicted["output map"]) as step:
+        weights = _token_weights(heads[0], before, after, parts, limits.scratch.elements, settings.seed)
+        mapped = _fit_output_map(heads, new, weights)
+        change = run.shelf("change")
+        change.extend(_targets(before, after, mapped.U.T.cpu(), settings))
+        sides = _chosen(before, parts), _chosen(after, parts)
+        del before, after
+        step(1)
+    for side in (o, n):
+        side.model.tensors.release([side.model.head() or side.model.embedding_name])
     fit = _Fit(n, change, held, mapped, settings, max(u.rank for u in source.updates.values()))
-    with clock.phase("fit", new.shape.L) as step:
-        fit.run(start, dtype, trust_remote_code, step)
-    with clock.phase("held-out agreement", new.shape.L - start) as step:
-        keep = [k for k in range(len(aligned)) if k in held_texts]
-        h = _Side(new, [aligned[k].ids_n for k in keep], [aligned[k].positions_n for k in keep], settings, device)
-        found = _new_states(h, fit, start, dtype, trust_remote_code, step)
-        gains = _kl_shares(heads, sides, found, device)
+    with clock.phase("fit", new.shape.L, limits.predicted["fit"]) as step:
+        fit.run(start, run, work, step)
+    del change
+    fit.change = []
+    with clock.phase("held-out agreement", new.shape.L - start, limits.predicted["held-out agreement"]) as step:
+        ids = [aligned[k].ids_n for k in sorted(held_texts)]
+        h = _Side(new, ids, [aligned[k].positions_n for k in sorted(held_texts)], settings, device)
+        found = _new_states(h, fit, start, run, step)
+        gains = _kl_shares(heads, sides, found, device, limits.scratch.elements)
         gain = max(GAINS, key=lambda g: (gains[g], -g))
-        agreement = _agreement(heads, sides, (found[0.0], found[gain]), of_text[held], device, settings.seed)
+        ends = torch.cat(list(found[0.0])), torch.cat(list(found[gain]))
+        agreement = _agreement(heads, sides, ends, of_text[held], device, settings.seed, limits.scratch.elements // 2)
     return Distilled(
         fitted=fit.updates,
         gain=gain,
@@ -450,6 +534,53 @@ def distill(
         tokens=(sum(map(len, o.ids)), sum(map(len, n.ids))),
         gains=gains,
     )
+
+
+def _limits(
+    old: Checkpoint,
+    new: Checkpoint,
+    aligned: list[AlignedText],
+    shared: int,
+    held: set[int],
+    settings: Settings,
+    device: torch.device,
+    dtype: torch.dtype,
+    memory: int | None,
+    work: Work | None,
+) -> DistillLimits:
+    """Sizes to work with: those the budget allows, or those of the run that goes on."""
+    demand = DistillDemand(
+        old,
+        new,
+        shared,
+        len(aligned),
+        len(held),
+        (max(len(a.ids_o) for a in aligned), max(len(a.ids_n) for a in aligned)),
+        sum(len(a.ends) for a in aligned),
+        sum(len(aligned[n].ends) for n in held),
+        settings.roles,
+        len(GAINS),
+        dtype,
+        device,
+        torch.cuda.memory_allocated(device) if device.type == "cuda" else process_memory()[1],
+        gathered=settings.control == "shuffled",
+    )
+    if work is None:
+        if memory is not None:
+            raise ValueError("a budget needs a work folder, where states can lie")
+        return demand.fit(None, settings.micro_batch)
+    if not work.resumed:
+        limits = demand.fit(memory, settings.micro_batch)
+        scratch = limits.scratch
+        work.start(
+            micro_batch=limits.micro_batch, rows=scratch.rows, elements=scratch.elements, away=1 + int(limits.away)
+        )
+        return limits
+    sizes = [work.record.get(name, 0) for name in ("micro_batch", "rows", "elements", "away")]
+    if not all(sizes):
+        raise LoraSuiteError(f"{work.folder}: holds damaged work; delete the folder to start over")
+    micro_batch, scratch, away = sizes[0], Scratch(sizes[1], sizes[2]), sizes[3] == 2
+    return DistillLimits(micro_batch, scratch, away, demand.predict(micro_batch, scratch, away=away))
 
 
 def _align(
@@ -478,11 +609,16 @@ def _check_finite(model: Checkpoint, states: Tensor) -> Tensor:
 
 
 def _old_states(
-    side: _Side, source: Adapter, dtype: torch.dtype, trust_remote_code: bool, step: Any
-) -> tuple[Tensor, Tensor]:
-    """What the old head reads at the aligned positions, without the adapter and with it; (positions, d_o) each."""
-    stream = side.stream(dtype, trust_remote_code=trust_remote_code)
-    before, after = stream.hidden, list(stream.hidden)
+    side: _Side, source: Adapter, run: _Run, work: Work | None, step: Any
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """What the old head reads at the aligned positions, without the adapter and with it; (positions, d_o) each, by
+    micro-batch."""
+    found = None if work is None else _kept_states(side, run, work)
+    if found is not None:
+        step(side.model.shape.L)
+        return found
+    stream = side.stream(run, "old")
+    before, after = stream.hidden, run.shelf("old-adapted", stream.hidden)
     for layer in stream:
         here = {role: u for (i, role), u in source.updates.items() if i == layer.index}
         factors = {
@@ -498,40 +634,91 @@ def _old_states(
         with updated(layer.module, side.model, factors, scales):
             _run(layer, after)
         step(layer.index + 1)
-    taken = [torch.cat([side.last(side.take(n, h)).cpu() for n, h in enumerate(hidden)]) for hidden in (before, after)]
-    return _check_finite(side.model, taken[0]), _check_finite(side.model, taken[1])
+    taken = tuple(run.shelf(name) for name in _EFFECT)
+    for n in range(len(side.at)):
+        for hidden, rows in zip((before, after), taken, strict=True):
+            rows.append(_check_finite(side.model, side.last(side.take(n, hidden[n])).cpu()))
+            hidden[n] = torch.empty(0)
+    run.clear("old", "old-adapted")
+    if work is not None:
+        _keep_states(taken, work)
+    return taken[0], taken[1]
 
 
-def _run(layer: StreamedLayer, hidden: list[Tensor]) -> None:
+_EFFECT = ("before", "after")
+
+
+def _kept_states(side: _Side, run: _Run, work: Work) -> tuple[Sequence[Tensor], Sequence[Tensor]] | None:
+    """The result of `_old_states`, if an interrupted run finished it."""
+    kept = work.load("effect")
+    if kept is None:
+        return None
+    shapes = [(len(row), side.model.shape.d) for row, _ in side.at]
+    if run.folder is not None:
+        before, after = (StoredTensors.found(run.folder / name, shapes, torch.float32) for name in _EFFECT)  # type: ignore[arg-type]
+        return None if before is None or after is None else (before, after)
+    lists = tuple([kept[0].get(f"{name}.{n}") for n in range(len(shapes))] for name in _EFFECT)
+    whole = all(t is not None and t.shape == shape for rows in lists for t, shape in zip(rows, shapes, strict=True))
+    return lists if whole else None  # type: ignore[return-value]
+
+
+def _keep_states(taken: tuple[MutableSequence[Tensor], ...], work: Work) -> None:
+    if isinstance(taken[0], StoredTensors):
+        for rows in taken:
+            rows.sync()  # type: ignore[attr-defined]
+        work.save("effect", {})
+        return
+    named = zip(_EFFECT, taken, strict=True)
+    work.save_state("effect", {f"{name}.{n}": t for name, rows in named for n, t in enumerate(rows)})
+
+
+def _run(layer: StreamedLayer, hidden: MutableSequence[Tensor]) -> None:
     for _ in layer.run(hidden):
         pass
 
 
-def _token_weights(head: Head, before: Tensor, after: Tensor, positions: Tensor, seed: int) -> Tensor:
-    """(s,) summed probability of each token at a sample of the positions, with and without the adapter alike."""
-    tokens = head.weight.shape[0]
+def _chosen(rows: Sequence[Tensor], chosen: Sequence[Tensor]) -> Tensor:
+    """The rows a mask by micro-batch names, one after another."""
+    return torch.cat([part[mask] for part, mask in zip(rows, chosen, strict=True)])
+
+
+def _token_weights(
+    head: ChunkedHead,
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    held: Sequence[Tensor],
+    elements: int,
+    seed: int,
+) -> Tensor:
+    """(s,) summed probability of each token at a sample of the positions fitted on, with and without the adapter."""
+    positions = torch.nonzero(~torch.cat(list(held))).flatten()
     order = torch.randperm(len(positions), generator=torch.Generator().manual_seed(seed))
-    sample = positions[order[:_WEIGHED]]
-    total = torch.zeros(tokens, dtype=torch.float64, device=head.weight.device)
-    for part in sample.split(max(1, _ELEMENTS // tokens)):
-        for states in (before, after):
-            total += head.log_probs(states[part].to(head.weight.device)).exp().double().sum(0)
+    sampled = torch.zeros(sum(map(len, held)), dtype=torch.bool)
+    sampled[positions[order[:WEIGHED]]] = True
+    sample = sampled.split([len(part) for part in held])
+    device = head.weight.device
+    total = torch.zeros(head.size, dtype=torch.float64, device=device)
+    for states in (before, after):
+        for part in _chosen(states, sample).split(max(1, elements // head.size)):
+            total += head.log_probs(part.to(device)).exp().double().sum(0)
     return total
 
 
-def _controlled(change: Tensor, settings: Settings) -> Tensor:
-    """(positions, d_n) targets, or what a control makes of them."""
+def _targets(before: Sequence[Tensor], after: Sequence[Tensor], U: Tensor, settings: Settings) -> Iterator[Tensor]:
+    """The wanted change of what the new head reads, (positions, d_n) by micro-batch, or what a control makes of it."""
+    if settings.control not in CONTROLS:
+        raise ValueError(f"control {settings.control!r} is not one of {', '.join(CONTROLS)}")
     generator = torch.Generator().manual_seed(settings.seed)
     if settings.control == "shuffled":
-        return change[torch.randperm(len(change), generator=generator)]
-    if settings.control == "flipped":
-        return -change
+        change = torch.cat([(b - a) @ U for a, b in zip(before, after, strict=True)])
+        change = change[torch.randperm(len(change), generator=generator)]
+        yield from (part.clone() for part in change.split([len(part) for part in before]))
+        return
     if settings.control == "rotated":
-        rotation: Tensor = torch.linalg.qr(torch.randn(change.shape[1], change.shape[1], generator=generator)).Q
-        return change @ rotation
-    if settings.control != "none":
-        raise ValueError(f"control {settings.control!r} is not one of {', '.join(CONTROLS)}")
-    return change
+        U = U @ torch.linalg.qr(torch.randn(U.shape[1], U.shape[1], generator=generator)).Q
+    sign = -1 if settings.control == "flipped" else 1
+    for a, b in zip(before, after, strict=True):
+        yield sign * ((b - a) @ U)
 
 
 class _Fit:
@@ -543,40 +730,91 @@ class _Fit:
     """
 
     def __init__(
-        self, side: _Side, change: Tensor, held: Tensor, mapped: OutputMap, settings: Settings, rank: int
+        self,
+        side: _Side,
+        change: Sequence[Tensor],
+        held: Tensor,
+        mapped: OutputMap,
+        settings: Settings,
+        rank: int,
     ) -> None:
         self.side, self.settings, self.rank = side, settings, settings.rank or rank
         sizes = [len(row) for row, _ in side.at]
-        self.change, self.held = change.split(sizes), held.split(sizes)
+        self.change, self.held = change, held.split(sizes)
         self.metric = mapped.metric
         self.updates: dict[tuple[int, str], Factors] = {}
         self.explained: dict[int, float] = {}
-        self.entering: list[Tensor] = []
+        self.entering: MutableSequence[Tensor] = []
 
-    def run(self, start: int, dtype: torch.dtype, trust_remote_code: bool, step: Any) -> None:
-        stream = self.side.stream(dtype, trust_remote_code=trust_remote_code)
+    def run(self, start: int, run: _Run, work: Work | None, step: Any) -> None:
+        stream = self.side.stream(run, "new")
         base = stream.hidden
-        adapted: list[Tensor] = []
+        adapted: MutableSequence[Tensor] = []
         for layer in stream:
             if layer.index == start:
-                adapted = list(base)
-                self.entering = list(base)
+                adapted = run.shelf("new-adapted", base)
+                self.entering = run.shelf("entering", (self._held_examples(n, h) for n, h in enumerate(base)))
             _run(layer, base)
             if layer.index >= start:
-                self._layer(layer, base, adapted)
+                self._layer(layer, base, adapted, work)
             step(layer.index + 1)
-        _check_finite(self.side.model, torch.cat([self.side.take(n, h) for n, h in enumerate(base)]))
+        for n, hidden in enumerate(base):
+            _check_finite(self.side.model, self.side.take(n, hidden))
+        run.clear("new", "new-adapted", "change")
 
-    def _layer(self, layer: StreamedLayer, base: list[Tensor], adapted: list[Tensor]) -> None:
+    def _held_examples(self, n: int, hidden: Tensor) -> Tensor:
+        row, _ = self.side.at[n]
+        return hidden[torch.unique(row[self.held[n].to(row.device)]).to(hidden.device)]
+
+    def _kept(self, work: Work | None, layer: int) -> dict[str, Factors] | None:
+        """A layer's factors, if an interrupted run fitted it."""
+        kept = work.load(f"fit.{layer}") if work else None
+        if kept is None:
+            return None
+        tensors, note = kept
+        names = {f"{role}.{side}" for role in self.settings.roles for side in "ba"}
+        if set(tensors) != names or not isinstance(note.get("explained"), float):
+            return None
+        self.explained[layer] = note["explained"]
+        return {role: Factors(tensors[f"{role}.b"], tensors[f"{role}.a"]) for role in self.settings.roles}
+
+    def _layer(
+        self, layer: StreamedLayer, base: Sequence[Tensor], adapted: MutableSequence[Tensor], work: Work | None
+    ) -> None:
+        """Fits a layer's projections one after the other, or takes them as an interrupted run fitted them."""
+        model, device = self.side.model, self.side.device
+        kept = self._kept(work, layer.index)
+        if kept is not None:
+            self.updates |= {(layer.index, role): factors for role, factors in kept.items()}
+            here = {role: Factors(f.b.to(device), f.a.to(device)) for role, f in kept.items()}
+            with updated(layer.module, model, here):
+                _run(layer, adapted)
+            return
+        found = self._fitted(layer, base, adapted)
+        self.updates |= {(layer.index, role): Factors(f.b.cpu(), f.a.cpu()) for role, f in found.items()}
+        left = wanted = 0.0
+        with updated(layer.module, model, found):
+            for n, output in enumerate(layer.run(adapted)):
+                held = self.held[n].to(device)
+                rest, target = self._left(n, base[n], output)
+                left += float(rest[held].double().square().sum())
+                wanted += float(target[held].double().square().sum())
+        self.explained[layer.index] = 1 - left / wanted if wanted else 0.0
+        if work:
+            tensors = {f"{role}.{side}": getattr(f, side) for role, f in found.items() for side in "ba"}
+            work.save(f"fit.{layer.index}", tensors, explained=self.explained[layer.index])
+
+    def _fitted(
+        self, layer: StreamedLayer, base: Sequence[Tensor], adapted: MutableSequence[Tensor]
+    ) -> dict[str, Factors]:
         model, device = self.side.model, self.side.device
         found: dict[str, Factors] = {}
         for role in self.settings.roles:
-            hidden = list(adapted)
             out, into = model.shape.expected(role)
             gain = self._gain_after(layer, role)
             sums = _Sums(into, out, device)
             with updated(layer.module, model, found), calls_of(layer.module, model.family, role) as seen:
-                for n, output in enumerate(layer.run(hidden)):
+                for n, output in enumerate(layer.run(adapted, keep=False)):
                     train = ~self.held[n].to(device)
                     x, y = (self.side.take(n, states) for states in seen)
                     if gain is not None:
@@ -588,15 +826,7 @@ class _Fit:
                 pulled_back, metric = in_front_of_norm(metric, gain)
                 cross = pulled_back @ cross
             found[role] = reduced_rank_ridge(sums.gram, cross, self.rank, self.settings.ridge, metric)
-            self.updates[layer.index, role] = Factors(found[role].b.cpu(), found[role].a.cpu())
-        left = wanted = 0.0
-        with updated(layer.module, model, found):
-            for n, output in enumerate(layer.run(adapted)):
-                held = self.held[n].to(device)
-                rest, target = self._left(n, base[n], output)
-                left += float(rest[held].double().square().sum())
-                wanted += float(target[held].double().square().sum())
-        self.explained[layer.index] = 1 - left / wanted if wanted else 0.0
+        return found
 
     def _gain_after(self, layer: StreamedLayer, role: str) -> Tensor | None:
         """Gain of the norm behind a projection, (d_n,), if there is one."""
@@ -617,15 +847,27 @@ class _Fit:
         return target - (self.side.take(n, output) - reference), target
 
 
-def _new_states(
-    side: _Side, fit: _Fit, start: int, dtype: torch.dtype, trust_remote_code: bool, step: Any
-) -> dict[float, Tensor]:
-    """What the new head reads at the held-out positions with each gain on the fitted updates, by gain."""
-    stream = side.stream(dtype, first=start, trust_remote_code=trust_remote_code)
-    rows = torch.cat([_held_examples(fit, n, h) for n, h in enumerate(fit.entering)])[:, : stream.hidden[0].shape[1]]
-    fit.entering = []
-    entering = list(rows.split(side.micro_batch))
-    hidden = {gain: list(entering) for gain in GAINS}
+def _batches(parts: Iterable[Tensor], size: int, tokens: int) -> Iterator[Tensor]:
+    """(examples, tokens or more, d) tensors as ones of `size` examples, cut to `tokens`."""
+    waiting: list[Tensor] = []
+    for part in parts:
+        waiting.append(part[:, :tokens])
+        while sum(map(len, waiting)) >= size:
+            whole = torch.cat(waiting)
+            yield whole[:size]
+            waiting = [whole[size:]]
+    if sum(map(len, waiting)):
+        yield torch.cat(waiting)
+
+
+def _new_states(side: _Side, fit: _Fit, start: int, run: _Run, step: Any) -> dict[float, Sequence[Tensor]]:
+    """What the new head reads at the held-out positions with each gain on the fitted updates: gain -> (positions, d_n)
+    by micro-batch."""
+    stream = side.stream(run, "held", first=start)
+    tokens = stream.hidden[0].shape[1]
+    entering = run.shelf("held", _batches(fit.entering, side.micro_batch, tokens))
+    stream.hidden = fit.entering = []
+    hidden = {gain: run.shelf(f"held-{gain}", entering) for gain in GAINS}
     device = side.device
     for done, layer in enumerate(stream, 1):
         found = {role: f for (j, role), f in fit.updates.items() if j == layer.index}
@@ -635,37 +877,45 @@ def _new_states(
                 _run(layer, hidden[gain])
         step(done)
     return {
-        gain: torch.cat([side.last(side.take(n, h)).cpu() for n, h in enumerate(states)])
+        gain: run.shelf(f"last-{gain}", (side.last(side.take(n, h)).cpu() for n, h in enumerate(states)))
         for gain, states in hidden.items()
     }
 
 
-def _held_examples(fit: _Fit, n: int, hidden: Tensor) -> Tensor:
-    row, _ = fit.side.at[n]
-    return hidden[torch.unique(row[fit.held[n].to(row.device)])]
-
-
 def _kl_shares(
-    heads: tuple[Head, Head], old: tuple[Tensor, Tensor], new: dict[float, Tensor], device: torch.device
+    heads: tuple[ChunkedHead, ChunkedHead],
+    old: tuple[Tensor, Tensor],
+    new: dict[float, Sequence[Tensor]],
+    device: torch.device,
+    elements: int,
 ) -> dict[float, float]:
-    """By gain, 1 - KL(target ‖ new + update) / KL(target ‖ new), the target being softmax(log p_n + change of old)."""
+    """By gain, 1 - KL(target ‖ new + update) / KL(target ‖ new), the target being softmax(log p_n + change of old).
+
+    Args:
+        old: (positions, d_o) without and with the adapter. new: gain -> (positions, d_n), by micro-batch.
+    """
     totals = dict.fromkeys(new, 0.0)
-    for part in torch.arange(len(old[0])).split(max(1, _ELEMENTS // heads[0].weight.shape[0])):
-        o_0, o_1 = (heads[0].log_probs(states[part].to(device)) for states in old)
-        target = functional.log_softmax(heads[1].log_probs(new[0.0][part].to(device)) + o_1 - o_0, dim=-1)
-        for gain, states in new.items():
-            reached = heads[1].log_probs(states[part].to(device))
-            totals[gain] += float((target.exp() * (target - reached)).sum())
+    done = 0
+    for n in range(len(new[0.0])):
+        states = {gain: rows[n] for gain, rows in new.items()}
+        for part in torch.arange(len(states[0.0])).split(max(1, elements // heads[0].size)):
+            o_0, o_1 = (heads[0].log_probs(side[done + part].to(device)) for side in old)
+            target = functional.log_softmax(heads[1].log_probs(states[0.0][part].to(device)) + o_1 - o_0, dim=-1)
+            for gain, rows in states.items():
+                reached = heads[1].log_probs(rows[part].to(device))
+                totals[gain] += float((target.exp() * (target - reached)).sum())
+        done += len(states[0.0])
     return {gain: 1 - total / totals[0.0] if totals[0.0] > 0 else 0.0 for gain, total in totals.items()}
 
 
 def _agreement(
-    heads: tuple[Head, Head],
+    heads: tuple[ChunkedHead, ChunkedHead],
     old: tuple[Tensor, Tensor],
     new: tuple[Tensor, Tensor],
     text: Tensor,
     device: torch.device,
     seed: int,
+    elements: int,
 ) -> dict[str, tuple[float, float, float]]:
     """The figures of `Distilled.agreement`."""
     empty = torch.empty(0)
@@ -673,7 +923,7 @@ def _agreement(
         tuple(States(last, empty, replace(head)) for last in pair) for head, pair in zip(heads, (old, new), strict=True)
     ]
     of_text = torch.unique(text, return_inverse=True)[1]
-    sums = effect_sums(sides[0], sides[1], of_text, device=device, seed=seed)  # type: ignore[arg-type]
+    sums = effect_sums(sides[0], sides[1], of_text, device=device, seed=seed, elements=elements)  # type: ignore[arg-type]
     columns = sums.gram, sums.plain, sums.scalars
     once = statistics(*(c.sum(0) for c in columns))
     drawn = resamples(len(sums.scalars), _BOOTSTRAP, seed)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, by_module
-from .build import SELF
+from .build import SELF, files_identity
 from .calibration import load_examples
 from .checkpoint import Checkpoint
 from .distillation import Distilled, Settings, distill
@@ -17,9 +21,12 @@ from .errors import LoraSuiteError
 from .fill import SHARE, fill_layers
 from .loader import Layer
 from .phases import PhaseClock
+from .phases import memory as process_memory
 from .projection import update_norm
 from .result import LayerResult
-from .self_text import self_written
+from .self_text import adapter_digest, self_written
+from .tensor_files import DTYPES
+from .work import Work
 
 if TYPE_CHECKING:
     from .plan import TransferPlan
@@ -35,6 +42,8 @@ class DistilledAdapter:
     files: dict[str, bytes]
     layers: list[LayerResult]
     distilled: Distilled
+    work: Work
+    """To be completed and discarded once the files are on disk."""
 
 
 def distil_adapter(
@@ -45,12 +54,15 @@ def distil_adapter(
     settings: Settings | None,
     clock: PhaseClock,
     *,
+    folder: Path,
+    memory: int | None = None,
     fill: tuple[str, float] = ("none", SHARE),
     trust_remote_code: bool = False,
 ) -> DistilledAdapter:
     """Distils an adapter with a plan's options. The result is a plain LoRA, whatever kind the source is.
 
     Args:
+        folder: of the work, which an interrupted run leaves. memory: bytes that may be resident; see `distill`.
         fill: as `fill_layers` has it, with the share, for the layers that are not fitted.
         text: "shipped", "self", or a .jsonl or .txt file.
 
@@ -63,6 +75,7 @@ def distil_adapter(
         raise LoraSuiteError(f"rank {settings.rank}: the result needs a rank of at least 1")
     device, dtype = torch.device(plan.options["device"]), getattr(torch, plan.options["dtype"])
     if text == SELF:
+        _check_room(old, memory, device)
         with clock.phase("self-written text", TEXTS) as step:
             texts = self_written(
                 old,
@@ -76,18 +89,22 @@ def distil_adapter(
     else:
         texts = load_examples(None if text == "shipped" else text, TEXTS, settings.seed)
     tokenizers = old.tokenizer(trust_remote_code=trust_remote_code), new.tokenizer(trust_remote_code=trust_remote_code)
-    distilled = distill(
-        old,
-        new,
-        source,
-        tokenizers,
-        texts,
-        settings,
-        clock,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    work = Work(folder, _identity(models, source, texts, settings, device, dtype))
+    with work:
+        distilled = distill(
+            old,
+            new,
+            source,
+            tokenizers,
+            texts,
+            settings,
+            clock,
+            device=device,
+            dtype=dtype,
+            memory=memory,
+            work=work,
+            trust_remote_code=trust_remote_code,
+        )
     dtype = next(iter(source.updates.values())).factors.a.dtype
     updates: dict[tuple[int, str], Update] = {}
     sizes: dict[int, dict[str, float]] = {}
@@ -121,7 +138,40 @@ def distil_adapter(
         )
         for j in sorted(sizes)
     ]
-    return DistilledAdapter(files, layers, distilled)
+    return DistilledAdapter(files, layers, distilled, work)
+
+
+def _check_room(old: Checkpoint, memory: int | None, device: torch.device) -> None:
+    """Raises LoraSuiteError where the old model, which writes its text whole and in float32, does not fit a budget."""
+    numbers = sum(entry.size // DTYPES[entry.dtype].itemsize for entry in old.tensors.entries.values())
+    needed = 4 * numbers + (process_memory()[1] if device.type == "cpu" else 0)
+    if memory is not None and needed > memory:
+        raise LoraSuiteError(
+            f"--memory {memory / 2**20:.0f}MiB: {old.name} writes text only as a whole, which takes about "
+            f"{needed / 2**20:.0f} MiB; give a larger budget, or unlabelled text in a file in the place of {SELF}"
+        )
+
+
+def _identity(
+    models: tuple[Checkpoint, Checkpoint],
+    source: Adapter,
+    texts: list[str],
+    settings: Settings,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Everything the updates' bits depend on, for telling whether unfinished work belongs to them."""
+    import transformers
+
+    return {
+        "old model": files_identity(models[0]),
+        "new model": files_identity(models[1]),
+        "adapter": adapter_digest(source.where),
+        "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32],
+        "versions": [__version__, torch.__version__, transformers.__version__],
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+    } | {f"setting {name}": value for name, value in asdict(settings).items()}
 
 
 def _norm(model: Checkpoint, layer: int, role: str) -> Tensor:

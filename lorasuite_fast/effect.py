@@ -21,7 +21,10 @@ from torch.nn import functional
 
 from .aligned_states import Report, States
 
-_ELEMENTS = 2**23
+ELEMENTS = 2**23
+"""Log-probabilities of one kind that are there at a time."""
+COPIES = 24
+"""How many kinds, their basis and what is made of it among them."""
 _BASIS = ("old", "new", "shuffled", "old_mean", "new_mean", "old_base", "new_base")
 _K = len(_BASIS)
 CANDIDATES = ("carried", "shuffled", "flipped", "constant")
@@ -53,9 +56,13 @@ class EffectSums:
     scalars: Tensor
 
 
-def position_chunks(positions: int, tokens: int, generator: torch.Generator) -> list[Tensor]:
-    """All positions in random order, in chunks of at least two whose log-probabilities fit in memory together."""
-    size = max(8, min(512, _ELEMENTS // max(1, tokens)))
+def chunk_size(tokens: int, elements: int = ELEMENTS) -> int:
+    """Positions compared at a time, whose log-probabilities are `elements` at most, if that is eight positions."""
+    return max(8, min(512, elements // max(1, tokens)))
+
+
+def position_chunks(positions: int, size: int, generator: torch.Generator) -> list[Tensor]:
+    """All positions in random order, in chunks of at least two, about `size` each."""
     order = torch.randperm(positions, generator=generator)
     return list(order.tensor_split(max(1, min(positions // 2, -(-positions // size)))))
 
@@ -73,6 +80,7 @@ def effect_sums(
     *,
     device: torch.device,
     seed: int,
+    elements: int = ELEMENTS,
     report: Report | None = None,
 ) -> EffectSums:
     """Compares the two changes at every position.
@@ -83,10 +91,11 @@ def effect_sums(
     Args:
         old, new: states without and with the adapter, of the same positions.
         text: (positions,) int64, which text each belongs to, counted from 0.
+        elements: log-probabilities that are there at a time, a few of each kind.
         report: called with the number of positions done, in each of two passes: the means, then the rest.
     """
-    tokens = old[0].head.weight.shape[0]
-    chunks = position_chunks(len(text), tokens, torch.Generator().manual_seed(seed))
+    tokens = old[0].head.size
+    chunks = position_chunks(len(text), chunk_size(tokens, elements), torch.Generator().manual_seed(seed))
     means = torch.zeros(2, tokens, dtype=torch.float64, device=device)
     done = 0
     for at in chunks:

@@ -7,7 +7,7 @@ over all micro-batches, each with its weights read once and freed behind it. The
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableSequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,14 +121,19 @@ class StreamedLayer:
     def __init__(self, index: int, module: nn.Module, calls: list[_Call], device: torch.device) -> None:
         self.index, self.module, self._calls, self._device = index, module, calls, device
 
-    def run(self, hidden: list[Tensor]) -> Iterator[Tensor]:
-        """Passes every micro-batch through the layer: replaces it in `hidden` (each (examples, tokens, d)) by the
-        layer's output, and yields that."""
+    def run(self, hidden: MutableSequence[Tensor], *, keep: bool = True) -> Iterator[Tensor]:
+        """Passes every micro-batch through the layer and yields the layer's output, (examples, tokens, d) each.
+
+        Args:
+            keep: replace each micro-batch in `hidden` by the output.
+        """
         for n, call in enumerate(self._calls):
+            entering = hidden[n]
             with torch.no_grad():
-                output = self.module(hidden[n].to(self._device), *call.arguments, **call.keywords)
+                output = self.module(entering.to(self._device), *call.arguments, **call.keywords)
             output = output if isinstance(output, Tensor) else output[0]
-            hidden[n] = output.to(hidden[n].device)
+            if keep:
+                hidden[n] = output.to(entering.device)
             yield output
 
 
@@ -144,14 +149,15 @@ class LayerStream:
 
     Attributes:
         hidden: the hidden states entering the next layer, one tensor (micro-batch, tokens, d) each; may be replaced to
-            go on from saved ones.
+            go on from saved ones. A list, or what was given for it.
         masks: the attention masks, (micro-batch, tokens), on the device.
 
     Args:
         ids, mask: (examples, tokens) int64; `padded` makes them.
         micro_batch: examples that pass through a layer together.
         first, last: the layers to run, first … last - 1; all by default.
-        keep: where the hidden states lie between layers; the device itself by default.
+        keep: where the hidden states lie between layers; the device itself by default. hidden: an empty list of
+            another kind for them, such as one that keeps them in files.
 
     Raises:
         LoraSuiteError: a model transformers cannot build, or that does not have the checkpoint's layers.
@@ -169,6 +175,7 @@ class LayerStream:
         first: int = 0,
         last: int | None = None,
         keep: torch.device | None = None,
+        hidden: MutableSequence[Tensor] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
@@ -184,7 +191,7 @@ class LayerStream:
         embedding.padding_idx = None
         table = checkpoint.tensors.view(checkpoint.embedding_name)
         self._load_ends(model)
-        self.hidden: list[Tensor] = []
+        self.hidden: MutableSequence[Tensor] = [] if hidden is None else hidden
         self.masks: list[Tensor] = []
         self._calls: list[list[_Call]] = []
         with torch.no_grad():

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .checkpoint import Checkpoint
+from .effect import COPIES, chunk_size
 from .errors import LoraSuiteError
 from .families import ATTENTION, MLP
 from .hidden_states import MICRO_BATCH
@@ -56,6 +57,45 @@ class Limits:
     @property
     def peak(self) -> int:
         return max(self.predicted.values())
+
+
+def layer_bytes(model: Checkpoint, dtype: torch.dtype, roles: tuple[str, ...] | None = None) -> tuple[int, int]:
+    """Bytes of the largest layer as stored, and of its copy in the compute dtype where it needs one."""
+    stored = cast = 0
+    for i in range(model.shape.L):
+        entries = [model.tensors.entry(n) for n in model.layer_tensors(i, roles)]
+        stored = max(stored, sum(e.size for e in entries))
+        copies = (e.size // DTYPES[e.dtype].itemsize for e in entries if DTYPES[e.dtype] != dtype)
+        cast = max(cast, dtype.itemsize * sum(copies))
+    return stored, cast
+
+
+def forward_bytes(
+    model: Checkpoint,
+    examples: int,
+    tokens: int,
+    micro_batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    copies: int,
+) -> int:
+    """What a streamed forward pass over (examples, tokens) holds, with `copies` of all hidden states on the device."""
+    s, e = model.shape, dtype.itemsize
+    stored, cast = layer_bytes(model, dtype)
+    # A mapped tensor's pages go as its copy comes: the next layer and the copy are what is there at once.
+    on_cpu = device.type == "cpu"
+    mapped = model.tensors.mapped
+    weights = stored + cast if on_cpu and cast and mapped else 2 * stored + cast
+    if on_cpu and not mapped:
+        weights += model.tensors.entry(model.embedding_name).size
+    hidden = copies * examples * tokens * s.d * e
+    widest = max(4 * s.f, 4 * (s.H + s.G) * s.h) + 6 * s.d
+    together = min(micro_batch, examples) * tokens
+    # Masks are kept for all micro-batches; scores of attention only where a fused kernel does not apply.
+    masks = examples * tokens * tokens * 4
+    scores = min(micro_batch, examples) * tokens * tokens * s.H * e
+    return weights + hidden + together * widest * e + masks + scores
 
 
 @dataclass(frozen=True)
@@ -133,31 +173,10 @@ class Demand:
         return sums + max(sums, solve) + chunk + tables + results + self._vocabularies()
 
     def _layer_bytes(self, model: Checkpoint, roles: tuple[str, ...] | None = None) -> tuple[int, int]:
-        """Bytes of the largest layer as stored, and of its copy in the compute dtype where it needs one."""
-        stored = cast = 0
-        for i in range(model.shape.L):
-            entries = [model.tensors.entry(n) for n in model.layer_tensors(i, roles)]
-            stored = max(stored, sum(e.size for e in entries))
-            copies = (e.size // DTYPES[e.dtype].itemsize for e in entries if DTYPES[e.dtype] != self.dtype)
-            cast = max(cast, self.dtype.itemsize * sum(copies))
-        return stored, cast
+        return layer_bytes(model, self.dtype, roles)
 
     def _forward(self, model: Checkpoint, micro_batch: int) -> int:
-        s, e = model.shape, self.dtype.itemsize
-        stored, cast = self._layer_bytes(model)
-        # A mapped tensor's pages go as its copy comes: the next layer and the copy are what is there at once.
-        on_cpu = self.device.type == "cpu"
-        mapped = model.tensors.mapped
-        weights = stored + cast if on_cpu and cast and mapped else 2 * stored + cast
-        if on_cpu and not mapped:
-            weights += model.tensors.entry(model.embedding_name).size
-        hidden = self.examples * self.tokens * s.d * e
-        widest = max(4 * s.f, 4 * (s.H + s.G) * s.h) + 6 * s.d
-        tokens = min(micro_batch, self.examples) * self.tokens
-        # Masks are kept for all micro-batches; scores of attention only where a fused kernel does not apply.
-        masks = self.examples * self.tokens * self.tokens * 4
-        scores = min(micro_batch, self.examples) * self.tokens * self.tokens * s.H * e
-        return weights + hidden + tokens * widest * e + masks + scores
+        return forward_bytes(model, self.examples, self.tokens, micro_batch, self.dtype, self.device, copies=1)
 
     def _pair(self) -> int:
         """Both layers of a pair in the compute dtype with the old one carried, and the workspaces of the matching."""
@@ -184,3 +203,150 @@ class Demand:
         o, n = self.old.shape, self.new.shape
         per_layer = 4 * 4 * n.H * n.h * o.h + 4 * 5 * n.f + 8 * 4 * (o.d + n.d)
         return min(o.L, n.L) * per_layer
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Sizes of the chunks in which distillation works: rows of an unembedding, elements of the logits."""
+
+    rows: int
+    elements: int
+
+
+_SCRATCHES = (Scratch(8192, 2**24), Scratch(2048, 2**22), Scratch(512, 2**20))
+_LOGITS_COPIES = 10
+"""Logits, probabilities and their differences that are there at once, in float32."""
+WEIGHED = 4096
+"""Positions at which the tokens' probabilities are sampled."""
+
+
+@dataclass(frozen=True)
+class DistillLimits:
+    """Sizes a distillation works with, and the peak it should reach in each phase, in bytes.
+
+    Attributes:
+        away: states between the layers lie in files (for a GPU: in the host's memory) and not on the device.
+    """
+
+    micro_batch: int
+    scratch: Scratch
+    away: bool
+    predicted: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.predicted.values())
+
+
+@dataclass(frozen=True)
+class DistillDemand:
+    """What a distillation is asked to do, as far as memory is concerned.
+
+    Attributes:
+        shared: tokens both vocabularies have. examples, held: texts in all, and held out. tokens: of the longest text,
+            for each model. positions, held_positions: aligned ones. roles: the projections that are fitted. sizes: how
+            many factors on the updates are tried. base: bytes resident before the work starts. gathered: whether all
+            targets have to be in memory at once.
+    """
+
+    old: Checkpoint
+    new: Checkpoint
+    shared: int
+    examples: int
+    held: int
+    tokens: tuple[int, int]
+    positions: int
+    held_positions: int
+    roles: tuple[str, ...]
+    sizes: int
+    dtype: torch.dtype
+    device: torch.device
+    base: int
+    gathered: bool = False
+
+    def predict(self, micro_batch: int, scratch: Scratch, *, away: bool) -> dict[str, int]:
+        """Peak bytes by phase."""
+        d_o, d_n = self.old.shape.d, self.new.shape.d
+        on_cpu = self.device.type == "cpu"
+        common = self.base + (_LIBRARIES + _PER_TOKEN * (self.old.shape.V + self.new.shape.V) if on_cpu else 0)
+        # States at the aligned positions lie on the host: of all of them, and of those held out.
+        rows, held_rows = (4 * n if on_cpu else 0 for n in (0 if away else self.positions, self.held_positions))
+        copies = 0 if away else 2
+        together = min(micro_batch, self.examples) * max(self.tokens)
+        passing = 3 * 4 * together * max(d_o, d_n)
+        metric = 8 * d_n * d_n + 4 * d_n * d_o
+        entering = 0 if away else self.held * self.tokens[1] * d_n * self.dtype.itemsize
+        chunk = min(scratch.rows, self.shared)
+        cast = 2 * 4 * chunk * max(d_o, d_n)
+
+        effect = self._forward(self.old, self.examples, self.tokens[0], micro_batch, copies) + passing
+        effect += 2 * rows * d_o
+
+        regression = 8 * (5 * d_n * d_n + 5 * d_n * d_o + 4 * chunk * (d_o + d_n))
+        output = self._heads() + max(regression, self._logits(WEIGHED, scratch) + cast + 2 * 4 * WEIGHED * d_o)
+        output += rows * (2 * d_o + d_n) + 2 * held_rows * d_o
+        output += 2 * 4 * self.positions * d_n if self.gathered else 0
+
+        fit = self._forward(self.new, self.examples, self.tokens[1], micro_batch, copies) + passing
+        fit += metric + entering + self._regression(together) + rows * d_n + 2 * held_rows * d_o
+
+        agreement = self._forward(self.new, self.held, self.tokens[1], micro_batch, 0 if away else self.sizes + 1)
+        compared = 4 * COPIES * self.shared * min(self.held_positions, chunk_size(self.shared, scratch.elements // 2))
+        agreement += passing + metric + entering + self._heads() + cast
+        agreement += max(compared, self._logits(self.held_positions, scratch))
+        agreement += 2 * held_rows * (d_o + d_n) + (0 if away else held_rows * self.sizes * d_n)
+        return {
+            "adapter's effect": common + effect,
+            "output map": common + output,
+            "fit": common + fit,
+            "held-out agreement": common + agreement,
+        }
+
+    def fit(self, budget: int | None, micro_batch: int) -> DistillLimits:
+        """The largest micro-batch up to the given one, and the rest, that the budget allows.
+
+        Raises:
+            LoraSuiteError: if nothing fits; names the phase and the smallest budget that would do.
+        """
+        if budget is None:
+            found = self.predict(micro_batch, _SCRATCHES[0], away=False)
+            return DistillLimits(micro_batch, _SCRATCHES[0], False, found)
+        for away in (False, True):
+            for size in range(micro_batch, 0, -1):
+                for scratch in _SCRATCHES:
+                    found = self.predict(size, scratch, away=away)
+                    if max(found.values()) <= budget:
+                        return DistillLimits(size, scratch, away, found)
+        least = self.predict(1, _SCRATCHES[-1], away=True)
+        phase = max(least, key=lambda name: least[name])
+        enough = -(-least[phase] // _MIB)
+        raise LoraSuiteError(
+            f"--memory {budget / _MIB:.0f}MiB: distillation needs {enough} MiB in its phase '{phase}' at the smallest "
+            f"micro-batch; the smallest budget that would do is --memory {enough}MiB"
+        )
+
+    def _forward(self, model: Checkpoint, examples: int, tokens: int, micro_batch: int, copies: int) -> int:
+        return forward_bytes(model, examples, tokens, micro_batch, self.dtype, self.device, copies=copies)
+
+    def _heads(self) -> int:
+        """The unembeddings: on a CPU the mapped tables, on a GPU the rows of the shared tokens as stored."""
+        sizes = []
+        for model in (self.old, self.new):
+            entry = model.tensors.entry(model.head() or model.embedding_name)
+            sizes.append(entry.size if self.device.type == "cpu" else entry.size * self.shared // model.shape.V)
+        return sum(sizes)
+
+    def _logits(self, positions: int, scratch: Scratch) -> int:
+        together = max(1, min(positions, scratch.elements // self.shared))
+        return 4 * _LOGITS_COPIES * self.shared * together
+
+    def _regression(self, together: int) -> int:
+        """Sums of one projection, and the ridge solution with its factors."""
+        most = 0
+        for role in self.roles:
+            out, into = self.new.shape.expected(role)
+            sums = 8 * (into * into + out * into)
+            products = 4 * (into * into + out * into) + 4 * together * (2 * into + 4 * out)
+            solving = 8 * (2 * into * into + 3 * out * into + 9 * out * out)
+            most = max(most, sums + max(products, solving))
+        return most

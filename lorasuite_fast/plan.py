@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 FORMAT = "lorasuite-fast plan"
 FORMAT_VERSION = 2
+_DISTILLATION = "distill"
+"""Sub-folder of the work in which a distillation lies."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
@@ -342,11 +345,14 @@ class TransferPlan:
         settings: Settings | None = None,
         fill: str = "none",
         fill_share: float = SHARE,
+        memory: str | int | None = None,
         trust_remote_code: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
     ) -> Migration:
         """Carries one PEFT LoRA folder to the new model and writes the result as another.
+
+        A distillation that is interrupted goes on where it stopped when it is called again with the same arguments.
 
         Args:
             old, new: where the models are now. They are opened only then, where Eq. (3) needs MLP weights, for DoRA,
@@ -355,36 +361,61 @@ class TransferPlan:
             settings: rank of the result and the rest of distill's settings.
             fill: what new layers without a partner get (`fill_layers`): none, zero or nearest; of the nearest update
                 `fill_share`.
+            memory: for distill, what may be resident on the device (on a CPU: in the process), e.g. "6GB"; states that
+                do not fit lie in files beside OUT, and a budget that is too small is refused.
 
         Raises:
             LoraSuiteError: an adapter of another base, or one the plan does not cover; OUT is then untouched.
         """
-        target = check_output(out, overwrite=overwrite)
-        clock = PhaseClock(progress)
         models = cache(lambda: self.check_models(old, new))
         if old is not None or new is not None:
             models()
+        budget = None if memory is None else parse_memory(memory)
+        return self._apply(
+            adapter, out, models, text, settings, fill, fill_share, budget, trust_remote_code, overwrite, progress
+        )
+
+    def _apply(
+        self,
+        adapter: str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        models: Callable[[], tuple[Checkpoint, Checkpoint]],
+        text: str | os.PathLike[str] | None = None,
+        settings: Settings | None = None,
+        fill: str = "none",
+        fill_share: float = SHARE,
+        memory: int | None = None,
+        trust_remote_code: bool = False,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> Migration:
+        """`apply`, with the models where they are opened once for several adapters."""
+        distilled = self.options["method"] == "distill"
+        place = work_folder(out)
+        clean_up(out, place, _DISTILLATION)
+        target = check_output(out, overwrite=overwrite)
+        clock = PhaseClock(progress, torch.device(self.options["device"]) if distilled else None)
         source = read_adapter(adapter, FAMILIES[self.old.family], self.old.shape, self.old.name)
         check_base(source, self.old.fingerprint, self.old.name)
-        if self.options["method"] == "distill":
-            from .distilled_adapter import distil_adapter
-
-            asked = self.options["calibration"] if text is None else os.fspath(text)
-            result = distil_adapter(
-                self,
-                models(),
-                source,
-                asked,
-                settings,
-                clock,
-                fill=(fill, fill_share),
-                trust_remote_code=trust_remote_code,
-            )
-            with clock.phase("write", 1):
-                steps = migration_section(self, source, result.layers, result.distilled)
-                write_folder(target, result.files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
-            phases = [*self.phases, *clock.phases]
-            return Migration(self, source.where, str(target), result.layers, phases, [], distilled=result.distilled)
+        if distilled:
+            try:
+                return self._distil(
+                    models(),
+                    source,
+                    target,
+                    self.options["calibration"] if text is None else os.fspath(text),
+                    settings,
+                    clock,
+                    overwrite,
+                    folder=place / _DISTILLATION,
+                    memory=memory,
+                    fill=(fill, fill_share),
+                    trust_remote_code=trust_remote_code,
+                )
+            finally:
+                with suppress(OSError):
+                    # Where there is anything left to go on from it stays, and so does a plan's own work.
+                    place.rmdir()
         if settings is not None and settings.rank is not None:
             raise LoraSuiteError(f"method {self.options['method']} keeps the adapter's rank; only distill changes it")
         missing = [role for role in source.roles if role not in self.options["roles"]]
@@ -400,11 +431,36 @@ class TransferPlan:
             write_folder(target, files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
         return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))
 
+    def _distil(
+        self,
+        models: tuple[Checkpoint, Checkpoint],
+        source: Adapter,
+        target: Path,
+        text: str,
+        settings: Settings | None,
+        clock: PhaseClock,
+        overwrite: bool,
+        **options: Any,
+    ) -> Migration:
+        from .distilled_adapter import distil_adapter
+
+        result = distil_adapter(self, models, source, text, settings, clock, **options)
+        with clock.phase("write", 1), result.work:
+            steps = migration_section(self, source, result.layers, result.distilled)
+            result.work.complete()
+            write_folder(target, result.files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
+            result.work.discard()
+        phases = [*self.phases, *clock.phases]
+        return Migration(self, source.where, str(target), result.layers, phases, [], distilled=result.distilled)
+
     def apply_all(
         self,
         adapters: Sequence[str | os.PathLike[str]],
         folder: str | os.PathLike[str],
         *,
+        old: str | os.PathLike[str] | None = None,
+        new: str | os.PathLike[str] | None = None,
+        memory: str | int | None = None,
         overwrite: bool = False,
         ranks: Ranks | None = None,
         progress: Progress | None = None,
@@ -414,14 +470,18 @@ class TransferPlan:
 
         Args:
             folder: made if it does not exist. ranks: each process takes its share, and returns the results of that.
-            options: further ones of `apply`.
+            old, new, memory: see `apply`; the models are opened once. options: further ones of `apply`.
 
         Returns:
             For each adapter, as given, the result or the error.
 
         Raises:
-            LoraSuiteError: two adapters of one name, or a folder that cannot be made.
+            LoraSuiteError: two adapters of one name, models that are not the plan's, a folder that cannot be made.
         """
+        models = cache(lambda: self.check_models(old, new))
+        if old is not None or new is not None:
+            models()
+        options |= {"models": models, "memory": None if memory is None else parse_memory(memory)}
         target = Path(folder).expanduser()
         names = [Path(adapter).expanduser().resolve().name for adapter in adapters]
         for name in names:
@@ -435,7 +495,7 @@ class TransferPlan:
         results: dict[str, Migration | LoraSuiteError] = {}
         for done, (adapter, name) in enumerate(share, 1):
             try:
-                results[os.fspath(adapter)] = self.apply(adapter, target / name, overwrite=overwrite, **options)
+                results[os.fspath(adapter)] = self._apply(adapter, target / name, overwrite=overwrite, **options)
             except LoraSuiteError as error:
                 results[os.fspath(adapter)] = error
             if progress:
@@ -698,6 +758,7 @@ def migrate(
             settings=settings,
             fill=fill,
             fill_share=fill_share,
+            memory=options.get("memory"),
             trust_remote_code=options.get("trust_remote_code", False),
             overwrite=overwrite or bool(refine),
             progress=progress,

@@ -218,6 +218,15 @@ class Work:
         remove_work(self.folder)
         self.close()
 
+    def __enter__(self) -> Work:
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        """Lets others claim the folder; where input cannot be used there is nothing to go on with, and it goes."""
+        if isinstance(error, LoraSuiteError) and not isinstance(error, WriteError):
+            self.discard()
+        self.close()
+
     def close(self) -> None:
         """Lets others claim the folder."""
         if self._lock is not None:

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, migrate, verify
 from lorasuite_fast.cli import app
-from lorasuite_fast.effect import position_chunks
+from lorasuite_fast.effect import chunk_size, position_chunks
 from lorasuite_fast.verification import Verification
 from lorasuite_fast.vocabulary import token_keys
 
@@ -284,7 +284,7 @@ def recount(d: Dense, seed: int) -> dict[str, float]:
     m_o, m_n = d_o.mean(0), d_n.mean(0)
     # The order of the positions is the only thing taken from the code under test.
     partner = {}
-    for chunk in position_chunks(count, tokens, torch.Generator().manual_seed(seed)):
+    for chunk in position_chunks(count, chunk_size(tokens), torch.Generator().manual_seed(seed)):
         order = chunk.tolist()
         for k, p in enumerate(order):
             partner[p] = order[k - 1]
