@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/python bench/demo.py
 
 test: $(READY) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -p no:benchmark
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -p no:benchmark
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -30,6 +30,7 @@ bench: $(READY)
 	$(BIN)/python bench/loader.py
 	$(BIN)/python bench/streaming.py
 	$(BIN)/python bench/big.py
+	$(BIN)/python bench/distill_memory.py
 
 # Trains the two demo models, the adapter and the baselines again, about an hour on two cores.
 demo-pair: $(READY)

@@ -65,6 +65,14 @@ JOBS = (
     Job("apply", lambda i, o: ["apply", f"{i}/plan", f"{i}/adapter", f"{o}/out"], ("adapter", "plan")),
     Job("migrate", lambda i, o: ["migrate", f"{i}/old", f"{i}/new", f"{i}/adapter", f"{o}/out", *PLAN], ("old",)),
     Job(
+        "distill",
+        lambda i, o: [
+            *("migrate", f"{i}/old", f"{i}/new", f"{i}/adapter", f"{o}/out", "--examples", "4", "--method", "distill"),
+            *("--calibration", f"{i}/text.jsonl", "--distill-layers", "2"),
+        ],
+        ("old",),
+    ),
+    Job(
         "finetune",
         lambda i, o: [
             *("finetune", f"{i}/new", "none", f"{i}/samples.txt", f"{o}/out"),
@@ -150,6 +158,8 @@ class Laboratory:
             shutil.copytree(DEMO / name, self.inputs / name)
         text = (DEMO / "domain_train.txt").read_text().split("\n\n")[:16]
         (self.inputs / "samples.txt").write_text("\n\n".join(text))
+        short = (json.dumps({"text": part[:120]}) + "\n" for part in text)
+        (self.inputs / "text.jsonl").write_text("".join(short))
         job = JOBS[0]
         self.fresh()
         assert self.run(job.arguments(self.inputs, self.folder)).code == OK, self.log.read_text()
@@ -327,7 +337,7 @@ def kills(lab: Laboratory, count: int) -> Iterator[Tally]:
 
 def read_errors(lab: Laboratory, count: int) -> Iterator[Tally]:
     for job in JOBS:
-        if job.name not in ("plan", "migrate"):
+        if job.name not in ("plan", "migrate", "distill"):
             continue
         tally = Tally(job.name, "read error")
         for n in range(count):

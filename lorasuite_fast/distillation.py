@@ -30,7 +30,7 @@ from .adapter import Adapter
 from .aligned_states import Head, States
 from .alignment import AlignedText, Alignment
 from .checkpoint import Checkpoint
-from .effect import effect_sums, resamples, statistics
+from .effect import FEWEST, effect_sums, resamples, statistics
 from .errors import LoraSuiteError
 from .families import Family
 from .hidden_states import MICRO_BATCH, LayerStream, StreamedLayer, padded
@@ -251,8 +251,10 @@ class _Side:
         if self.device.type != "cpu":
             weight, tokens = weight[tokens].to(self.device), torch.arange(len(tokens))
         head = ChunkedHead(weight, bias, cap=config.get("final_logit_softcapping") or None, tokens=tokens, rows=rows)
+        stored = self.model.head() or self.model.embedding_name
         for _, part in head.parts():
-            self.model.check_finite(part, self.model.head() or self.model.embedding_name)
+            self.model.check_finite(part, stored)
+        self.model.tensors.release([stored])
         if name is not None and bias is not None:
             self.model.check_finite(bias, name)
         return head
@@ -699,7 +701,7 @@ def _token_weights(
     device = head.weight.device
     total = torch.zeros(head.size, dtype=torch.float64, device=device)
     for states in (before, after):
-        for part in _chosen(states, sample).split(max(1, elements // head.size)):
+        for part in _chosen(states, sample).split(max(FEWEST, elements // head.size)):
             total += head.log_probs(part.to(device)).exp().double().sum(0)
     return total
 
@@ -898,7 +900,7 @@ def _kl_shares(
     done = 0
     for n in range(len(new[0.0])):
         states = {gain: rows[n] for gain, rows in new.items()}
-        for part in torch.arange(len(states[0.0])).split(max(1, elements // heads[0].size)):
+        for part in torch.arange(len(states[0.0])).split(max(FEWEST, elements // heads[0].size)):
             o_0, o_1 = (heads[0].log_probs(side[done + part].to(device)) for side in old)
             target = functional.log_softmax(heads[1].log_probs(states[0.0][part].to(device)) + o_1 - o_0, dim=-1)
             for gain, rows in states.items():

@@ -23,7 +23,9 @@ from .aligned_states import Report, States
 
 ELEMENTS = 2**23
 """Log-probabilities of one kind that are there at a time."""
-COPIES = 24
+FEWEST = 32
+"""Positions that read the head together at least; for fewer its rows would be fetched too often."""
+COPIES = 36
 """How many kinds, their basis and what is made of it among them."""
 _BASIS = ("old", "new", "shuffled", "old_mean", "new_mean", "old_base", "new_base")
 _K = len(_BASIS)
@@ -57,8 +59,8 @@ class EffectSums:
 
 
 def chunk_size(tokens: int, elements: int = ELEMENTS) -> int:
-    """Positions compared at a time, whose log-probabilities are `elements` at most, if that is eight positions."""
-    return max(8, min(512, elements // max(1, tokens)))
+    """Positions compared at a time, whose log-probabilities are `elements` at most, if that is `FEWEST` of them."""
+    return max(FEWEST, min(512, elements // max(1, tokens)))
 
 
 def position_chunks(positions: int, size: int, generator: torch.Generator) -> list[Tensor]:
@@ -113,27 +115,40 @@ def effect_sums(
         torch.zeros(count, len(_SCALARS), dtype=torch.float64),
     )
     for at in chunks:
-        o_0, o_1 = _changes(old, at, device)
-        n_0, n_1 = _changes(new, at, device)
-        d_o, d_n = o_1 - o_0, n_1 - n_0
-        others = d_n.roll(1, 0)
-        weights = (o_0.exp() + o_1.exp() + n_0.exp() + n_1.exp()) / 4
-        basis = torch.stack([d_o, d_n, others, mean_o.expand_as(d_o), mean_n.expand_as(d_o), o_0, n_0], dim=1)
-        where = text[at]
-        sums.gram.index_add_(0, where, _gram(basis, weights).double().cpu())
-        sums.plain.index_add_(0, where, _gram(basis, torch.full_like(weights[:1], 1 / tokens)).double().cpu())
-        candidates = dict(zip(CANDIDATES, (d_n, others, -d_n, mean_n), strict=True))
-        sums.scalars.index_add_(0, where, _scalars(o_0, o_1, n_0, d_o, candidates).double().cpu())
+        _add(sums, text[at], _changes(old, at, device), _changes(new, at, device), (mean_o, mean_n))
         done += len(at)
         if report:
             report(done)
     return sums
 
 
+def _add(
+    sums: EffectSums,
+    where: Tensor,
+    old: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    means: tuple[Tensor, Tensor],
+) -> None:
+    """Adds a chunk: log-probabilities (n, s) without the adapter and with it; the means of the changes are (s,)."""
+    (o_0, o_1), (n_0, n_1), (mean_o, mean_n) = old, new, means
+    d_o, d_n = o_1 - o_0, n_1 - n_0
+    others = d_n.roll(1, 0)
+    basis = torch.stack([d_o, d_n, others, mean_o.expand_as(d_o), mean_n.expand_as(d_o), o_0, n_0], dim=1)
+    weights = (o_0.exp() + o_1.exp() + n_0.exp() + n_1.exp()) / 4
+    sums.gram.index_add_(0, where, _gram(basis, weights).double().cpu())
+    weights = torch.full_like(weights[:1], 1 / weights.shape[1])
+    sums.plain.index_add_(0, where, _gram(basis, weights).double().cpu())
+    # Seven of what one chunk takes: the largest part.
+    del basis
+    candidates = dict(zip(CANDIDATES, (d_n, others, -d_n, mean_n), strict=True))
+    sums.scalars.index_add_(0, where, _scalars(o_0, o_1, n_0, d_o, candidates).double().cpu())
+
+
 def _gram(basis: Tensor, weights: Tensor) -> Tensor:
     """(n, k, s) vectors and (n or 1, s) weights -> (n, k, k): their weighted inner products, centred by the weights."""
     centre = torch.einsum("ns,nks->nk", weights.expand(len(basis), -1), basis)
-    scaled = (basis - centre[:, :, None]) * weights.sqrt()[:, None]
+    scaled = basis - centre[:, :, None]
+    scaled *= weights.sqrt()[:, None]
     return scaled @ scaled.transpose(1, 2)
 
 

@@ -7,13 +7,14 @@ the allocator hands out there.
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 
 import torch
 
 from .checkpoint import Checkpoint
-from .effect import COPIES, chunk_size
+from .effect import COPIES, FEWEST, chunk_size
 from .errors import LoraSuiteError
 from .families import ATTENTION, MLP
 from .hidden_states import MICRO_BATCH
@@ -213,7 +214,10 @@ class Scratch:
     elements: int
 
 
-_SCRATCHES = (Scratch(8192, 2**24), Scratch(2048, 2**22), Scratch(512, 2**20))
+_SCRATCHES = (Scratch(8192, 2**24), Scratch(4096, 2**23), Scratch(1024, 2**22))
+_WASTE = 0.125
+_FEW = 4
+"""Examples in a micro-batch below which states go into files, and chunks get smaller, first."""
 _LOGITS_COPIES = 10
 """Logits, probabilities and their differences that are there at once, in float32."""
 WEIGHED = 4096
@@ -295,15 +299,18 @@ class DistillDemand:
         agreement += passing + metric + entering + self._heads() + cast
         agreement += max(compared, self._logits(self.held_positions, scratch))
         agreement += 2 * held_rows * (d_o + d_n) + (0 if away else held_rows * self.sizes * d_n)
+        # Of lists of many tensors that come and go the allocator wastes some.
+        wasted = 0 if away else _WASTE * (copies * self.examples * self.tokens[1] * self.dtype.itemsize + rows) * d_n
         return {
             "adapter's effect": common + effect,
             "output map": common + output,
-            "fit": common + fit,
+            "fit": common + fit + int(wasted),
             "held-out agreement": common + agreement,
         }
 
     def fit(self, budget: int | None, micro_batch: int) -> DistillLimits:
-        """The largest micro-batch up to the given one, and the rest, that the budget allows.
+        """What the budget allows: the largest chunks, then states in memory, then the largest micro-batch up to the
+        given one; less than four examples only where nothing else would do.
 
         Raises:
             LoraSuiteError: if nothing fits; names the phase and the smallest budget that would do.
@@ -311,12 +318,15 @@ class DistillDemand:
         if budget is None:
             found = self.predict(micro_batch, _SCRATCHES[0], away=False)
             return DistillLimits(micro_batch, _SCRATCHES[0], False, found)
-        for away in (False, True):
-            for size in range(micro_batch, 0, -1):
-                for scratch in _SCRATCHES:
-                    found = self.predict(size, scratch, away=away)
-                    if max(found.values()) <= budget:
-                        return DistillLimits(size, scratch, away, found)
+        few = min(_FEW, micro_batch)
+        choices = itertools.chain(
+            itertools.product(_SCRATCHES, (False, True), range(micro_batch, few - 1, -1)),
+            itertools.product(_SCRATCHES[-1:], (True,), range(few - 1, 0, -1)),
+        )
+        for scratch, away, size in choices:
+            found = self.predict(size, scratch, away=away)
+            if max(found.values()) <= budget:
+                return DistillLimits(size, scratch, away, found)
         least = self.predict(1, _SCRATCHES[-1], away=True)
         phase = max(least, key=lambda name: least[name])
         enough = -(-least[phase] // _MIB)
@@ -337,7 +347,7 @@ class DistillDemand:
         return sum(sizes)
 
     def _logits(self, positions: int, scratch: Scratch) -> int:
-        together = max(1, min(positions, scratch.elements // self.shared))
+        together = max(1, min(positions, max(FEWEST, scratch.elements // self.shared)))
         return 4 * _LOGITS_COPIES * self.shared * together
 
     def _regression(self, together: int) -> int:

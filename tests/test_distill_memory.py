@@ -213,7 +213,7 @@ def test_a_refused_budget_names_one_that_is_enough(root: Path, plan: Path, tmp_p
 
 def test_a_budget_too_small_for_the_model_that_writes_is_refused(root: Path, plan: Path, tmp_path: Path) -> None:
     loaded = TransferPlan.from_pretrained(plan)
-    with pytest.raises(LoraSuiteError, match="writes text only as a whole.*in a file in the place of self"):
+    with pytest.raises(LoraSuiteError, match=r"writes text only as a whole.*in a file in the place of self"):
         loaded.apply(root / "adapter-0", tmp_path / "out", text="self", memory="1MB")
     assert not list(tmp_path.iterdir())
 
