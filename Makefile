@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TOOLS := .venv-tools
+PROSE := $(VENV)/.prose
 
 .PHONY: demo test lint bench demo-pair quality reproduce docs dist sbom audit clean
 
@@ -33,15 +34,15 @@ bench: $(READY)
 	$(BIN)/python bench/distill_memory.py
 
 # Trains the two demo models, the adapter and the baselines again, about an hour on two cores.
-demo-pair: $(READY)
+demo-pair: $(PROSE)
 	$(BIN)/python bench/demo_pair.py
 
 # Several processes may run it at once on one work folder.
-quality: $(READY)
+quality: $(PROSE)
 	$(BIN)/python bench/quality.py
 
 # Takes its pairs and baselines from the same folder as `quality`; several processes may run it at once.
-reproduce: $(READY)
+reproduce: $(PROSE)
 	$(BIN)/python bench/reproduce.py
 
 # The documentation, in build/site; strict: a broken link or reference fails.
@@ -64,6 +65,11 @@ sbom: $(READY) $(TOOLS)/.ready
 audit: $(READY) $(TOOLS)/.ready
 	$(BIN)/python -m pip check
 	$(TOOLS)/bin/pip-audit --strict --path "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
+
+# The general text of the pairs is the prose of installed packages; this one is not needed otherwise.
+$(PROSE): $(READY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt einops
+	touch $@
 
 $(TOOLS)/.ready:
 	$(PYTHON) -m venv $(TOOLS)
