@@ -260,7 +260,7 @@ def floors(rows: Rows) -> list[str]:
         line("closed form, general text, % of LoRA(full)'s gain", "≥ 12", rows.shares(*case, "distill-general"),
              lambda v: v >= 0.12)
     )  # fmt: skip
-    variants = [("", ""), ("-long", ", twice the steps"), ("-attention", ", attention alone")]
+    variants = [("", ""), ("-kl", ", KL alone"), ("-long", ", twice the steps"), ("-attention", ", attention alone")]
     shown = [v for v in variants if rows.shares(*case, f"refined{v[0]}") or not v[0]]
     for words, also in shown:
         row, what = f"refined{words}", f"refined, self-written text{also}"
