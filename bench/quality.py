@@ -526,6 +526,8 @@ def stages(bench: Bench) -> list[Stage]:
     for seed in SEEDS[1:]:
         for case in (*tiny, demo):
             add(*case, seed, (*basis, *HEADLINE, *few, *few_others, *checked))
+    for seed in SEEDS[1:]:
+        add(*demo, seed, [f"{verify}refined-kl{c}" for c in ("", "-shuffled") for verify in ("", "verify-")])
     add("demo", "code", 0, (*basis, *HEADLINE, *few, *few_others, *checked))
     return found
 
