@@ -636,6 +636,8 @@ def apply(
 
     Example: lorasuite-fast apply old-to-new.plan.safetensors adapters/* --out adapters-new
     """
+    given: dict[str, Any] = {"old": old, "new": new, "text": text, "fill": fill, "fill_share": fill_share}
+    given |= {"memory": memory, "overwrite": overwrite}
     if out is None:
         with _run(as_json) as report:
             from .plan import TransferPlan
@@ -643,39 +645,16 @@ def apply(
             if len(adapters) != 2:
                 raise LoraSuiteError("apply takes PLAN ADAPTER OUT, or PLAN ADAPTER... --out DIR")
             loaded = TransferPlan.from_pretrained(plan_file)
-            result = loaded.apply(
-                adapters[0],
-                adapters[1],
-                old=old,
-                new=new,
-                text=text,
-                settings=_settings(rank, distill_layers, loaded.options["seed"]),
-                fill=fill,
-                fill_share=fill_share,
-                memory=memory,
-                overwrite=overwrite,
-                progress=report,
-            )
+            settings = _settings(rank, distill_layers, loaded.options["seed"])
+            result = loaded.apply(adapters[0], adapters[1], settings=settings, progress=report, **given)
         _print_result(result, as_json)
         return
     with _run(as_json) as report, _ranks() as ranks:
         from .plan import TransferPlan
 
         loaded = TransferPlan.from_pretrained(plan_file)
-        share = loaded.apply_all(
-            adapters,
-            out,
-            overwrite=overwrite,
-            ranks=ranks,
-            progress=report,
-            old=old,
-            new=new,
-            text=text,
-            settings=_settings(rank, distill_layers, loaded.options["seed"]),
-            fill=fill,
-            fill_share=fill_share,
-            memory=memory,
-        )
+        settings = _settings(rank, distill_layers, loaded.options["seed"])
+        share = loaded.apply_all(adapters, out, settings=settings, ranks=ranks, progress=report, **given)
         outcomes = ranks.merge(
             {name: {"error": str(r)} if isinstance(r, LoraSuiteError) else {"out": r.out} for name, r in share.items()}
         )

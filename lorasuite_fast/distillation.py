@@ -443,7 +443,7 @@ def in_front_of_norm(metric: Tensor, gain: Tensor, penalty: float = NORM_PENALTY
 
 
 class _Sums:
-    """Σ x x^T and Σ t x^T over training positions, and Σ |t|² over held-out ones."""
+    """Σ x x^T and Σ t x^T over training positions."""
 
     def __init__(self, d_in: int, d_out: int, device: torch.device) -> None:
         self.gram = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)

@@ -237,10 +237,6 @@ class DistillLimits:
     away: bool
     predicted: dict[str, int]
 
-    @property
-    def peak(self) -> int:
-        return max(self.predicted.values())
-
 
 @dataclass(frozen=True)
 class DistillDemand:

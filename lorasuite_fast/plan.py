@@ -393,6 +393,9 @@ class TransferPlan:
         distilled = self.options["method"] == "distill"
         place = work_folder(out)
         clean_up(out, place, _DISTILLATION)
+        with suppress(OSError):
+            # Of a process that was killed as it removed its work; what holds anything stays.
+            place.rmdir()
         target = check_output(out, overwrite=overwrite)
         clock = PhaseClock(progress, torch.device(self.options["device"]) if distilled else None)
         source = read_adapter(adapter, FAMILIES[self.old.family], self.old.shape, self.old.name)

@@ -41,7 +41,8 @@ def clean_up(out: str | os.PathLike[str], folder: Path | None = None, part: str 
         folder: where the work lies, `work_folder(out)` by default. part: sub-folder of it whose work was the last.
     """
     path, folder = Path(out).expanduser().absolute(), folder or work_folder(out)
-    sweep(folder)
+    for place in {folder, folder / part}:
+        sweep(place)
     note = folder / part / _COMPLETE
     if not (path.exists() and note.exists()):
         return
@@ -111,8 +112,8 @@ class Work:
             return
         try:
             for _ in range(_CLAIMS):
-                folder.mkdir(parents=True, exist_ok=True)
                 with suppress(FileNotFoundError):
+                    folder.mkdir(parents=True, exist_ok=True)
                     self._lock = _claim(folder)
                     break
             else:

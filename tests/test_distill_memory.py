@@ -191,6 +191,23 @@ def test_an_interrupted_apply_goes_on_and_leaves_nothing_behind(root: Path, plan
     assert one == two
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_process_killed_as_it_removed_its_work_left_goes_with_the_next_run(
+    overwrite: bool, root: Path, plan: Path, tmp_path: Path
+) -> None:
+    loaded, settings = TransferPlan.from_pretrained(plan), Settings(max_tokens=48)
+    (tmp_path / "out").mkdir()
+    leftover = work_folder(tmp_path / "out") / ".distill.abcd_123.tmp/work"
+    leftover.mkdir(parents=True)
+    (leftover / "run.json").write_text("{}")
+    if overwrite:
+        loaded.apply(root / "adapter-0", tmp_path / "out", settings=settings, overwrite=True)
+    else:
+        with pytest.raises(LoraSuiteError, match="exists already"):
+            loaded.apply(root / "adapter-0", tmp_path / "out", settings=settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_text_that_is_too_little_leaves_no_work_behind(root: Path, plan: Path, tmp_path: Path) -> None:
     rows = (json.dumps({"text": f"a few words, {n}"}) + "\n" for n in range(12))
     (tmp_path / "text.jsonl").write_text("".join(rows))
