@@ -45,12 +45,13 @@ RATES, EPOCHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (3, 6, 15)
 TEXT_BYTES = 160_000
 """Of general, domain or self-written text that a closed-form row reads, and of the first two for a refinement."""
 STEPS = 300
-VARIANTS: dict[str, tuple[str, Any]] = {
-    "attention": ("roles", ATTENTION),
-    "kl": ("next_token_weight", 0.0),
-    "long": ("steps", 2 * STEPS),
+VARIANTS: dict[str, dict[str, Any]] = {
+    "attention": {"roles": ATTENTION},
+    "change": {"imitation": 0.0},
+    "next": {"imitation": 0.0, "next_token_weight": 0.3},
+    "long": {"steps": 2 * STEPS},
 }
-"""Words in the name of a refined row, and the option of `refine` they change."""
+"""Words in the name of a refined row, and the options of `refine` they change."""
 HEADLINE = (
     "paper",
     "distill-general",
@@ -277,7 +278,7 @@ class Case:
         kind = next((word for word in ("general", "self", "domain") if word in words), "self")
         out = self.bench.folder(self.name(row))
         if method == "refined":
-            variant = {option: value for word, (option, value) in VARIANTS.items() if word in words}
+            variant = {k: v for word, options in VARIANTS.items() if word in words for k, v in options.items()}
             figures = self.refined(kind, control, variant, out)
         elif method == "distill":
             figures = self.distilled(kind, control, 1 if "last" in words else None, out)
@@ -433,6 +434,7 @@ class Case:
         return {
             "explained_share": carried.explained_share.value,
             "kl_share": carried.kl_share.value,
+            "gain_share": carried.gain_share.value,
             "cosine": carried.cosine.value,
             "content_cosine": found.effect.content_cosine.value,
             "size_ratio": found.effect.size_ratio.value,
@@ -520,14 +522,19 @@ def stages(bench: Bench) -> list[Stage]:
     for case in (demo, *tiny):
         add(*case, 0, (*few_others, *checked))
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
-        variants = [f"refined-{words}{c}" for words in ("attention", "kl", "long") for c in ("", "-shuffled")]
-        variants += ["refined-shuffled-labels", "refined-attention-shuffled-labels"]
-        add(*case, 0, (*variants, "few-refined-attention", "few-refined-long", *(f"verify-{row}" for row in variants)))
+        words = ("attention", "change", "next", "long", "next-attention", "next-long")
+        variants = [f"refined-{w}{c}" for w in words for c in ("", "-shuffled")]
+        variants += [f"refined-next-{t}{c}" for t in ("general", "domain") for c in ("", "-shuffled")]
+        variants += ["refined-next-shuffled-labels", "refined-next-attention-shuffled-labels"]
+        starts = [f"few-refined-{w}" for w in words if w != "change"]
+        add(*case, 0, (*variants, *starts, *(f"verify-{row}" for row in (*variants, *starts)), "tried-refined-next"))
     for seed in SEEDS[1:]:
         for case in (*tiny, demo):
             add(*case, seed, (*basis, *HEADLINE, *few, *few_others, *checked))
     for seed in SEEDS[1:]:
-        add(*demo, seed, [f"{verify}refined-kl{c}" for c in ("", "-shuffled") for verify in ("", "verify-")])
+        for case in (demo, *tiny):
+            rows = ("refined-change", "refined-change-shuffled", "refined-next", "refined-next-shuffled")
+            add(*case, seed, (*rows, "few-refined-next", *(f"verify-{row}" for row in (*rows, "few-refined-next"))))
     add("demo", "code", 0, (*basis, *HEADLINE, *few, *few_others, *checked))
     return found
 

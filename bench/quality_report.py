@@ -28,8 +28,13 @@ ROWS = {
     "refined": ("refined", "self-written"),
     "refined-domain": ("refined", "domain"),
     "refined-attention": ("refined, attention alone", "self-written"),
-    "refined-kl": ("refined, KL alone", "self-written"),
     "refined-long": ("refined, twice the steps", "self-written"),
+    "refined-change": ("refined, the change alone", "self-written"),
+    "refined-next": ("refined, the change and next tokens", "self-written"),
+    "refined-next-general": ("refined, the change and next tokens", "general"),
+    "refined-next-domain": ("refined, the change and next tokens", "domain"),
+    "refined-next-attention": ("refined, the change and next tokens, attention alone", "self-written"),
+    "refined-next-long": ("refined, the change and next tokens, twice the steps", "self-written"),
 }
 """What the rows without labels are called, and which text they read."""
 STARTS = {
@@ -40,6 +45,9 @@ STARTS = {
     "few-refined-attention": "refined, attention alone, self-written",
     "few-refined": "refined, self-written",
     "few-refined-long": "refined, twice the steps, self-written",
+    "few-refined-next": "refined, the change and next tokens, self-written",
+    "few-refined-next-attention": "refined, the change and next tokens, attention alone, self-written",
+    "few-refined-next-long": "refined, the change and next tokens, twice the steps, self-written",
 }
 DROPPED = ("texts", "evaluations", "phases", "gains", "explained", "teacher")
 
@@ -207,7 +215,8 @@ def case_table(rows: Rows, pair: str, domain: str) -> list[str]:
 
 def leads(rows: Rows, pair: str, domain: str, row: str) -> list[float]:
     """Of a start over LoRA(100), seed by seed; of one that has the MLP's modules, over the better LoRA(100)."""
-    baselines = ["few-nothing"] + (["few-nothing-mlp"] if row in ("few-refined", "few-refined-long") else [])
+    all_modules = row.startswith("few-refined") and "attention" not in row
+    baselines = ["few-nothing"] + (["few-nothing-mlp"] if all_modules else [])
 
     def lead(seed: int) -> float | None:
         own = rows.share(pair, domain, seed, row)

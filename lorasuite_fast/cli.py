@@ -761,8 +761,11 @@ def refine(
     learning_rate: Annotated[float, _option(TRAINING, "X", "Falls to 0; large models need less [1e-2]")] = 1e-2,
     rank: Annotated[int | None, _option(METHOD, "N", "Of a new adapter [8]; widens ADAPTER", min=1)] = None,
     roles: Annotated[str | None, _option(METHOD, "ROLES", "Projections to train [those of ADAPTER, or all]")] = None,
+    imitation: Annotated[
+        float, _option(TRAINING, "X", "0: carry the change; 1: copy OLD [0.5]", min=0.0, max=1.0)
+    ] = 0.5,
     kl_weight: Annotated[float, _option(TRAINING, "X", "Of the divergence from the teacher [1]", min=0.0)] = 1.0,
-    next_token_weight: Annotated[float, _option(TRAINING, "X", "Of the next-token loss [0.3]", min=0.0)] = 0.3,
+    next_token_weight: Annotated[float, _option(TRAINING, "X", "Of a next-token loss besides [0]", min=0.0)] = 0.0,
     batch_bytes: Annotated[int, _option(TRAINING, "N", "Text a step reads [2,000]", min=1)] = 2000,
     top_k: Annotated[str, _option(TRAINING, "N", "Tokens kept of a target; all; auto loses 2 % [auto]")] = "auto",
     eval_every: Annotated[int, _option(TRAINING, "N", "Steps between evaluations [25]", min=1)] = 25,
@@ -799,6 +802,7 @@ def refine(
             learning_rate=learning_rate,
             rank=rank,
             roles=None if roles is None else [role.strip() for role in roles.split(",")],
+            imitation=imitation,
             kl_weight=kl_weight,
             next_token_weight=next_token_weight,
             batch_bytes=batch_bytes,

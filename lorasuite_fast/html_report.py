@@ -681,6 +681,7 @@ def _effect(effect: Effect) -> Part:
         ("cosine", "Cosine with the old change", effect.tempered_cosine),
         ("explained_share", "Explained share of the old change", effect.tempered_share),
         ("kl_share", "KL share", None),
+        ("gain_share", "Gain share, the old adapter taken as right,", None),
     ):
         rows = [(words, getattr(getattr(effect, row), name)) for row, words in _CONTROLS.items()]
         if tempered is not None:
@@ -694,7 +695,10 @@ def _effect(effect: Effect) -> Part:
     rows_ = [
         (
             words,
-            *(_interval(getattr(getattr(effect, row), name), 2) for name in ("cosine", "explained_share", "kl_share")),
+            *(
+                _interval(getattr(getattr(effect, row), name), 2)
+                for name in ("cosine", "explained_share", "kl_share", "gain_share")
+            ),
         )
         for row, words in _CONTROLS.items()
     ]
@@ -707,7 +711,9 @@ def _effect(effect: Effect) -> Part:
             "cosine without constant shift and temperature": _interval(effect.content_cosine),
         }
     )
-    table = _details(("", "cosine", "explained", "KL share"), rows_, "Likeness to the old change, and that of controls")
+    table = _details(
+        ("", "cosine", "explained", "KL share", "gain share"), rows_, "Likeness to the old change, and that of controls"
+    )
     return Part("Effect", f'<div class="panels">{"".join(figures)}</div>{table}{sizes}')
 
 

@@ -1,8 +1,9 @@
 """Label-free refinement by gradient: an adapter learns to change the new model as the old one was changed.
 
 The loss at every byte-aligned position is `KL(target ‖ new + adapter)` over the shared tokens, where the target
-(`teacher`) is the new model's own prediction changed as the old adapter changes the old model's, plus a weighted
-next-token cross-entropy on the same text, by default text the old model writes with its adapter.
+(`teacher`) is the new model's own prediction changed as the old adapter changes the old model's, mixed with what the
+old model itself predicts with its adapter. A next-token cross-entropy on the same text, by default text the old model
+writes with its adapter, can be added.
 
 The agreement, on held-out texts, is the share of that divergence the adapter takes away:
 `1 - Σ KL(target ‖ new + adapter) / Σ KL(target ‖ new)`. It decides which state is kept and when to stop.
@@ -411,8 +412,9 @@ def refine(
     rank: int | None = None,
     alpha: float | None = None,
     roles: Sequence[str] | None = None,
+    imitation: float = 0.5,
     kl_weight: float = 1.0,
-    next_token_weight: float = 0.3,
+    next_token_weight: float = 0.0,
     batch_bytes: int = BATCH_BYTES,
     max_tokens: int = MAX_TOKENS,
     top_k: int | str | None = "auto",
@@ -448,7 +450,9 @@ def refine(
             suits small models; large ones need less.
         rank, alpha, roles: of a new adapter; by default 8, twice the rank, and all projections. With `adapter`, rank or
             roles put it among further rows and modules, so that training starts from the same function.
-        kl_weight, next_token_weight: of the two losses.
+        imitation: share of the adapted old model's own prediction in the targets, 0 to 1. 0 carries the change alone, 1
+            copies the old model.
+        kl_weight, next_token_weight: of the two losses, both means over their positions.
         batch_bytes: of text a step reads. max_tokens: of each text, for each model.
         top_k: most probable tokens kept of each target, the rest as one; None keeps all shared tokens, "auto" so many
             that 2 % of the divergence is lost at most.
@@ -469,6 +473,8 @@ def refine(
     check_report(report)
     clean_up(out, refinement_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite)
+    if not 0 <= imitation <= 1:
+        raise LoraSuiteError(f"imitation is {imitation}; it must be from 0 to 1")
     _check(steps, learning_rate, kl_weight, next_token_weight, batch_bytes, max_tokens, top_k, eval_every, patience)
     if control not in CONTROLS:
         raise LoraSuiteError(f"control {control!r} is not one of {', '.join(CONTROLS)}")
@@ -510,6 +516,7 @@ def refine(
         "old_adapter": adapter_digest(old_adapter),
         "new": checkpoint_n.fingerprint(),
         "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32],
+        "imitation": imitation,
         "top_k": top_k,
         "max_tokens": max_tokens,
         "dtype": str(run_dtype),
@@ -543,6 +550,7 @@ def refine(
             max_tokens=max_tokens,
             device=run_device,
             dtype=run_dtype,
+            imitation=imitation,
             shuffled=control != "none",
             seed=seed,
             trust_remote_code=trust_remote_code,
@@ -619,6 +627,7 @@ def refine(
         trainable_parameters=course.parameters,
         options=options
         | {
+            "imitation": imitation,
             "top_k": top_k,
             "max_tokens": max_tokens,
             "device": run_device.type,

@@ -1,7 +1,10 @@
 """What the new model should predict: its own predictions, changed as the adapter changed the old model's.
 
 At every aligned position, over the s tokens both vocabularies share, the adapter changes the old model's
-log-probabilities by d. The target is `softmax(logits_n + d)`, logits_n those of the bare new model. Three passes run
+log-probabilities by d. The target is `(1 - m) softmax(logits_n + d) + m p`, logits_n those of the bare new model, p
+what the old model predicts with its adapter, m the share of imitation. To learn it by KL is, up to a constant, to learn
+both parts by KL, with the weights 1 - m and m. The second is what a next-token loss on text drawn from p comes to in
+the mean over all such texts, without the noise of drawing them. Three passes run
 one after the other, old, old with adapter, new, and never two models at once: of the old one its last hidden states at
 the aligned positions go to disk, and in the end only the targets are left there: the k most probable tokens of each in
 float16, and the mass of all others.
@@ -54,15 +57,20 @@ class Target:
     log_rest: Tensor
 
 
-def target(logits: Tensor, before: Tensor, after: Tensor, k: int | None = None) -> Target:
-    """The k most probable tokens of `softmax(logits + log_softmax(after) - log_softmax(before))`.
+def target(logits: Tensor, before: Tensor, after: Tensor, k: int | None = None, imitation: float = 0.0) -> Target:
+    """The k most probable tokens of `softmax(logits + log_softmax(after) - log_softmax(before))`, mixed with `after`.
 
     Args:
         logits: (n, s), the bare new model's. before, after: (n, s), the old model's, without and with its adapter.
         k: tokens to keep of each; None, or s and more, keeps all.
+        imitation: share of softmax(after) in the mixture, 0 to 1.
     """
-    change = functional.log_softmax(after, -1) - functional.log_softmax(before, -1)
-    log_probs = functional.log_softmax(logits + change, dim=-1)
+    imitated = functional.log_softmax(after, -1)
+    log_probs = functional.log_softmax(logits + imitated - functional.log_softmax(before, -1), dim=-1)
+    if imitation > 0:
+        # The logarithm of a share of 0 is -inf, and adds nothing.
+        shares = torch.tensor([1 - imitation, imitation], device=logits.device).log()
+        log_probs = torch.logaddexp(log_probs + shares[0], imitated + shares[1])
     if k is None or k >= log_probs.shape[1]:
         return Target(log_probs, None, torch.full(log_probs.shape[:1], -math.inf, device=log_probs.device))
     kept, index = log_probs.topk(k, dim=-1)
@@ -93,6 +101,7 @@ class TeacherFacts:
 
     Attributes:
         texts, positions: aligned ones. shared: s. k: tokens kept of each target.
+        imitation: share of the adapted old model's own prediction in the targets.
         rest: mean mass of the tokens not kept. kl: mean KL(target ‖ bare new model) in nats, over all shared tokens;
             kl_kept: the same from the kept tokens and the merged rest, so that `1 - kl_kept / kl` is what keeping k
             tokens loses of it.
@@ -108,6 +117,7 @@ class TeacherFacts:
     rest: float
     kl: float
     kl_kept: float
+    imitation: float
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"truncation": 1 - self.kl_kept / self.kl if self.kl > 0 else 0.0}
@@ -153,6 +163,7 @@ def write_targets(
     max_tokens: int,
     device: torch.device,
     dtype: torch.dtype,
+    imitation: float = 0.0,
     shuffled: bool = False,
     seed: int = 0,
     trust_remote_code: bool = False,
@@ -161,8 +172,9 @@ def write_targets(
 
     Args:
         top_k: tokens kept of each target; None keeps all, "auto" so many that, on the first texts, the divergence loses
-            no more than _LOST. max_tokens: of each text, for each model.
-        shuffled: a control: the change of every position is that of another one, of any text.
+            no more than _LOST. max_tokens: of each text, for each model. imitation: see `target`.
+        shuffled: a control: what the old model says at a position, without its adapter and with it, is what it says at
+            another one, of any text.
 
     Raises:
         LoraSuiteError: models, adapter or text that cannot be used, or too few common positions.
@@ -193,7 +205,17 @@ def write_targets(
         _old_passes(work, old, old_adapter, aligned, tokens_o, clock, device, dtype, trust_remote_code)
         release_memory()
         k, sums = _new_pass(
-            work, new, aligned, tokens_n, clock, device, dtype, top_k, seed if shuffled else None, trust_remote_code
+            work,
+            new,
+            aligned,
+            tokens_n,
+            clock,
+            device,
+            dtype,
+            top_k,
+            imitation,
+            seed if shuffled else None,
+            trust_remote_code,
         )
         facts = TeacherFacts(
             texts=len(aligned),
@@ -206,6 +228,7 @@ def write_targets(
             rest=sums[0] / positions,
             kl=sums[1] / positions,
             kl_kept=sums[2] / positions,
+            imitation=imitation,
         )
         work.save("facts", {"tokens": tokens_n}, **asdict(facts))
         for part in work.folder.glob("old-*.safetensors"):
@@ -268,6 +291,7 @@ def _new_pass(
     device: torch.device,
     dtype: torch.dtype,
     top_k: int | str | None,
+    imitation: float,
     shuffle: int | None,
     trust_remote_code: bool,
 ) -> tuple[int, list[float]]:
@@ -298,8 +322,8 @@ def _new_pass(
                 order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
                 sides = [(states.last, head), *((x[order], h) for x, h in zip(last, heads, strict=True))]
                 if c == 0 and top_k == "auto":
-                    k = _enough(sides, device)
-                tensors, sums = _chunk_targets(sides, k, device)
+                    k = _enough(sides, imitation, device)
+                tensors, sums = _chunk_targets(sides, k, imitation, device)
                 work.save(f"target-{c:05d}", tensors, sums=sums, k=k)
             else:
                 sums, k = done[1]["sums"], done[1]["k"]
@@ -319,26 +343,28 @@ def _logits(sides: _Sides, device: torch.device) -> Iterator[list[Tensor]]:
         yield [head.logits(last[at].to(device)) for last, head in sides]
 
 
-def _enough(sides: _Sides, device: torch.device) -> int:
+def _enough(sides: _Sides, imitation: float, device: torch.device) -> int:
     """The least of _KEPT that loses little of the divergence; all tokens where that is no less to keep."""
     s = len(sides[0][1].weight)
     choices = [k for k in _KEPT if 2 * k <= s]
     lost = torch.zeros(len(choices), dtype=torch.float64)
     total = 0.0
     for new, before, after in _logits(sides, device):
-        full = divergence(target(new, before, after), new).double()
+        full = divergence(target(new, before, after, imitation=imitation), new).double()
         total += float(full.sum())
         for i, k in enumerate(choices):
-            lost[i] += (full - divergence(target(new, before, after, k), new).double()).sum().cpu()
+            lost[i] += (full - divergence(target(new, before, after, k, imitation), new).double()).sum().cpu()
     return next((k for k, value in zip(choices, lost.tolist(), strict=True) if value <= _LOST * total), s)
 
 
-def _chunk_targets(sides: _Sides, k: int, device: torch.device) -> tuple[dict[str, Tensor], list[float]]:
+def _chunk_targets(
+    sides: _Sides, k: int, imitation: float, device: torch.device
+) -> tuple[dict[str, Tensor], list[float]]:
     parts: list[Target] = []
     sums = torch.zeros(3, dtype=torch.float64)
     for new, before, after in _logits(sides, device):
-        kept = target(new, before, after, k)
-        full = divergence(target(new, before, after), new)
+        kept = target(new, before, after, k, imitation)
+        full = divergence(target(new, before, after, imitation=imitation), new)
         for i, value in enumerate((kept.log_rest.exp(), full, divergence(kept, new))):
             sums[i] += value.double().sum().cpu()
         parts.append(kept)

@@ -69,6 +69,10 @@ class Likeness:
         cosine: with the old change. explained_share: 1 - |d_o - d|² / |d_o|², 0 for no change at all, 1 for the same.
         kl_share: 1 - KL(target ‖ new with the change) / KL(target ‖ new), the target being the new model changed just
             as the old one was; the explained share without its second-order approximation.
+        gain_share: what the new model gains in log-likelihood by the change if the next token is drawn from the adapted
+            old model, over what the old model gains by its adapter; what to expect of the gain in bits per byte as far
+            as the old adapter's predictions are right. Can be above 1. It looks at the direction: a change that does
+            more than the old one in it, such as one that was trained further, does not lose by it.
         top1: of the positions where the old adapter changed the old model's best token, the share where the new model
             with the change has that best token.
     """
@@ -76,6 +80,7 @@ class Likeness:
     cosine: Interval
     explained_share: Interval
     kl_share: Interval
+    gain_share: Interval
     top1: Interval
 
 
@@ -471,7 +476,7 @@ def _effect(sums: EffectSums, draws: Tensor) -> Effect:
     figure = {name: _interval(value, resampled[name]) for name, value in whole.items()}
 
     def likeness(name: str) -> Likeness:
-        return Likeness(*(figure[f"{name}_{what}"] for what in ("cosine", "share", "kl_share", "top1")))
+        return Likeness(*(figure[f"{name}_{what}"] for what in ("cosine", "share", "kl_share", "gain_share", "top1")))
 
     return Effect(
         old_kl=figure["old_kl"],

@@ -114,7 +114,10 @@ def _print_effect(console: Console, effect: Effect) -> None:
         f"cosine without constant shift and temperature: {_interval(effect.content_cosine)}; new change "
         f"{_number(effect.size_ratio.value, 2)} times the old, closest at {_number(best, 2)} times its size\n"
         f"top-1: of the {_number(changed, 2)} of positions where the old adapter changed the best token, the share "
-        "with that token",
+        "with that token\n"
+        f"gain share: {_interval(effect.carried.gain_share, 2)} (constant shift alone "
+        f"{_number(effect.constant.gain_share.value, 2)}), the log-likelihood gained of what the old adapter gains, if "
+        "its predictions are right",
         highlight=False,
     )
 

@@ -53,11 +53,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def taught(root: Path, folder: Path, new: str, top_k: int | str | None, shuffled: bool = False) -> Targets:
+def taught(
+    root: Path, folder: Path, new: str, top_k: int | str | None, shuffled: bool = False, imitation: float = 0.0
+) -> Targets:
     work = Work(folder, {"k": top_k})
     result = write_targets(
         work, root / "old", root / "adapter", root / new, texts(80), PhaseClock(), top_k=top_k, max_tokens=64,
-        device=CPU, dtype=torch.float32, shuffled=shuffled,
+        device=CPU, dtype=torch.float32, shuffled=shuffled, imitation=imitation,
     )  # fmt: skip
     work.close()
     return result
@@ -160,6 +162,41 @@ def test_merging_the_rest_gives_the_divergence_of_the_merged_distributions() -> 
     assert (last <= dense_divergence(p, q) + 1e-5).all()
 
 
+@pytest.mark.parametrize("imitation", [0.0, 0.3, 1.0])
+def test_a_mixed_target_has_both_parts_in_their_shares(imitation: float) -> None:
+    new, before, after, student = (rows.double() for rows in random_rows(2))
+    changed = new.softmax(-1) * after.softmax(-1) / before.softmax(-1)
+    changed /= changed.sum(-1, keepdim=True)
+    copied = after.softmax(-1)
+    found = target(new, before, after, imitation=imitation)
+    mixture = (1 - imitation) * changed + imitation * copied
+    torch.testing.assert_close(found.log_probs.exp(), mixture)
+    # What the mixture asks of a model is what both parts ask of it, in their shares: the gradients are the same.
+    student.requires_grad_(True)
+    divergence(found, student).sum().backward()
+    gradient = student.grad
+    student.grad = None
+    parts = (dense_log_loss(p, student) * share for p, share in ((changed, 1 - imitation), (copied, imitation)))
+    sum(parts, torch.zeros(())).backward()
+    torch.testing.assert_close(gradient, student.grad)
+
+
+def dense_log_loss(p: Tensor, student: Tensor) -> Tensor:
+    return -(p * (student - student.exp().sum(-1, keepdim=True).log())).sum()
+
+
+def test_imitation_alone_teaches_what_the_adapted_old_model_says(root: Path, tmp_path: Path) -> None:
+    # Of the same tokenizer, so that every position is aligned and every token shared.
+    targets = taught(root, tmp_path / "work", "new", None, imitation=1.0)
+    model = LoadedModel(root / "old", "OLD", device=CPU, dtype=torch.float64)
+    model.attach(root / "adapter")
+    aligned = targets.aligned[3]
+    alignment = Alignment(load_tokenizer(root / "old", "OLD"), load_tokenizer(root / "new", "NEW"))
+    with torch.no_grad():
+        rows = model.peft(torch.tensor([aligned.ids_o])).logits[0][aligned.positions_o][:, alignment.ordinary.old]
+    torch.testing.assert_close(targets[3].log_probs.double(), rows.log_softmax(-1), atol=2e-4, rtol=2**-10)
+
+
 def test_the_gradient_is_finite_where_the_target_rules_a_token_out() -> None:
     log_probs = torch.tensor([[0.0, -math.inf]])
     student = torch.tensor([[0.5, 0.2]], requires_grad=True)
@@ -190,7 +227,7 @@ def test_the_step_budget_reads_the_text_once_within_bounds() -> None:
 
 @pytest.fixture(scope="module")
 def refined(root: Path) -> Any:
-    return run(root, root / "refined", steps=60, eval_every=10, learning_rate=1e-2, next_token_weight=0.0)
+    return run(root, root / "refined", steps=60, eval_every=10, learning_rate=1e-2, imitation=0.0)
 
 
 def test_refining_raises_the_agreement_on_held_out_text(refined: Any, root: Path) -> None:
@@ -320,6 +357,7 @@ def test_the_old_model_writes_the_text_unless_some_is_given(
         ({"steps": 0}, "steps is 0"),
         ({"steps": "many"}, "steps is 'many'"),
         ({"learning_rate": 0.0}, "learning_rate"),
+        ({"imitation": 1.5}, "imitation is 1.5"),
         ({"kl_weight": 0.0, "next_token_weight": 0.0}, "one must be above 0"),
         ({"roles": ["query"]}, "role 'query'"),
         ({"control": "flipped"}, "control 'flipped'"),

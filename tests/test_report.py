@@ -100,7 +100,7 @@ def refinement() -> Refinement:
     evaluations = [Evaluation(0, -0.25, None, None), Evaluation(5, 0.5, 1.5, 2.5), Evaluation(10, 0.25, 1.25, 2.25)]
     return Refinement(
         "old", "adapter", "new", None, "out", 10, 10, 5, False, "budget", "Refined: agreement 50.0 %.", -0.25, 0.5,
-        evaluations, TeacherFacts(4, 100, 1000, 200, 210, 64, 32, 0.01, 1.0, 0.99), "self", 1, 2000, 300,
+        evaluations, TeacherFacts(4, 100, 1000, 200, 210, 64, 32, 0.01, 1.0, 0.99, 0.5), "self", 1, 2000, 300,
         {"learning_rate": 0.01}, [], 1.0, {"old": "0123abc", "new": "4567def"},
     )  # fmt: skip
 

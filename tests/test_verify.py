@@ -202,7 +202,7 @@ def test_intervals_hold_the_figure_and_come_from_the_seed(root: Path) -> None:
     first, again, other = (verify(*pair, **options, seed=seed).as_dict()["effect"] for seed in (0, 0, 1))
     assert first == again
     assert first != other
-    for name in ("cosine", "explained_share", "kl_share", "top1"):
+    for name in ("cosine", "explained_share", "kl_share", "gain_share", "top1"):
         figure = first["carried"][name]
         assert figure["low"] < figure["value"] < figure["high"]
 
@@ -290,6 +290,7 @@ def recount(d: Dense, seed: int) -> dict[str, float]:
             partner[p] = order[k - 1]
     sums = dict.fromkeys(
         ("oo", "nn", "on", "ss", "os", "mm", "om", "roo", "rnn", "ron", "kl_o", "kl_n", "t0", "t1", "ts", "changed",
+         "g1", "gs", "gf", "gc",
          "hit", "alone", "ob", "bb", "uoo", "unn", "uon"), 0.0
     )  # fmt: skip
     uniform = np.full(tokens, 1 / tokens)
@@ -316,6 +317,13 @@ def recount(d: Dense, seed: int) -> dict[str, float]:
         target = log_softmax(d.n_0[p] + a)
         for name, reached in (("t0", d.n_0[p]), ("t1", d.n_1[p]), ("ts", log_softmax(d.n_0[p] + s))):
             sums[name] += float((np.exp(target) * (target - reached)).sum())
+        for name, reached in (
+            ("g1", d.n_1[p]),
+            ("gs", log_softmax(d.n_0[p] + s)),
+            ("gf", log_softmax(d.n_0[p] - b)),
+            ("gc", log_softmax(d.n_0[p] + m_n)),
+        ):
+            sums[name] += float((np.exp(d.o_1[p]) * (reached - d.n_0[p])).sum())
         best = d.o_1[p].argmax()
         if best != d.o_0[p].argmax():
             sums["changed"] += 1
@@ -336,6 +344,10 @@ def recount(d: Dense, seed: int) -> dict[str, float]:
         "content_cosine": sums["ron"] / math.sqrt(sums["roo"] * sums["rnn"]),
         "carried.kl_share": 1 - sums["t1"] / sums["t0"],
         "shuffled.kl_share": 1 - sums["ts"] / sums["t0"],
+        "carried.gain_share": sums["g1"] / sums["kl_o"],
+        "shuffled.gain_share": sums["gs"] / sums["kl_o"],
+        "flipped.gain_share": sums["gf"] / sums["kl_o"],
+        "constant.gain_share": sums["gc"] / sums["kl_o"],
         "top1_changed": sums["changed"] / count,
         "carried.top1": sums["hit"] / sums["changed"],
         "top1_alone": sums["alone"] / sums["changed"],
