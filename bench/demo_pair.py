@@ -35,6 +35,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from lorasuite_fast.finetuning import RETAIN_WEIGHT, summed_shift
+from lorasuite_fast.refinement import step_batches
+
 DEMO = Path(__file__).resolve().parent.parent / "lorasuite_fast" / "demo"
 LENGTH = 256
 """Tokens of one training sequence and of one evaluation window, the leading BOS included."""
@@ -365,8 +368,21 @@ def few(work: Work, rate: float, epochs: int) -> dict[str, Any]:
     return work.result(f"few-{rate:g}-{epochs}", make)
 
 
-def train_few(model: Any, tokenizer: Any, texts: Sequence[str], rate: float, epochs: int, seed: int) -> int:
-    """Train what requires a gradient on a few samples: AdamW, linear schedule to zero, no warm-up; return the steps."""
+def train_few(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    rate: float,
+    epochs: int,
+    seed: int,
+    retain: Sequence[str] = (),
+) -> int:
+    """Train what requires a gradient on a few samples: AdamW, linear schedule to zero, no warm-up; return the steps.
+
+    Args:
+        retain: texts on which the predictions are to stay those of the bare model, as `lorasuite_fast.finetune` keeps
+            them: with its weight, and as many tokens a step as of the samples.
+    """
     model.train()
     samples = [ids[: LENGTH - 1] for ids in tokenizer(list(texts), add_special_tokens=False)["input_ids"]]
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -374,12 +390,22 @@ def train_few(model: Any, tokenizer: Any, texts: Sequence[str], rate: float, epo
     steps = epochs * math.ceil(len(samples) / FEW_BATCH)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     order = random.Random(seed)
+    rows = (
+        [ids[: LENGTH - 1] for ids in tokenizer(list(retain), add_special_tokens=False)["input_ids"]] if retain else []
+    )
+    size = sum(map(len, samples)) * FEW_BATCH // len(samples)
+    kept = iter(step_batches([len(ids) for ids in rows], size, steps, seed))
     for _ in range(epochs):
         order.shuffle(samples)
         for first in range(0, len(samples), FEW_BATCH):
             inputs, labels = _padded(samples[first : first + FEW_BATCH], tokenizer.bos_token_id, model.device)
             logits = model(input_ids=inputs, use_cache=False).logits[:, :-1]
             functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten()).backward()
+            if rows:
+                inputs, labels = _padded([rows[i] for i in next(kept)], tokenizer.bos_token_id, model.device)
+                counted = labels != -100
+                shift = summed_shift(model, inputs, torch.ones_like(inputs), counted) / counted.sum()
+                (RETAIN_WEIGHT * shift).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -36,6 +36,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from lorasuite_fast import migrate, refine, verify
+from lorasuite_fast.calibration import load_examples
 from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.distillation import Settings
 from lorasuite_fast.families import ATTENTION
@@ -45,6 +46,9 @@ RATES, EPOCHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (3, 6, 15)
 TEXT_BYTES = 160_000
 """Of general, domain or self-written text that a closed-form row reads, and of the first two for a refinement."""
 STEPS = 300
+RETAIN = "-retain"
+SHIPPED = 1000
+"""More texts than the package has."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "attention": {"roles": ATTENTION},
     "change": {"imitation": 0.0},
@@ -182,10 +186,10 @@ class Case:
         if row.startswith("tried-"):
             return Stage(self.name(row), (*models, self.name(f"few-{row[6:]}")), partial(self.tried, row[6:]))
         if row.startswith("few-"):
-            start = row[4:]
+            start = row[4:].removesuffix(RETAIN)
             needs = (*models,) if start.startswith("nothing") else (*models, self.name(start))
             needs += (f"{first}/{row}",) if self.seed else ()
-            return Stage(self.name(row), needs, partial(self.few, start))
+            return Stage(self.name(row), needs, partial(self.few, row[4:]))
         if row == "adapter":
             return Stage(self.name(row), models, self.adapt_old)
         if row == "full":
@@ -344,7 +348,10 @@ class Case:
         }
 
     def few(self, start: str) -> dict[str, Any]:
-        """Fine-tuning on 100 labelled samples; seed 0 chooses rate and epochs on the validation text."""
+        """Fine-tuning on 100 labelled samples; seed 0 chooses rate and epochs on the validation text.
+
+        A start that ends in `-retain` also keeps the predictions on the general text shipped with the package.
+        """
         if self.seed:
             best = self.bench.get(f"{self.pair.name}/{self.domain}/0/few-{start}")["best"]
             settings = [(best["rate"], best["epochs"])]
@@ -407,6 +414,8 @@ class Case:
             return self.bench.get(name)
         model, tokenizer = self.lab.load(self.pair, "new")
         torch.manual_seed(self.seed)
+        retain = load_examples(None, SHIPPED, 0) if start.endswith(RETAIN) else ()
+        start = start.removesuffix(RETAIN)
         if start == "nothing-mlp":
             model = with_lora(model, str(self.new), (*self.pair.targets, *self.pair.mlp))
         else:
@@ -414,7 +423,7 @@ class Case:
             model = started(model, self.pair, str(self.new), source)
         samples = self.lab.texts.few(self.pair, self.domain)
         with measured() as cost:
-            steps = train_few(model, tokenizer, samples, rate, epochs, self.seed)
+            steps = train_few(model, tokenizer, samples, rate, epochs, self.seed, retain)
         model.save_pretrained(folder)
         tokens = epochs * sum(len(ids) + 1 for ids in tokenizer(samples, add_special_tokens=False)["input_ids"])
         valid = self.lab.score(self.pair, self.domain, model, tokenizer, only=("domain_valid",))
@@ -495,7 +504,7 @@ def stages(bench: Bench) -> list[Stage]:
         found.extend(case.stage(row) for row in rows if case.name(row) not in left_out)
 
     basis = ("adapter", "full", "text")
-    few = ("few-nothing", "few-nothing-mlp", "few-refined")
+    few = ("few-nothing", "few-nothing-mlp", "few-refined", f"few-nothing-mlp{RETAIN}", f"few-refined{RETAIN}")
     few_others = ("few-paper", "few-distill-self")
     demo = ("demo", "bible")
     tiny = [(pair, domain) for domain in DOMAINS for pair in PAIRS if pair != "demo"]

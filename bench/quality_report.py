@@ -43,7 +43,9 @@ STARTS = {
     "few-paper": "paper",
     "few-distill-self": "distilled, self-written",
     "few-refined-attention": "refined, attention alone, self-written",
+    "few-nothing-mlp-retain": "nothing, LoRA(100); general text retained",
     "few-refined": "refined, self-written",
+    "few-refined-retain": "refined, self-written; general text retained",
     "few-refined-long": "refined, twice the steps, self-written",
     "few-refined-next": "refined, the change and next tokens, self-written",
     "few-refined-next-attention": "refined, the change and next tokens, attention alone, self-written",
@@ -214,9 +216,12 @@ def case_table(rows: Rows, pair: str, domain: str) -> list[str]:
 
 
 def leads(rows: Rows, pair: str, domain: str, row: str) -> list[float]:
-    """Of a start over LoRA(100), seed by seed; of one that has the MLP's modules, over the better LoRA(100)."""
-    all_modules = row.startswith("few-refined") and "attention" not in row
-    baselines = ["few-nothing"] + (["few-nothing-mlp"] if all_modules else [])
+    """Of a start over LoRA(100), seed by seed: over the best one with the modules and the retained text it has."""
+    baselines = ["few-nothing"]
+    if row.startswith("few-refined") and "attention" not in row:
+        baselines.append("few-nothing-mlp")
+    if row.endswith("-retain"):
+        baselines.append("few-nothing-mlp-retain")
 
     def lead(seed: int) -> float | None:
         own = rows.share(pair, domain, seed, row)

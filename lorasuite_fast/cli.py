@@ -112,6 +112,7 @@ Epochs = Annotated[int, _option(TRAINING, "N", "How often each sample is read [3
 CompletionOnly = Annotated[
     bool, _option(TRAINING, None, "Count only what answers the prompt in the loss", "--completion-only")
 ]
+Retain = Annotated[str | None, _option(TRAINING, "FILE", "Text whose predictions are to stay; shipped: general text")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], _option(MACHINE, "DEVICE", "auto, cpu or cuda [auto]")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float64"],
@@ -464,6 +465,7 @@ def migrate(
     ] = None,
     finetune_epochs: Epochs = 3,
     finetune_rate: Annotated[float, _option(TRAINING, "X", "Learning rate of --finetune [1e-3]")] = 1e-3,
+    retain: Retain = None,
     completion_only: CompletionOnly = False,
     memory: Memory = None,
     mapped: Mapped = True,
@@ -479,6 +481,8 @@ def migrate(
     with _run(as_json) as report:
         from .plan import migrate as run
 
+        if retain is not None and finetune is None:
+            raise LoraSuiteError("--retain is for the training that --finetune asks for; give both")
         result = run(
             old,
             new,
@@ -507,6 +511,7 @@ def migrate(
                 "epochs": finetune_epochs,
                 "learning_rate": finetune_rate,
                 "completion_only": completion_only,
+                "retain": retain,
             },
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
@@ -877,6 +882,8 @@ def finetune(
     save_every: Annotated[
         int | None, _option(MACHINE, "N", "Steps between checkpoints [an epoch, 50 at most]", min=1)
     ] = None,
+    retain: Retain = None,
+    retain_weight: Annotated[float, _option(TRAINING, "X", "Of what --retain adds to the loss [0.3]", min=0.0)] = 0.3,
     seed: Annotated[int, _option(TRAINING, "N", "Of the order, dropout and an adapter from zero [0]")] = 0,
     device: Device = "auto",
     dtype: Annotated[
@@ -920,6 +927,8 @@ def finetune(
             dropout=dropout,
             roles=None if roles is None else [role.strip() for role in roles.split(",")],
             save_every=save_every,
+            retain=retain,
+            retain_weight=retain_weight,
             seed=seed,
             device=device,
             dtype=dtype,

@@ -5,6 +5,11 @@ rate that falls linearly from 1e-3 without a warm-up, rows of at most 256 tokens
 same code, so that the two can be compared.
 
 The loss of a step is the mean cross-entropy over all the tokens its batch counts, however the batch is divided.
+
+Training on a few samples makes a model forget what they do not mention. With `retain` a step also reads unlabelled text
+of another kind, about as many tokens as samples, and adds `weight · KL(bare model ‖ model with adapter)`, the mean over
+the positions of that text: the adapter is to leave the model's predictions there as they are. (Learning without
+forgetting, Li and Hoiem 2016, arXiv 1606.09282, with whole distributions of next tokens as what is kept.)
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ from torch.nn import functional
 
 from .adapter import CONFIG, WEIGHTS
 from .aligned_states import LoadedModel, load_tokenizer
+from .calibration import load_examples
 from .checkpoint import Checkpoint, resolve_folder
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, ROLES, Family
@@ -34,7 +40,7 @@ from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder, writing
 from .phases import Phase, PhaseClock, Progress
 from .plan import migrate, pick_device, pick_dtype
-from .refinement import TRAINING, last_checkpoint
+from .refinement import TRAINING, last_checkpoint, step_batches
 from .report_file import check_report, write_report
 from .result import Migration
 from .samples import Data, Sample, Samples, load_samples
@@ -45,6 +51,12 @@ from .work import Work, clean_up, remove_work
 EPOCHS, BATCH, LEARNING_RATE, MAX_TOKENS = 3, 16, 1e-3, 256
 RANK = 32
 """Of an adapter from zero; its alpha is the same number."""
+RETAIN_WEIGHT = 0.3
+SHIPPED = "shipped"
+"""In the place of a file, the general text that comes with the package."""
+_ALL_TEXTS = 10**9
+_KEPT = "kept_"
+"""In front of the names of what a batch holds of the text to retain."""
 _SAVE_STEPS = 50
 """Most steps between two checkpoints where none are asked for."""
 _COMPARED_STEPS = 16
@@ -76,6 +88,8 @@ class Finetuning:
         samples, truncated, left_out: trained on; of these cut off at `max_tokens`; left out because nothing was left to
             count there. Validation samples are included in the last two.
         trained_tokens: predictions the loss counted, over all steps.
+        start_retained_kl, retained_kl: mean KL(bare model ‖ with adapter) in nats on the text to retain, of the start
+            and in the steps of the last third, over the same text; None without such text.
         summary: the outcome in one sentence. fingerprints: of the model, under "model".
     """
 
@@ -91,6 +105,8 @@ class Finetuning:
     start_loss: float
     end_loss: float | None
     losses: list[float]
+    start_retained_kl: float | None
+    retained_kl: float | None
     evaluations: list[Evaluation]
     samples: int
     validation_samples: int
@@ -118,7 +134,10 @@ class Finetuning:
         costs = {phase.name: phase.seconds for phase in self.phases}
         memory = {"peak_memory": self.peak_memory, "peak_device_memory": self.peak_device_memory}
         plain = asdict(self) | {"losses": [_finite(loss) for loss in self.losses]}
-        plain |= {"start_loss": _finite(self.start_loss), "end_loss": _finite(self.end_loss)}
+        plain |= {
+            name: _finite(getattr(self, name))
+            for name in ("start_loss", "end_loss", "start_retained_kl", "retained_kl")
+        }
         plain["evaluations"] = [{"step": e.step, "loss": _finite(e.loss)} for e in self.evaluations]
         return plain | memory | {"costs": costs}
 
@@ -145,28 +164,47 @@ def sample_batches(count: int, batch: int, steps: int, seed: int) -> list[list[i
 
 
 class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
-    """One padded batch an item: input_ids, attention_mask and labels, (samples, length) each, the longest row first."""
+    """One padded batch an item: input_ids, attention_mask and labels, (samples, length) each, the longest row first.
 
-    def __init__(self, samples: Sequence[Sample], batches: list[list[int]]) -> None:
-        self._samples, self._batches = samples, batches
+    Args:
+        kept: rows of the text to retain, and which of them each item holds besides, under the names with `_KEPT`.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        batches: list[list[int]],
+        kept: tuple[Sequence[Sample], list[list[int]]] | None = None,
+    ) -> None:
+        self._samples, self._batches, self._kept = samples, batches, kept
 
     def __len__(self) -> int:
         return len(self._batches)
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        rows = sorted((self._samples[i] for i in self._batches[n]), key=lambda sample: -len(sample.ids))
-        shape = len(rows), len(rows[0].ids)
-        ids, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-        labels = torch.full(shape, -100)
-        for at, row in enumerate(rows):
-            length = len(row.ids)
-            ids[at, :length], mask[at, :length] = torch.tensor(row.ids), 1
-            labels[at, :length] = torch.tensor([i if c else -100 for i, c in zip(row.ids, row.counted, strict=True)])
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        item = _padded([self._samples[i] for i in self._batches[n]])
+        if self._kept is not None:
+            rows, batches = self._kept
+            item |= {f"{_KEPT}{name}": t for name, t in _padded([rows[i] for i in batches[n]]).items()}
+        return item
 
 
-def _parts(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    """Micro-batches of at most `size` rows, each no wider than its longest row."""
+def _padded(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    rows = sorted(samples, key=lambda sample: -len(sample.ids))
+    shape = len(rows), len(rows[0].ids)
+    ids, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    labels = torch.full(shape, -100)
+    for at, row in enumerate(rows):
+        length = len(row.ids)
+        ids[at, :length], mask[at, :length] = torch.tensor(row.ids), 1
+        labels[at, :length] = torch.tensor([i if c else -100 for i, c in zip(row.ids, row.counted, strict=True)])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def _parts(batch: dict[str, Tensor], size: int, prefix: str = "") -> Iterator[dict[str, Tensor]]:
+    """Micro-batches of at most `size` rows, each no wider than its longest row, of what has the prefix."""
+    names = ("input_ids", "attention_mask", "labels")
+    batch = {name: batch[f"{prefix}{name}"] for name in names}
     for first in range(0, len(batch["input_ids"]), size):
         width = int(batch["attention_mask"][first].sum())
         yield {name: tensor[first : first + size, :width] for name, tensor in batch.items()}
@@ -182,6 +220,28 @@ def _summed_loss(model: Any, part: dict[str, Tensor]) -> Tensor:
     return functional.cross_entropy(chosen, wanted[counted], reduction="sum")
 
 
+def summed_shift(model: Any, ids: Tensor, mask: Tensor, counted: Tensor) -> Tensor:
+    """KL(bare model ‖ model with its adapter) in nats, summed over the predictions that count; at least float32.
+
+    Args:
+        model: a PEFT model. ids, mask: (rows, length). counted: (rows, length) bool, which tokens' predictions count;
+            never the first.
+    """
+    at = counted[:, 1:]
+
+    def log_probs() -> Tensor:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][at]
+        return functional.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+
+    training = model.training
+    # What is kept is the model's own prediction, not one under dropout.
+    model.eval()
+    with torch.no_grad(), model.disable_adapter():
+        bare = log_probs()
+    model.train(training)
+    return functional.kl_div(log_probs(), bare, reduction="sum", log_target=True)
+
+
 def _trainer_class() -> Any:
     """The Trainer, defined when first needed: importing this module must not import transformers."""
     from torch.utils.data import SequentialSampler
@@ -190,10 +250,11 @@ def _trainer_class() -> Any:
     class FinetuningTrainer(Trainer):
         """Trainer that divides a batch by itself, so that its loss is the mean over the whole batch's tokens."""
 
-        def __init__(self, *args: Any, micro_batch: int, autocast: bool, **kwargs: Any) -> None:
+        def __init__(self, *args: Any, micro_batch: int, autocast: bool, retain_weight: float, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
-            self.micro_batch, self.autocast = micro_batch, autocast
+            self.micro_batch, self.autocast, self.retain_weight = micro_batch, autocast, retain_weight
             self.diverged_at: int | None = None
+            self.shift: float | None = None
 
         def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
             # The batches are in their order already, one item each.
@@ -212,9 +273,31 @@ def _trainer_class() -> Any:
                     loss = _summed_loss(model, part) / tokens
                 self.accelerator.backward(loss)
                 total = total + loss.detach()
-            if not math.isfinite(float(total)):
+            shift = self.retaining(inputs, learning=True)
+            self.shift = None if shift is None else float(shift)
+            if not math.isfinite(float(total)) or not math.isfinite(self.shift or 0.0):
                 self.diverged_at = self.state.global_step + 1
             return total
+
+        def retaining(self, inputs: dict[str, Tensor], *, learning: bool) -> Tensor | None:
+            """Mean shift of the predictions on the text to retain, if a batch has such text."""
+            if f"{_KEPT}labels" not in inputs:
+                return None
+            tokens = (inputs[f"{_KEPT}labels"] != -100).sum()
+            total = torch.zeros((), device=tokens.device)
+            for part in _parts(inputs, self.micro_batch, _KEPT):
+                with self.precision():
+                    counted = part["labels"] != -100
+                    shift = summed_shift(self.model, part["input_ids"], part["attention_mask"], counted) / tokens
+                if learning:
+                    self.accelerator.backward(self.retain_weight * shift)
+                total = total + shift.detach()
+            return total
+
+        def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            if "loss" in logs and self.shift is not None:
+                logs["retained_kl"] = self.shift
+            super().log(logs, *args, **kwargs)
 
         def mean_loss(self, batches: Sequence[dict[str, Tensor]], *, training: bool) -> float:
             """Over all counted tokens of the batches, as the model stands; `training` leaves its dropout on."""
@@ -232,6 +315,15 @@ def _trainer_class() -> Any:
                             summed += float(_summed_loss(self.model, part))
             self.model.train(was_training)
             return summed / tokens
+
+        def mean_shift(self, batches: Sequence[dict[str, Tensor]]) -> float:
+            """The same of the text to retain, every batch with equal weight; dropout is left on."""
+            self.model.train()
+            device = self.args.device
+            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+                torch.manual_seed(self.args.seed)
+                found = [self.retaining(self._prepare_inputs(dict(batch)), learning=False) for batch in batches]
+            return sum(float(shift) for shift in found if shift is not None) / len(found)
 
         def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, Any]:
             loss = self.mean_loss(self.eval_dataset, training=False)
@@ -302,6 +394,8 @@ def finetune(
     dropout: float | None = None,
     roles: Sequence[str] | None = None,
     save_every: int | None = None,
+    retain: str | os.PathLike[str] | None = None,
+    retain_weight: float = RETAIN_WEIGHT,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
@@ -337,6 +431,10 @@ def finetune(
             adapter written is then the one of all checkpoints and the start that has the lowest loss on them.
         rank, alpha, dropout, roles: of a new adapter: 32, the rank, 0 and q, k, v, o.
         save_every: steps between checkpoints; by default an epoch, 50 at most.
+        retain: unlabelled text on which the model's predictions are to stay what they are without an adapter: a .jsonl
+            (field `text`) or .txt file, or "shipped" for the general text that comes with the package. A step reads
+            about as many tokens of it as of samples, and takes somewhat more than twice as long. retain_weight: of that
+            divergence beside the loss.
         dtype: of the base model and the products; auto is bfloat16 on a GPU that has it, else float32. The adapter is
             float32 at least.
         gradient_checkpointing: recompute activations: less memory, more time.
@@ -351,6 +449,8 @@ def finetune(
     clean_up(out, finetuning_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite)
     _check(epochs, steps, batch, micro_batch, learning_rate, max_tokens, rank, alpha, dropout, roles, save_every)
+    if not (math.isfinite(retain_weight) and retain_weight > 0):
+        raise LoraSuiteError(f"retain_weight is {retain_weight}; it must be above 0 (leave out retain to keep nothing)")
     if adapter is not None and (rank, alpha, dropout, roles) != (None,) * 4:
         raise LoraSuiteError("rank, alpha, dropout and roles are those of a new adapter; ADAPTER has its own")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -367,6 +467,7 @@ def finetune(
         tokenizer = load_tokenizer(model, "MODEL", trust_remote_code=trust_remote_code)
         wording: dict[str, Any] = {"template": template, "max_tokens": max_tokens, "completion_only": completion_only}
         training, held_out = _split(data, validation, tokenizer, wording, seed)
+        kept = _kept(retain, tokenizer, max_tokens, seed)
     epoch = math.ceil(len(training.samples) / batch)
     budget = epochs * epoch if steps is None else steps
     new: dict[str, Any] = {}
@@ -381,13 +482,14 @@ def finetune(
         "save_every": save_every or min(epoch, _SAVE_STEPS),
         "seed": seed,
         "dtype": str(run_dtype).removeprefix("torch."),
+        **({"retain_weight": retain_weight} if kept.samples else {}),
         **new,
     }
     with clock.phase("load", 1):
         loaded = LoadedModel(
             checkpoint.folder, "MODEL", device=run_device, dtype=run_dtype, trust_remote_code=trust_remote_code
         )
-        loaded.check_ids([sample.ids for part in (training, held_out) for sample in part.samples])
+        loaded.check_ids([sample.ids for part in (training, held_out, kept) for sample in part.samples])
         if start is None:
             _new_adapter(loaded, checkpoint.family, new, seed)
         else:
@@ -399,6 +501,7 @@ def finetune(
         "adapter": None if start is None else adapter_digest(start),
         "data": training.digest(),
         "validation": held_out.digest(),
+        **({"retain": kept.digest()} if kept.samples else {}),
     }
     folder = finetuning_folder(path)
     folder.mkdir(exist_ok=True)
@@ -419,6 +522,7 @@ def finetune(
                     start,
                     training.samples,
                     held_out.samples,
+                    kept.samples,
                     clock,
                     options,
                     gradient_checkpointing,
@@ -442,6 +546,7 @@ def finetune(
                 "learning rate": f"{learning_rate:g}",
                 "prompts": template if template in ("alpaca", "chat") else "a template of one's own",
                 "tokens trained on": f"{course.tokens:,}",
+                **({"retained": f"{_named(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
             },
         )
         card = model_card(checkpoint.name, steps_taken, start)
@@ -464,6 +569,8 @@ def finetune(
         start_loss=course.start_loss,
         end_loss=course.end_loss,
         losses=course.losses,
+        start_retained_kl=course.start_retained_kl,
+        retained_kl=course.retained_kl,
         evaluations=course.evaluations,
         samples=len(training.samples),
         validation_samples=len(held_out.samples),
@@ -473,6 +580,7 @@ def finetune(
         trainable_parameters=sum(p.numel() for p in loaded.peft.parameters() if p.requires_grad),
         options=options
         | wording
+        | ({} if retain is None else {"retain": os.fspath(retain)})
         | {"device": run_device.type, "epochs": budget / epoch, "gradient_checkpointing": gradient_checkpointing},
         phases=clock.phases,
         seconds=time.perf_counter() - begin,
@@ -480,6 +588,18 @@ def finetune(
     )
     write_report(result, report)
     return result
+
+
+def _kept(source: str | os.PathLike[str] | None, tokenizer: Any, max_tokens: int, seed: int) -> Samples:
+    """The rows of the text to retain; none where there is none."""
+    if source is None:
+        return Samples([], 0, 0)
+    texts = load_examples(None if os.fspath(source) == SHIPPED else source, _ALL_TEXTS, seed)
+    return load_samples([{"text": text} for text in texts], tokenizer, max_tokens=max_tokens)
+
+
+def _named(source: str | os.PathLike[str]) -> str:
+    return "the general text shipped with lorasuite-fast" if os.fspath(source) == SHIPPED else shown(source)
 
 
 def _check(
@@ -543,6 +663,8 @@ class _Course:
     start_loss: float
     end_loss: float | None
     losses: list[float]
+    start_retained_kl: float | None
+    retained_kl: float | None
     evaluations: list[Evaluation]
     tokens: int
 
@@ -553,6 +675,7 @@ def _train(
     start: Path | None,
     samples: list[Sample],
     held_out: list[Sample],
+    kept: list[Sample],
     clock: PhaseClock,
     options: dict[str, Any],
     checkpointing: bool,
@@ -562,7 +685,12 @@ def _train(
 
     steps, batch = options["steps"], options["batch"]
     batches = sample_batches(len(samples), batch, steps, options["seed"])
-    dataset = _Batches(samples, batches)
+    kept_batches = None
+    if kept:
+        read = sum(len(sample.ids) for sample in samples) * batch // len(samples)
+        sizes = [len(sample.ids) for sample in kept]
+        kept_batches = kept, step_batches(sizes, max(1, read), steps, options["seed"])
+    dataset = _Batches(samples, batches, kept_batches)
     evaluated = _Batches(held_out, [list(range(len(held_out)))[n : n + batch] for n in range(0, len(held_out), batch)])
     compared = _last_third(steps)
     trainer_class, course_class = _trainer_class()
@@ -613,9 +741,11 @@ def _train(
             data_collator=lambda items: items[0],
             micro_batch=options["micro_batch"],
             autocast=loaded.model.dtype == torch.bfloat16,
+            retain_weight=options.get("retain_weight", 0.0),
         )
         trainer.remove_callback(PrinterCallback)
         first = trainer.mean_loss([dataset[n] for n in compared], training=True)
+        first_shift = trainer.mean_shift([dataset[n] for n in compared]) if kept else None
         if not math.isfinite(first):
             raise LoraSuiteError(
                 f"{loaded.name} with this adapter gives NaN or infinity on the data in {loaded.model.dtype}; check its "
@@ -631,9 +761,11 @@ def _train(
     history = trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
     evaluations += [Evaluation(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+    shifts = [entry["retained_kl"] for entry in history if "retained_kl" in entry]
     tokens = [sum(samples[i].tokens for i in part) for part in batches]
-    end = None
+    end, shift = None, None
     if len(losses) == steps:
+        shift = sum(shifts[n] for n in compared) / len(compared) if kept else None
         end = sum(losses[n] * tokens[n] for n in compared) / sum(tokens[n] for n in compared)
     chosen = steps
     diverged = _divergence(trainer.diverged_at, first, end, folder / "trainer" / f"checkpoint-{steps}")
@@ -643,7 +775,8 @@ def _train(
         chosen = min(evaluations, key=lambda e: e.loss).step
     if chosen:
         source = folder / "trainer" / f"checkpoint-{chosen}"
-    return _Course(source, chosen, diverged, first, end, losses, evaluations, sum(tokens[: len(losses)]))
+    seen = sum(tokens[: len(losses)])
+    return _Course(source, chosen, diverged, first, end, losses, first_shift, shift, evaluations, seen)
 
 
 def _last_third(steps: int) -> list[int]:
@@ -692,6 +825,11 @@ def _summary(course: _Course, budget: int, samples: int) -> str:
         chosen = next(e.loss for e in course.evaluations if e.step == course.chosen)
         before = course.evaluations[0].loss
         text += f"; on the validation samples {before:.3f} before, {chosen:.3f} after step {course.chosen}"
+    if course.retained_kl is not None:
+        text += (
+            f"; on the text to retain {course.start_retained_kl:.3f} nats from the bare model before, "
+            f"{course.retained_kl:.3f} in the last third"
+        )
     return f"{text}."
 
 
@@ -715,7 +853,9 @@ def migrate_and_finetune(
     remote = options.get("trust_remote_code", False)
     shared = {"seed": options.get("seed", 0), "device": options.get("device", "auto"), "trust_remote_code": remote}
     wording = {name: tuning[name] for name in ("template", "max_tokens", "completion_only") if name in tuning}
-    load_samples(data, load_tokenizer(new, "NEW", trust_remote_code=remote), **wording)
+    tokenizer = load_tokenizer(new, "NEW", trust_remote_code=remote)
+    load_samples(data, tokenizer, **wording)
+    _kept(tuning.get("retain"), tokenizer, tuning.get("max_tokens", MAX_TOKENS), shared["seed"])
     folder = finetuning_folder(out)
     folder.mkdir(exist_ok=True)
     migrated = folder / "migrated"

@@ -802,6 +802,10 @@ def _finetuning(result: Finetuning) -> Part:
         "tokens trained on": f"{result.trained_tokens:,}",
         "trainable parameters": f"{result.trainable_parameters:,}",
     }
+    if result.retained_kl is not None:
+        facts["distance from the bare model on the text to retain"] = (
+            f"{_number(result.start_retained_kl)} nats before, {_number(result.retained_kl)} in the last third"
+        )
     key = _key(("training", "a"), *([("validation", "b")] if result.evaluations else []))
     table = _details(
         ("step", "loss"),

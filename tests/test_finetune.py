@@ -27,6 +27,7 @@ from lorasuite_fast import finetuning as finetuning_module
 from lorasuite_fast.aligned_states import LoadedModel
 from lorasuite_fast.cli import app
 from lorasuite_fast.finetuning import sample_batches
+from lorasuite_fast.refinement import step_batches
 from lorasuite_fast.samples import SampleMaker, load_samples, prompt, read_records
 
 from planted import plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
@@ -95,13 +96,27 @@ def counted_text(sample: Any, tokenizer: Any) -> str:
 # The training itself
 
 
-def plain_loop(root: Path, adapter: str, rows: list[Any], batches: list[list[int]], rate: float) -> Any:
-    """Losses and final factors of a loop in float64, one sample at a time, AdamW written out."""
+def plain_loop(
+    root: Path,
+    adapter: str,
+    rows: list[Any],
+    batches: list[list[int]],
+    rate: float,
+    kept: tuple[list[list[int]], list[list[int]], float] = ([], [], 0.0),
+) -> Any:
+    """Losses and final factors of a loop in float64, one sample at a time, AdamW written out.
+
+    Args:
+        kept: token ids of the texts to retain, which of them each step reads, and their weight. With them the shifts of
+            every step are returned too.
+    """
     base = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float64)
     model = PeftModel.from_pretrained(base, root / adapter, is_trainable=True, autocast_adapter_dtype=False).double()
     trained = {name: p for name, p in model.named_parameters() if "lora_" in name}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in trained.items()}
-    losses = []
+    bare = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float64)
+    texts, kept_batches, weight = kept
+    losses, shifts = [], []
     for step, batch in enumerate(batches):
         model.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
@@ -113,6 +128,15 @@ def plain_loop(root: Path, adapter: str, rows: list[Any], batches: list[list[int
         loss = total / sum(sum(rows[i].counted) for i in batch)
         loss.backward()
         losses.append(loss.item())
+        if texts:
+            shift, count = torch.zeros((), dtype=torch.float64), 0
+            for i in kept_batches[step]:
+                ids = torch.tensor([texts[i]])
+                p, q = (m(ids).logits[0, :-1].softmax(-1) for m in (bare, model))
+                shift = shift + (p.detach() * (p.detach() / q).log()).sum()
+                count += len(texts[i]) - 1
+            shifts.append(float(shift.detach()) / count)
+            (weight * shift / count).backward()
         gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
         norm = math.sqrt(sum(float(g.square().sum()) for g in gradients.values()))
         lr = rate * (1 - step / len(batches))
@@ -124,7 +148,7 @@ def plain_loop(root: Path, adapter: str, rows: list[Any], batches: list[list[int
                 v.mul_(0.999).add_(0.001 * g * g)
                 m_hat, v_hat = m / (1 - 0.9 ** (step + 1)), v / (1 - 0.999 ** (step + 1))
                 trained[name] -= lr * m_hat / (v_hat.sqrt() + 1e-8)
-    return losses, {name.replace(".default", ""): p.detach() for name, p in trained.items()}
+    return losses, {name.replace(".default", ""): p.detach() for name, p in trained.items()}, shifts
 
 
 @pytest.mark.parametrize("completion_only", [False, True])
@@ -132,7 +156,7 @@ def test_training_is_that_of_a_plain_loop_in_float64(root: Path, tmp_path: Path,
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     rows = load_samples(records(20), tokenizer, max_tokens=48, completion_only=completion_only).samples
     result = run(root, tmp_path / "out", dtype="float64", seed=5, completion_only=completion_only)
-    losses, factors = plain_loop(root, "adapter", rows, sample_batches(20, 8, 9, 5), 1e-3)
+    losses, factors, _ = plain_loop(root, "adapter", rows, sample_batches(20, 8, 9, 5), 1e-3)
     assert result.steps == 9
     # The total is summed in float32; the linear schedule and AdamW are float64 on both sides.
     assert result.losses == pytest.approx(losses, rel=1e-6)
@@ -141,6 +165,64 @@ def test_training_is_that_of_a_plain_loop_in_float64(root: Path, tmp_path: Path,
     for name, factor in factors.items():
         torch.testing.assert_close(out[name].double(), factor, rtol=0, atol=1e-9)
         assert not torch.equal(out[name].float(), start[name])
+
+
+GENERAL = [f"{WORDS[n]} and {WORDS[n + k]} of the {WORDS[n + 5]} it was" for k in (3, 4, 6) for n in range(8)]
+
+
+def general_text(folder: Path) -> Path:
+    path = folder / "general.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in GENERAL))
+    return path
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_retaining_is_that_of_a_plain_loop_in_float64(root: Path, tmp_path: Path, micro_batch: int | None) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    rows = load_samples(records(20), tokenizer, max_tokens=48).samples
+    texts = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in GENERAL]
+    result = run(root, tmp_path / "out", dtype="float64", seed=5, steps=4, retain=general_text(tmp_path),
+                 retain_weight=0.7, micro_batch=micro_batch)  # fmt: skip
+    budget = 8 * sum(len(row.ids) for row in rows) // 20
+    kept = texts, step_batches([len(ids) for ids in texts], budget, 4, 5), 0.7
+    losses, factors, shifts = plain_loop(root, "adapter", rows, sample_batches(20, 8, 4, 5), 1e-3, kept)
+    assert all(1 < len(batch) < len(texts) for batch in kept[1])
+    assert result.losses == pytest.approx(losses, rel=1e-6)
+    # The last third of four steps is the last one.
+    assert result.retained_kl == pytest.approx(shifts[3], rel=1e-5)
+    for name, factor in factors.items():
+        torch.testing.assert_close(weights(tmp_path / "out")[name].double(), factor, rtol=0, atol=1e-8)
+
+
+def test_what_is_retained_moves_less_and_the_result_says_how_much(root: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"adapter": None, "rank": 8, "roles": ["q", "v", "down"], "steps": 30,
+                                "learning_rate": 1e-2}  # fmt: skip
+    held = run(root, tmp_path / "held", **settings, retain=general_text(tmp_path), retain_weight=3)
+    assert held.start_retained_kl == pytest.approx(0, abs=1e-6)
+    assert held.retained_kl < 0.5 * shift_of(root, root / "trained")
+    assert shift_of(root, tmp_path / "held") == pytest.approx(held.retained_kl, rel=0.3)
+    # And the samples are learned all the same.
+    assert held.end_loss < 0.8 * held.start_loss
+    assert f"{held.retained_kl:.3f} in the last third" in held.summary
+    assert held.as_dict()["retained_kl"] == held.retained_kl
+    assert "general.jsonl, weight 3" in (tmp_path / "held/README.md").read_text()
+
+
+def shift_of(root: Path, adapter: Path) -> float:
+    """Mean KL(bare ‖ adapted) over the general texts."""
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    bare = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float64)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float64), adapter
+    ).double()
+    total, count = 0.0, 0
+    for text in GENERAL:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            p, q = (m(ids).logits[0].softmax(-1) for m in (bare, model))
+        total += float((p * (p / q).log()).sum())
+        count += len(p)
+    return total / count
 
 
 def test_every_epoch_reads_every_sample_once() -> None:
@@ -413,6 +495,8 @@ def test_a_bad_record_is_one_error_that_names_it(root: Path, tmp_path: Path, nam
     ("options", "words"),
     [
         ({"data": "missing.jsonl"}, "missing.jsonl: no such file"),
+        ({"retain_weight": 0.0}, "retain_weight is 0"),
+        ({"retain": "no-such.jsonl"}, "no-such.jsonl: no such file"),
         ({"epochs": 0}, "epochs is 0"),
         ({"learning_rate": math.nan}, "learning_rate is nan"),
         ({"template": "chat"}, "no chat template"),
@@ -616,6 +700,19 @@ def interrupt(at: int) -> Callable[[str, int, int], None]:
     return progress
 
 
+def test_an_interrupted_run_goes_on_with_the_text_to_retain(root: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"retain": general_text(tmp_path), "save_every": 2, "steps": 6, "adapter": "dropped"}
+    whole = run(root, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "cut", progress=interrupt(5), **options)
+    with pytest.raises(LoraSuiteError, match="retain_weight"):
+        run(root, tmp_path / "cut", retain_weight=1.0, **options)
+    cut = run(root, tmp_path / "cut", **options)
+    assert cut.losses == whole.losses
+    assert cut.retained_kl == whole.retained_kl
+    assert same(weights(tmp_path / "cut"), weights(tmp_path / "whole"))
+
+
 def test_a_run_cut_off_before_its_result_was_written_only_writes_it(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -703,6 +800,13 @@ def test_the_command_migrates_and_fine_tunes(root: Path, tmp_path: Path) -> None
     )
     assert result["finetuning"]["diverged"]
     assert result["warning"].startswith("Diverged: ")
+    for given, words in (
+        ((*arguments[:-2], "--retain", "shipped"), "--finetune asks for; give both"),
+        ((*arguments, "--retain", "no-such.txt"), "no-such.txt: no such file"),
+    ):
+        refused = CliRunner(env={"COLUMNS": "140"}).invoke(app, ["migrate", *map(str, given), "--overwrite"])
+        assert refused.exit_code == 2
+        assert words in refused.output
 
 
 def test_the_command_fine_tunes(root: Path, tmp_path: Path) -> None:
@@ -713,6 +817,8 @@ def test_the_command_fine_tunes(root: Path, tmp_path: Path) -> None:
     assert "Fine-tuned: 1 steps over 16 samples" in printed
     assert "validation loss" in printed
     assert f"written: {tmp_path / 'out'}" in printed
+    kept = (tmp_path / "kept", "--epochs", 1, "--retain", general_text(tmp_path), "--retain-weight", 2)
+    assert "on the text to retain" in invoke(*arguments, *kept)
     zero = ("finetune", root / "model", "none", data, tmp_path / "zero", "--rank", 2, "--roles", "q, v", "--json")
     result = json.loads(invoke(*zero, "--steps", 2, "--max-tokens", 8, "--validation", data))
     assert result["options"]["roles"] == ["q", "v"]
