@@ -527,7 +527,7 @@ def stages(bench: Bench) -> list[Stage]:
         for case in tiny:
             add(*case, seed, (*basis, *HEADLINE, *few, *checked_first))
     for case in (demo, *tiny):
-        add(*case, 0, ("tried-nothing-mlp", "tried-refined"))
+        add(*case, 0, [f"tried-{start}{words}" for start in ("nothing-mlp", "refined") for words in ("", RETAIN)])
     for case in (demo, *tiny):
         add(*case, 0, (*few_others, *checked))
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))

@@ -36,6 +36,7 @@ _SCALARS = (
     "kl_old",
     "kl_new",
     "target_alone",
+    "gain_old",
     *(f"target_{name}" for name in CANDIDATES),
     *(f"gain_{name}" for name in CANDIDATES),
     "changed",
@@ -157,12 +158,12 @@ def _scalars(o_0: Tensor, o_1: Tensor, n_0: Tensor, d_o: Tensor, candidates: dic
     """(n, len(_SCALARS)).
 
     `target_*` is the divergence KL(target ‖ new model changed by the candidate), with the target the new model changed
-    as the old one was, softmax(n_0 + d_o); `gain_*` the log-likelihood the new model gains by the candidate if the
-    next token is drawn from the adapted old model, Σ_t p_o1(t) (log-probability with - without), of which the old
-    adapter itself gains `kl_old`; `hit_*` whether the candidate's best token is the adapted old model's, where the
-    adapter changed that.
+    as the old one was, softmax(n_0 + d_o); `gain_*` the log-likelihood the candidate adds to a next token drawn from
+    the adapted old model, less what it adds to one drawn from the bare old model, Σ_t (p_o1 - p_o0)(t) d(t);
+    `gain_old` the same of the old change, the sum of both divergences between p_o1 and p_o0; `hit_*` whether the
+    candidate's best token is the adapted old model's, where the adapter changed that.
     """
-    drawn = o_1.exp()
+    moved_mass = o_1.exp() - o_0.exp()
     target = functional.log_softmax(n_0 + d_o, dim=-1)
     share = target.exp()
     best = o_1.argmax(-1)
@@ -170,7 +171,8 @@ def _scalars(o_0: Tensor, o_1: Tensor, n_0: Tensor, d_o: Tensor, candidates: dic
     gap = (share * (target - n_0)).sum(-1)
     columns = {
         "positions": torch.ones_like(gap),
-        "kl_old": (drawn * d_o).sum(-1),
+        "kl_old": (o_1.exp() * d_o).sum(-1),
+        "gain_old": (moved_mass * d_o).sum(-1),
         "target_alone": gap,
         "changed": changed,
         "hit_alone": changed & (n_0.argmax(-1) == best),
@@ -179,7 +181,7 @@ def _scalars(o_0: Tensor, o_1: Tensor, n_0: Tensor, d_o: Tensor, candidates: dic
         moved = n_0 + change
         log_sum = moved.logsumexp(-1)
         columns[f"target_{name}"] = gap + log_sum - (share * change).sum(-1)
-        columns[f"gain_{name}"] = (drawn * change).sum(-1) - log_sum
+        columns[f"gain_{name}"] = (moved_mass * change).sum(-1)
         columns[f"hit_{name}"] = changed & (moved.argmax(-1) == best)
         if name == "carried":
             columns["kl_new"] = ((moved - log_sum[:, None]).exp() * change).sum(-1)
@@ -214,7 +216,7 @@ def statistics(gram: Tensor, plain: Tensor, scalars: Tensor) -> dict[str, Tensor
         for figure in ("cosine", "share"):
             found[f"{prefix}content_{figure}_gain"] = _beyond(found, f"{prefix}%s_{figure}")
     for name in CANDIDATES:
-        found[f"{name}_gain_share"] = column[f"gain_{name}"] / column["kl_old"]
+        found[f"{name}_gain_share"] = column[f"gain_{name}"] / column["gain_old"]
         found[f"{name}_kl_share"] = 1 - column[f"target_{name}"] / column["target_alone"]
         found[f"{name}_top1"] = column[f"hit_{name}"] / column["changed"]
     found["content_kl_share_gain"] = _beyond(found, "%s_kl_share")

@@ -681,7 +681,7 @@ def _effect(effect: Effect) -> Part:
         ("cosine", "Cosine with the old change", effect.tempered_cosine),
         ("explained_share", "Explained share of the old change", effect.tempered_share),
         ("kl_share", "KL share", None),
-        ("gain_share", "Gain share, the old adapter taken as right,", None),
+        ("gain_share", "Gain share", None),
     ):
         rows = [(words, getattr(getattr(effect, row), name)) for row, words in _CONTROLS.items()]
         if tempered is not None:

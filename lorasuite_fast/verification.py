@@ -41,8 +41,8 @@ At the best size a change of cosine c explains c² of the other: below this it i
 """
 CONSTANT_SHARE = 0.04
 """Explained share of the new change's mean alone from which on at least a constant shift counts as carried."""
-HARMFUL_SHARE = 0.05
-"""A change that explains less than minus this share is called harmful."""
+WORSE_SHARE = 0.05
+"""Of a change that explains less than minus this share it is said that no adapter would be closer."""
 REVERSED_COSINE = -0.2
 """Cosine down from which, with its interval below 0, a change counts as reversed."""
 _FIGURES = {"cosine": "cosine", "explained_share": "share", "kl_share": "kl_share"}
@@ -69,10 +69,10 @@ class Likeness:
         cosine: with the old change. explained_share: 1 - |d_o - d|² / |d_o|², 0 for no change at all, 1 for the same.
         kl_share: 1 - KL(target ‖ new with the change) / KL(target ‖ new), the target being the new model changed just
             as the old one was; the explained share without its second-order approximation.
-        gain_share: what the new model gains in log-likelihood by the change if the next token is drawn from the adapted
-            old model, over what the old model gains by its adapter; what to expect of the gain in bits per byte as far
-            as the old adapter's predictions are right. Can be above 1. It looks at the direction: a change that does
-            more than the old one in it, such as one that was trained further, does not lose by it.
+        gain_share: the log-likelihood the change adds to what the adapted old model predicts, less what it adds to what
+            the bare one predicts, over the same of the old change: Σ (p_o1 - p_o0) d / Σ (p_o1 - p_o0) d_o. 1 for the
+            same change; twice the change has twice the share. Whatever else a change does, such as what a training on
+            labels teaches besides, costs nothing here, and copying the old model as such earns nothing.
         top1: of the positions where the old adapter changed the old model's best token, the share where the new model
             with the change has that best token.
     """
@@ -528,7 +528,8 @@ def verdict(effect: Effect) -> tuple[str, str]:
             )
         return "nothing carried", (
             f"Nothing was carried: the new adapter's change, {size}, has little or nothing to do with it "
-            f"(content cosine {content.value or 0:.2f})" + ("; it does harm." if share.value < -HARMFUL_SHARE else ".")
+            f"(content cosine {content.value or 0:.2f})"
+            + ("; it takes the model further from it than no adapter." if share.value < -WORSE_SHARE else ".")
         )
     if content.value >= CARRIED_COSINE:
         return "carried at another size", (
@@ -536,8 +537,9 @@ def verdict(effect: Effect) -> tuple[str, str]:
         )
     if share.value <= 0:
         return "partly carried", (
-            f"Partly carried (cosine {cosine.value:.2f}), but the change is {size} and as it stands does more harm "
-            f"than good; scale it by {gain}."
+            f"Partly carried (cosine {cosine.value:.2f}), but the change is {size}, and with all else it does no closer "
+            f"to it than no adapter; scale it by {gain}, or, if it was trained on labels since, look at the gain share "
+            f"({effect.carried.gain_share.value:.2f})."
         )
     return "partly carried", (
         f"Partly carried: the new adapter does {share.value:.0%} of what the old one did (cosine {cosine.value:.2f})."

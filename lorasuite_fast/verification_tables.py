@@ -116,8 +116,8 @@ def _print_effect(console: Console, effect: Effect) -> None:
         f"top-1: of the {_number(changed, 2)} of positions where the old adapter changed the best token, the share "
         "with that token\n"
         f"gain share: {_interval(effect.carried.gain_share, 2)} (constant shift alone "
-        f"{_number(effect.constant.gain_share.value, 2)}), the log-likelihood gained of what the old adapter gains, if "
-        "its predictions are right",
+        f"{_number(effect.constant.gain_share.value, 2)}): how far what the old adapter made likelier became "
+        "likelier here",
         highlight=False,
     )
 

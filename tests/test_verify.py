@@ -290,7 +290,7 @@ def recount(d: Dense, seed: int) -> dict[str, float]:
             partner[p] = order[k - 1]
     sums = dict.fromkeys(
         ("oo", "nn", "on", "ss", "os", "mm", "om", "roo", "rnn", "ron", "kl_o", "kl_n", "t0", "t1", "ts", "changed",
-         "g1", "gs", "gf", "gc",
+         "g1", "gs", "gf", "gc", "go",
          "hit", "alone", "ob", "bb", "uoo", "unn", "uon"), 0.0
     )  # fmt: skip
     uniform = np.full(tokens, 1 / tokens)
@@ -323,7 +323,10 @@ def recount(d: Dense, seed: int) -> dict[str, float]:
             ("gf", log_softmax(d.n_0[p] - b)),
             ("gc", log_softmax(d.n_0[p] + m_n)),
         ):
-            sums[name] += float((np.exp(d.o_1[p]) * (reached - d.n_0[p])).sum())
+            # Of next tokens of either old model, what the change makes them likelier by.
+            adapted, bare = (float((np.exp(drawn) * (reached - d.n_0[p])).sum()) for drawn in (d.o_1[p], d.o_0[p]))
+            sums[name] += adapted - bare
+        sums["go"] += float((np.exp(d.o_1[p]) * a).sum()) + float((np.exp(d.o_0[p]) * -a).sum())
         best = d.o_1[p].argmax()
         if best != d.o_0[p].argmax():
             sums["changed"] += 1
@@ -344,10 +347,10 @@ def recount(d: Dense, seed: int) -> dict[str, float]:
         "content_cosine": sums["ron"] / math.sqrt(sums["roo"] * sums["rnn"]),
         "carried.kl_share": 1 - sums["t1"] / sums["t0"],
         "shuffled.kl_share": 1 - sums["ts"] / sums["t0"],
-        "carried.gain_share": sums["g1"] / sums["kl_o"],
-        "shuffled.gain_share": sums["gs"] / sums["kl_o"],
-        "flipped.gain_share": sums["gf"] / sums["kl_o"],
-        "constant.gain_share": sums["gc"] / sums["kl_o"],
+        "carried.gain_share": sums["g1"] / sums["go"],
+        "shuffled.gain_share": sums["gs"] / sums["go"],
+        "flipped.gain_share": sums["gf"] / sums["go"],
+        "constant.gain_share": sums["gc"] / sums["go"],
         "top1_changed": sums["changed"] / count,
         "carried.top1": sums["hit"] / sums["changed"],
         "top1_alone": sums["alone"] / sums["changed"],
