@@ -537,7 +537,7 @@ def verdict(effect: Effect) -> tuple[str, str]:
         )
     if share.value <= 0:
         return "partly carried", (
-            f"Partly carried (cosine {cosine.value:.2f}), but the change is {size}, and with all else it does no closer "
+            f"Partly carried (cosine {cosine.value:.2f}), but the change is {size} and with all else it does no closer "
             f"to it than no adapter; scale it by {gain}, or, if it was trained on labels since, look at the gain share "
             f"({effect.carried.gain_share.value:.2f})."
         )
