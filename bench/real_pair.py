@@ -37,17 +37,17 @@ from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.distillation import Settings
 from lorasuite_fast.self_text import self_written
 
-LENGTH, BATCH, STEPS, WARM_UP = 96, 4, 32, 4
+LENGTH, BATCH, STEPS, WARM_UP = 96, 4, 96, 4
 RATE = 3e-3
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-TEXTS, TOKENS, LAYERS = 64, 64, 1
+TEXTS, TOKENS, LAYERS = 128, 64, 1
 """Texts that are distilled from, tokens of each, and how many of the last layers are fitted."""
 TEST_BYTES = {"domain": 8_000, "general": 3_000}
 WINDOW = 256
 VERIFIED, VERIFIED_TOKENS = 24, 64
 EXAMPLES = 24
 """Calibration examples of the plan, 128 tokens of each."""
-REFINED = {"steps": 30, "batch_bytes": 1000, "texts": 96}
+REFINED = {"steps": 60, "batch_bytes": 1000, "texts": 128}
 PROMPTS = (
     "The capital of France is",
     "In the beginning God created",

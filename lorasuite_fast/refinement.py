@@ -590,6 +590,7 @@ def refine(
             {
                 "from": f"{shown(old_adapter)} on {shown(checkpoint_o.name)}",
                 "text": shown(source),
+                "targets": f"the change of predictions, {imitation:.0%} of it the old model's own with its adapter",
                 "started from": "a new adapter" if adapter is None else shown(adapter),
                 "steps": f"{course.steps} of {budget}, of which {course.chosen} are in what was written",
                 "tokens trained on": f"{course.tokens:,}",
