@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "change": {"imitation": 0.0},
     "next": {"imitation": 0.0, "next_token_weight": 0.3},
     "long": {"steps": 2 * STEPS},
+    "kept": {"retain": "shipped"},
 }
 """Words in the name of a refined row, and the options of `refine` they change."""
 HEADLINE = (
@@ -531,11 +532,11 @@ def stages(bench: Bench) -> list[Stage]:
     for case in (demo, *tiny):
         add(*case, 0, (*few_others, *checked))
         add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
-        words = ("attention", "change", "next", "long", "next-attention", "next-long")
+        words = ("kept", "attention", "change", "next", "long", "next-attention", "next-long")
         variants = [f"refined-{w}{c}" for w in words for c in ("", "-shuffled")]
         variants += [f"refined-next-{t}{c}" for t in ("general", "domain") for c in ("", "-shuffled")]
         variants += ["refined-next-shuffled-labels", "refined-next-attention-shuffled-labels"]
-        starts = [f"few-refined-{w}" for w in words if w != "change"]
+        starts = [f"few-refined-{w}" for w in words if w not in ("change", "kept")]
         add(*case, 0, (*variants, *starts, *(f"verify-{row}" for row in (*variants, *starts)), "tried-refined-next"))
     for seed in SEEDS[1:]:
         for case in (*tiny, demo):

@@ -27,6 +27,7 @@ ROWS = {
     "refined-general": ("refined", "general"),
     "refined": ("refined", "self-written"),
     "refined-domain": ("refined", "domain"),
+    "refined-kept": ("refined, general text retained", "self-written"),
     "refined-attention": ("refined, attention alone", "self-written"),
     "refined-long": ("refined, twice the steps", "self-written"),
     "refined-change": ("refined, the change alone", "self-written"),
@@ -51,8 +52,8 @@ STARTS = {
     "few-refined-next-attention": "refined, the change and next tokens, attention alone, self-written",
     "few-refined-next-long": "refined, the change and next tokens, twice the steps, self-written",
 }
-HEADLINES = ("paper", "distill-general", "distill-self", "distill-domain", "refined", "refined-attention",
-             "refined-change", "refined-next")  # fmt: skip
+HEADLINES = ("paper", "distill-general", "distill-self", "distill-domain", "refined", "refined-kept",
+             "refined-attention", "refined-change", "refined-next")  # fmt: skip
 DROPPED = ("texts", "evaluations", "phases", "gains", "explained", "teacher")
 
 
@@ -276,8 +277,8 @@ def floors(rows: Rows) -> list[str]:
         line("closed form, general text, % of LoRA(full)'s gain", "≥ 12", rows.shares(*case, "distill-general"),
              lambda v: v >= 0.12)
     )  # fmt: skip
-    variants = {"": "", "-change": ", the change alone", "-next": ", the change and next tokens",
-                "-attention": ", attention alone"}  # fmt: skip
+    variants = {"": "", "-kept": ", general text retained", "-change": ", the change alone",
+                "-next": ", the change and next tokens", "-attention": ", attention alone"}  # fmt: skip
     for words, also in variants.items():
         row, what = f"refined{words}", f"refined, self-written text{also}"
         if words and not rows.shares(*case, row):

@@ -112,7 +112,8 @@ Epochs = Annotated[int, _option(TRAINING, "N", "How often each sample is read [3
 CompletionOnly = Annotated[
     bool, _option(TRAINING, None, "Count only what answers the prompt in the loss", "--completion-only")
 ]
-Retain = Annotated[str | None, _option(TRAINING, "FILE", "Text whose predictions are to stay; shipped: general text")]
+Retain = Annotated[str | None, _option(TRAINING, "FILE", "Text predicted as before; shipped: general")]
+RetainWeight = Annotated[float, _option(TRAINING, "X", "Of what --retain adds to the loss [0.3]", min=0.0)]
 Device = Annotated[Literal["auto", "cpu", "cuda"], _option(MACHINE, "DEVICE", "auto, cpu or cuda [auto]")]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float64"],
@@ -771,6 +772,8 @@ def refine(
     ] = 0.5,
     kl_weight: Annotated[float, _option(TRAINING, "X", "Of the divergence from the teacher [1]", min=0.0)] = 1.0,
     next_token_weight: Annotated[float, _option(TRAINING, "X", "Of a next-token loss besides [0]", min=0.0)] = 0.0,
+    retain: Retain = None,
+    retain_weight: RetainWeight = 0.3,
     batch_bytes: Annotated[int, _option(TRAINING, "N", "Text a step reads [2,000]", min=1)] = 2000,
     top_k: Annotated[str, _option(TRAINING, "N", "Tokens kept of a target; all; auto loses 2 % [auto]")] = "auto",
     eval_every: Annotated[int, _option(TRAINING, "N", "Steps between evaluations [25]", min=1)] = 25,
@@ -810,6 +813,8 @@ def refine(
             imitation=imitation,
             kl_weight=kl_weight,
             next_token_weight=next_token_weight,
+            retain=retain,
+            retain_weight=retain_weight,
             batch_bytes=batch_bytes,
             top_k=_kept(top_k),
             eval_every=eval_every,
@@ -831,10 +836,10 @@ def refine(
         return
     console = Console()
     table = Table(title="Evaluations on held-out text", title_justify="left")
-    for name in ("step", "agreement", "KL, nats", "next token, nats"):
+    for name in ("step", "agreement", "KL, nats", "next token, nats", "retained text, nats"):
         table.add_column(name, justify="right")
     for e in result.evaluations:
-        table.add_row(str(e.step), f"{e.agreement:.3f}", _share(e.kl), _share(e.next_token))
+        table.add_row(str(e.step), f"{e.agreement:.3f}", _share(e.kl), _share(e.next_token), _share(e.retained_kl))
     console.print(table)
     console.print(_phase_table(result.phases))
     facts = result.teacher
@@ -883,7 +888,7 @@ def finetune(
         int | None, _option(MACHINE, "N", "Steps between checkpoints [an epoch, 50 at most]", min=1)
     ] = None,
     retain: Retain = None,
-    retain_weight: Annotated[float, _option(TRAINING, "X", "Of what --retain adds to the loss [0.3]", min=0.0)] = 0.3,
+    retain_weight: RetainWeight = 0.3,
     seed: Annotated[int, _option(TRAINING, "N", "Of the order, dropout and an adapter from zero [0]")] = 0,
     device: Device = "auto",
     dtype: Annotated[

@@ -6,10 +6,7 @@ same code, so that the two can be compared.
 
 The loss of a step is the mean cross-entropy over all the tokens its batch counts, however the batch is divided.
 
-Training on a few samples makes a model forget what they do not mention. With `retain` a step also reads unlabelled text
-of another kind, about as many tokens as samples, and adds `weight · KL(bare model ‖ model with adapter)`, the mean over
-the positions of that text: the adapter is to leave the model's predictions there as they are. (Learning without
-forgetting, Li and Hoiem 2016, arXiv 1606.09282, with whole distributions of next tokens as what is kept.)
+With `retain` a step also reads about as many tokens of text whose predictions are to stay what they are (`retention`).
 """
 
 from __future__ import annotations
@@ -31,7 +28,6 @@ from torch.nn import functional
 
 from .adapter import CONFIG, WEIGHTS
 from .aligned_states import LoadedModel, load_tokenizer
-from .calibration import load_examples
 from .checkpoint import Checkpoint, resolve_folder
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, ROLES, Family
@@ -43,7 +39,8 @@ from .plan import migrate, pick_device, pick_dtype
 from .refinement import TRAINING, last_checkpoint, step_batches
 from .report_file import check_report, write_report
 from .result import Migration
-from .samples import Data, Sample, Samples, load_samples
+from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_samples, named_text, summed_shift
+from .samples import Data, Sample, Samples, load_samples, padded
 from .self_text import adapter_digest
 from .tensor_files import TensorFiles
 from .work import Work, clean_up, remove_work
@@ -51,12 +48,6 @@ from .work import Work, clean_up, remove_work
 EPOCHS, BATCH, LEARNING_RATE, MAX_TOKENS = 3, 16, 1e-3, 256
 RANK = 32
 """Of an adapter from zero; its alpha is the same number."""
-RETAIN_WEIGHT = 0.3
-SHIPPED = "shipped"
-"""In the place of a file, the general text that comes with the package."""
-_ALL_TEXTS = 10**9
-_KEPT = "kept_"
-"""In front of the names of what a batch holds of the text to retain."""
 _SAVE_STEPS = 50
 """Most steps between two checkpoints where none are asked for."""
 _COMPARED_STEPS = 16
@@ -167,7 +158,7 @@ class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
     """One padded batch an item: input_ids, attention_mask and labels, (samples, length) each, the longest row first.
 
     Args:
-        kept: rows of the text to retain, and which of them each item holds besides, under the names with `_KEPT`.
+        kept: rows of the text to retain, and which of them each item holds besides, under the names with `KEPT`.
     """
 
     def __init__(
@@ -182,23 +173,11 @@ class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
         return len(self._batches)
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        item = _padded([self._samples[i] for i in self._batches[n]])
+        item = padded([self._samples[i] for i in self._batches[n]])
         if self._kept is not None:
             rows, batches = self._kept
-            item |= {f"{_KEPT}{name}": t for name, t in _padded([rows[i] for i in batches[n]]).items()}
+            item |= {f"{KEPT}{name}": t for name, t in padded([rows[i] for i in batches[n]]).items()}
         return item
-
-
-def _padded(samples: Sequence[Sample]) -> dict[str, Tensor]:
-    rows = sorted(samples, key=lambda sample: -len(sample.ids))
-    shape = len(rows), len(rows[0].ids)
-    ids, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
-    labels = torch.full(shape, -100)
-    for at, row in enumerate(rows):
-        length = len(row.ids)
-        ids[at, :length], mask[at, :length] = torch.tensor(row.ids), 1
-        labels[at, :length] = torch.tensor([i if c else -100 for i, c in zip(row.ids, row.counted, strict=True)])
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 def _parts(batch: dict[str, Tensor], size: int, prefix: str = "") -> Iterator[dict[str, Tensor]]:
@@ -218,28 +197,6 @@ def _summed_loss(model: Any, part: dict[str, Tensor]) -> Tensor:
     chosen = logits[:, :-1][counted]
     chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
     return functional.cross_entropy(chosen, wanted[counted], reduction="sum")
-
-
-def summed_shift(model: Any, ids: Tensor, mask: Tensor, counted: Tensor) -> Tensor:
-    """KL(bare model ‖ model with its adapter) in nats, summed over the predictions that count; at least float32.
-
-    Args:
-        model: a PEFT model. ids, mask: (rows, length). counted: (rows, length) bool, which tokens' predictions count;
-            never the first.
-    """
-    at = counted[:, 1:]
-
-    def log_probs() -> Tensor:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][at]
-        return functional.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
-
-    training = model.training
-    # What is kept is the model's own prediction, not one under dropout.
-    model.eval()
-    with torch.no_grad(), model.disable_adapter():
-        bare = log_probs()
-    model.train(training)
-    return functional.kl_div(log_probs(), bare, reduction="sum", log_target=True)
 
 
 def _trainer_class() -> Any:
@@ -281,11 +238,11 @@ def _trainer_class() -> Any:
 
         def retaining(self, inputs: dict[str, Tensor], *, learning: bool) -> Tensor | None:
             """Mean shift of the predictions on the text to retain, if a batch has such text."""
-            if f"{_KEPT}labels" not in inputs:
+            if f"{KEPT}labels" not in inputs:
                 return None
-            tokens = (inputs[f"{_KEPT}labels"] != -100).sum()
+            tokens = (inputs[f"{KEPT}labels"] != -100).sum()
             total = torch.zeros((), device=tokens.device)
-            for part in _parts(inputs, self.micro_batch, _KEPT):
+            for part in _parts(inputs, self.micro_batch, KEPT):
                 with self.precision():
                     counted = part["labels"] != -100
                     shift = summed_shift(self.model, part["input_ids"], part["attention_mask"], counted) / tokens
@@ -449,8 +406,7 @@ def finetune(
     clean_up(out, finetuning_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite)
     _check(epochs, steps, batch, micro_batch, learning_rate, max_tokens, rank, alpha, dropout, roles, save_every)
-    if not (math.isfinite(retain_weight) and retain_weight > 0):
-        raise LoraSuiteError(f"retain_weight is {retain_weight}; it must be above 0 (leave out retain to keep nothing)")
+    check_retain_weight(retain_weight)
     if adapter is not None and (rank, alpha, dropout, roles) != (None,) * 4:
         raise LoraSuiteError("rank, alpha, dropout and roles are those of a new adapter; ADAPTER has its own")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -467,7 +423,7 @@ def finetune(
         tokenizer = load_tokenizer(model, "MODEL", trust_remote_code=trust_remote_code)
         wording: dict[str, Any] = {"template": template, "max_tokens": max_tokens, "completion_only": completion_only}
         training, held_out = _split(data, validation, tokenizer, wording, seed)
-        kept = _kept(retain, tokenizer, max_tokens, seed)
+        kept = kept_samples(retain, tokenizer, max_tokens, seed)
     epoch = math.ceil(len(training.samples) / batch)
     budget = epochs * epoch if steps is None else steps
     new: dict[str, Any] = {}
@@ -546,7 +502,7 @@ def finetune(
                 "learning rate": f"{learning_rate:g}",
                 "prompts": template if template in ("alpaca", "chat") else "a template of one's own",
                 "tokens trained on": f"{course.tokens:,}",
-                **({"retained": f"{_named(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
+                **({"retained": f"{named_text(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
             },
         )
         card = model_card(checkpoint.name, steps_taken, start)
@@ -588,18 +544,6 @@ def finetune(
     )
     write_report(result, report)
     return result
-
-
-def _kept(source: str | os.PathLike[str] | None, tokenizer: Any, max_tokens: int, seed: int) -> Samples:
-    """The rows of the text to retain; none where there is none."""
-    if source is None:
-        return Samples([], 0, 0)
-    texts = load_examples(None if os.fspath(source) == SHIPPED else source, _ALL_TEXTS, seed)
-    return load_samples([{"text": text} for text in texts], tokenizer, max_tokens=max_tokens)
-
-
-def _named(source: str | os.PathLike[str]) -> str:
-    return "the general text shipped with lorasuite-fast" if os.fspath(source) == SHIPPED else shown(source)
 
 
 def _check(
@@ -855,7 +799,7 @@ def migrate_and_finetune(
     wording = {name: tuning[name] for name in ("template", "max_tokens", "completion_only") if name in tuning}
     tokenizer = load_tokenizer(new, "NEW", trust_remote_code=remote)
     load_samples(data, tokenizer, **wording)
-    _kept(tuning.get("retain"), tokenizer, tuning.get("max_tokens", MAX_TOKENS), shared["seed"])
+    kept_samples(tuning.get("retain"), tokenizer, tuning.get("max_tokens", MAX_TOKENS), shared["seed"])
     folder = finetuning_folder(out)
     folder.mkdir(exist_ok=True)
     migrated = folder / "migrated"

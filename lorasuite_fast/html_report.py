@@ -779,8 +779,8 @@ def _refinement(result: Refinement) -> Part:
         "shared tokens kept of a target": f"{result.teacher.k:,} of {result.teacher.shared:,}",
     }
     table = _details(
-        ("step", "agreement", "KL", "next token"),
-        ((e.step, _number(e.agreement), _number(e.kl), _number(e.next_token)) for e in evaluations),
+        ("step", "agreement", "KL", "next token", "retained text"),
+        ((e.step, *map(_number, (e.agreement, e.kl, e.next_token, e.retained_kl))) for e in evaluations),
         "Evaluations on held-out text",
     )
     first = _figure(svg, "Agreement on held-out text: 1 is the target itself, 0 the bare new model.", table)

@@ -3,7 +3,7 @@
 The loss at every byte-aligned position is `KL(target ‖ new + adapter)` over the shared tokens, where the target
 (`teacher`) is the new model's own prediction changed as the old adapter changes the old model's, mixed with what the
 old model itself predicts with its adapter. A next-token cross-entropy on the same text, by default text the old model
-writes with its adapter, can be added.
+writes with its adapter, can be added, and text whose predictions are to stay what they are (`retention`).
 
 The agreement, on held-out texts, is the share of that divergence the adapter takes away:
 `1 - Σ KL(target ‖ new + adapter) / Σ KL(target ‖ new)`. It decides which state is kept and when to stop.
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .adapter import CONFIG, WEIGHTS, by_module, read_adapter
-from .aligned_states import LoadedModel
+from .aligned_states import LoadedModel, load_tokenizer
 from .calibration import load_examples
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
@@ -38,6 +38,8 @@ from .output import check_output, write_folder, writing
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
 from .report_file import check_report, write_report
+from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_samples, named_text, summed_shift
+from .samples import Sample, padded
 from .self_text import adapter_digest, self_written
 from .teacher import Target, Targets, TeacherFacts, divergence, write_targets
 from .work import Work, clean_up, remove_work
@@ -64,12 +66,14 @@ class Evaluation:
         agreement: on held-out texts, 1 for the target itself and 0 for the bare new model.
         kl, next_token: mean losses in nats over the steps since the last evaluation; None at step 0, and where a loss
             has no weight.
+        retained_kl: of the same steps, KL(bare model ‖ with adapter) on the text to retain, if there is such text.
     """
 
     step: int
     agreement: float
     kl: float | None
     next_token: float | None
+    retained_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,10 +157,17 @@ class _Batches(torch.utils.data.Dataset[dict[str, Any]]):
 
     Args:
         shuffled_labels: a control: the next tokens of every batch in random order, drawn from this seed.
+        kept: rows of the text to retain, and which of them each item holds besides, under the names with KEPT.
     """
 
-    def __init__(self, targets: Targets, batches: list[list[int]], shuffled_labels: int | None = None) -> None:
-        self._targets, self._batches, self._seed = targets, batches, shuffled_labels
+    def __init__(
+        self,
+        targets: Targets,
+        batches: list[list[int]],
+        shuffled_labels: int | None = None,
+        kept: tuple[Sequence[Sample], list[list[int]]] | None = None,
+    ) -> None:
+        self._targets, self._batches, self._seed, self._kept = targets, batches, shuffled_labels, kept
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -180,6 +191,9 @@ class _Batches(torch.utils.data.Dataset[dict[str, Any]]):
         }
         if found[0].index is not None:
             item["index"] = torch.cat([t.index for t in found if t.index is not None])
+        if self._kept is not None:
+            rows, batches = self._kept
+            item |= {f"{KEPT}{name}": t for name, t in padded([rows[i] for i in batches[n]]).items()}
         return item
 
     def _labels(self, ids: Tensor, mask: Tensor, n: int) -> Tensor:
@@ -222,12 +236,12 @@ def _trainer_class() -> Any:
         """Trainer with the two losses, the agreement as its evaluation, and the figures of both."""
 
         def __init__(
-            self, *args: Any, tokens: Tensor, weights: tuple[float, float], held_out: list[Any], **kwargs: Any
+            self, *args: Any, tokens: Tensor, weights: tuple[float, float, float], held_out: list[Any], **kwargs: Any
         ) -> None:
             super().__init__(*args, **kwargs)
             self.tokens = tokens.to(self.args.device)
             self.weights, self.held_out = weights, held_out
-            self.figures: list[tuple[float | None, float | None]] = []
+            self.figures: list[tuple[float | None, ...]] = []
             self.diverged = False
             self.base_kl = 0.0
 
@@ -239,12 +253,18 @@ def _trainer_class() -> Any:
             self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
         ) -> Any:
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-            kl_weight, next_weight = self.weights
+            kl_weight, next_weight, _ = self.weights
             kl = _divergences(logits, inputs, self.tokens).mean() if kl_weight else None
             following = _next_token_loss(logits, inputs) if next_weight else None
-            parts = [w * part for w, part in zip(self.weights, (kl, following), strict=True) if part is not None]
+            shift = None
+            if f"{KEPT}labels" in inputs:
+                counted = inputs[f"{KEPT}labels"] != -100
+                ids, mask = inputs[f"{KEPT}input_ids"], inputs[f"{KEPT}attention_mask"]
+                shift = summed_shift(self.model, ids, mask, counted) / counted.sum()
+            losses = kl, following, shift
+            parts = [w * part for w, part in zip(self.weights, losses, strict=True) if part is not None]
             loss = torch.stack(parts).sum()
-            self.figures.append((_number(kl), _number(following)))
+            self.figures.append(tuple(_number(part) for part in losses))
             if not math.isfinite(float(loss.detach())):
                 self.diverged = True
             return loss
@@ -270,7 +290,7 @@ def _trainer_class() -> Any:
 
         def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, Any]:
             value = self.agreement()
-            means = [_mean([f[i] for f in self.figures]) for i in range(2)]
+            means = [_mean([f[i] for f in self.figures]) for i in range(3)]
             self.figures.clear()
             if not math.isfinite(value):
                 self.diverged, value = True, -math.inf
@@ -278,6 +298,7 @@ def _trainer_class() -> Any:
                 f"{metric_key_prefix}_agreement": value,
                 f"{metric_key_prefix}_kl": means[0],
                 f"{metric_key_prefix}_next_token": means[1],
+                f"{metric_key_prefix}_retained_kl": means[2],
             }
             self.log(metrics)
             self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -415,6 +436,8 @@ def refine(
     imitation: float = 0.5,
     kl_weight: float = 1.0,
     next_token_weight: float = 0.0,
+    retain: str | os.PathLike[str] | None = None,
+    retain_weight: float = RETAIN_WEIGHT,
     batch_bytes: int = BATCH_BYTES,
     max_tokens: int = MAX_TOKENS,
     top_k: int | str | None = "auto",
@@ -453,6 +476,10 @@ def refine(
         imitation: share of the adapted old model's own prediction in the targets, 0 to 1. 0 carries the change alone, 1
             copies the old model.
         kl_weight, next_token_weight: of the two losses, both means over their positions.
+        retain: unlabelled text on which the model's predictions are to stay what they are without an adapter: a .jsonl
+            (field `text`) or .txt file, or "shipped" for the general text that comes with the package. A step reads
+            about as many tokens of it and takes somewhat more than twice as long. The old adapter has its effect on
+            such text too, and less of it arrives. retain_weight: of that divergence beside the losses.
         batch_bytes: of text a step reads. max_tokens: of each text, for each model.
         top_k: most probable tokens kept of each target, the rest as one; None keeps all shared tokens, "auto" so many
             that 2 % of the divergence is lost at most.
@@ -473,6 +500,7 @@ def refine(
     check_report(report)
     clean_up(out, refinement_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite)
+    check_retain_weight(retain_weight)
     if not 0 <= imitation <= 1:
         raise LoraSuiteError(f"imitation is {imitation}; it must be from 0 to 1")
     _check(steps, learning_rate, kl_weight, next_token_weight, batch_bytes, max_tokens, top_k, eval_every, patience)
@@ -536,6 +564,10 @@ def refine(
         "seed": seed,
         "control": control,
     }
+    tokenizer = load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code)
+    kept_text = kept_samples(retain, tokenizer, max_tokens, seed)
+    if retain is not None:
+        options |= {"retain": kept_text.digest(), "retain_weight": retain_weight}
     works: list[Work] = []
     try:
         works.append(Work(kept / f"targets-{key}", teaching))
@@ -573,6 +605,7 @@ def refine(
                 checkpoint_n,
                 start,
                 targets,
+                kept_text.samples,
                 clock,
                 budget,
                 options,
@@ -595,6 +628,7 @@ def refine(
                 "steps": f"{course.steps} of {budget}, of which {course.chosen} are in what was written",
                 "tokens trained on": f"{course.tokens:,}",
                 "learning rate": f"{learning_rate:g}",
+                **({"retained": f"{named_text(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
             },
         )
         card = model_card(checkpoint_n.name, steps_taken, start)
@@ -718,6 +752,7 @@ def _train(
     new: Checkpoint,
     start: Path | None,
     targets: Targets,
+    retained: list[Sample],
     clock: PhaseClock,
     steps: int,
     options: dict[str, Any],
@@ -739,6 +774,13 @@ def _train(
     ]
     lengths = [len(a.ids_n) for a in targets.aligned]
     widest = max(len(b) * max(lengths[i] for i in b) for b in batches)
+    kept_rows = None
+    if retained:
+        wanted = sum(lengths[i] for b in batches for i in b) // len(batches)
+        rows = [len(sample.ids) for sample in retained]
+        kept_rows = retained, step_batches(rows, max(1, wanted), steps, options["seed"])
+        # Both graphs are there until the one backward pass.
+        widest += max(len(b) * max(rows[i] for i in b) for b in kept_rows[1])
     checkpointing = _checkpointing(old, new, dtype, widest, memory, checkpointing)
     evaluated = step_batches([sizes[i] for i in held], options["batch_bytes"], len(held), options["seed"])
     seen: set[int] = set()
@@ -796,12 +838,14 @@ def _train(
         trainer = trainer_class(
             model=model,
             args=arguments,
-            train_dataset=_Batches(targets, batches, options["seed"] if options["control"] == CONTROLS[2] else None),
+            train_dataset=_Batches(
+                targets, batches, options["seed"] if options["control"] == CONTROLS[2] else None, kept_rows
+            ),
             eval_dataset=held_out,
             data_collator=lambda items: items[0],
             callbacks=callbacks,
             tokens=targets.tokens,
-            weights=(options["kl_weight"], options["next_token_weight"]),
+            weights=(options["kl_weight"], options["next_token_weight"], options.get("retain_weight", 0.0)),
             held_out=held_out,
         )
         trainer.remove_callback(PrinterCallback)
@@ -813,7 +857,7 @@ def _train(
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
     evaluations = [Evaluation(0, first, None, None)] + [
-        Evaluation(e["step"], e["eval_agreement"], e["eval_kl"], e["eval_next_token"])
+        Evaluation(e["step"], e["eval_agreement"], e["eval_kl"], e["eval_next_token"], e["eval_retained_kl"])
         for e in state.log_history
         if "eval_agreement" in e
     ]

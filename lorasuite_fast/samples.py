@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .alignment import TokenEnds
 from .calibration import cut_text, read_text, whole_characters
 from .errors import LoraSuiteError
@@ -47,6 +50,22 @@ class Sample:
     def tokens(self) -> int:
         """How many predictions the loss counts."""
         return sum(self.counted)
+
+
+def padded(samples: Sequence[Sample]) -> dict[str, Tensor]:
+    """input_ids, attention_mask and labels of some rows, (samples, length) each, the longest row first.
+
+    Labels are -100 where nothing counts.
+    """
+    rows = sorted(samples, key=lambda sample: -len(sample.ids))
+    shape = len(rows), len(rows[0].ids)
+    ids, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    labels = torch.full(shape, -100)
+    for at, row in enumerate(rows):
+        length = len(row.ids)
+        ids[at, :length], mask[at, :length] = torch.tensor(row.ids), 1
+        labels[at, :length] = torch.tensor([i if c else -100 for i, c in zip(row.ids, row.counted, strict=True)])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.cli import app
 from lorasuite_fast.phases import PhaseClock
 from lorasuite_fast.refinement import _Batches, step_batches, step_budget
+from lorasuite_fast.samples import load_samples
 from lorasuite_fast.teacher import Target, Targets, divergence, target, write_targets
 from lorasuite_fast.work import Work
 
@@ -276,6 +277,65 @@ def test_a_seed_makes_it_repeatable(root: Path, tmp_path: Path) -> None:
     a, b, c = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def general_text(folder: Path) -> Path:
+    path = folder / "general.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(110)[80:]))
+    return path
+
+
+def shift(root: Path, adapter: Path, rows: list[list[int]]) -> float:
+    """Mean KL(bare ‖ adapted) over the positions of some rows, all but the last of each."""
+    bare, adapted = (LoadedModel(root / "new", "NEW", device=CPU, dtype=torch.float64) for _ in range(2))
+    adapted.attach(adapter)
+    total, count = 0.0, 0
+    for ids in rows:
+        with torch.no_grad():
+            p, q = (m(torch.tensor([ids])).logits[0, :-1].softmax(-1) for m in (bare.model, adapted.peft))
+        total += float((p * (p / q).log()).sum())
+        count += len(p)
+    return total / count
+
+
+def test_the_retained_divergence_is_that_of_a_dense_recount(root: Path, tmp_path: Path, refined: Any) -> None:
+    options: dict[str, Any] = {"text": texts(80), "steps": 1, "eval_every": 1, "batch_bytes": 500, "max_tokens": 64}
+    result = refine(root / "old", root / "adapter", root / "new", root / "refined", tmp_path / "out", device="cpu",
+                    learning_rate=1e-9, retain=general_text(tmp_path), seed=3, **options)  # fmt: skip
+    tokenizer = load_tokenizer(root / "new", "NEW")
+    kept = load_samples([{"text": text} for text in texts(110)[80:]], tokenizer, max_tokens=64).samples
+    # The first step reads as many tokens of it as of the text refined on.
+    (batch,) = step_batches([len(sample.ids) for sample in kept], result.trained_tokens, 1, 3)
+    assert 1 < len(batch) < len(kept)
+    found = result.evaluations[-1].retained_kl
+    assert found == pytest.approx(shift(root, root / "refined", [kept[i].ids for i in batch]), rel=1e-4)
+    assert found > 0.01
+
+
+def test_what_is_retained_moves_less(root: Path, tmp_path: Path, refined: Any) -> None:
+    held = run(root, tmp_path / "held", steps=60, eval_every=10, learning_rate=1e-2, imitation=0.0,
+               retain=general_text(tmp_path), retain_weight=1)  # fmt: skip
+    tokenizer = load_tokenizer(root / "new", "NEW")
+    rows = [tokenizer(text)["input_ids"] for text in texts(110)[80:]]
+    free, kept = (shift(root, folder, rows) for folder in (root / "refined", tmp_path / "held"))
+    assert kept < 0.6 * free
+    assert 0.1 < held.agreement < refined.agreement
+    assert "general.jsonl, weight 1" in (tmp_path / "held/README.md").read_text()
+    with pytest.raises(LoraSuiteError, match="retain_weight is 0"):
+        run(root, tmp_path / "out", retain="shipped", retain_weight=0)
+
+
+def test_an_interrupted_run_goes_on_with_the_text_to_retain(root: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"retain": general_text(tmp_path)}
+    run(root, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(root, tmp_path / "cut", progress=interrupt("train", 7), **options)
+    with pytest.raises(LoraSuiteError, match="retain"):
+        run(root, tmp_path / "cut")
+    cut = run(root, tmp_path / "cut", **options)
+    whole, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert all(e.retained_kl is not None for e in cut.evaluations[1:])
 
 
 def interrupt(phase: str, at: int) -> Callable[[str, int, int], None]:
