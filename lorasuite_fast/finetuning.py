@@ -390,7 +390,7 @@ def finetune(
         save_every: steps between checkpoints; by default an epoch, 50 at most.
         retain: unlabelled text on which the model's predictions are to stay what they are without an adapter: a .jsonl
             (field `text`) or .txt file, or "shipped" for the general text that comes with the package. A step reads
-            about as many tokens of it as of samples, and takes somewhat more than twice as long. retain_weight: of that
+            about as many tokens of it as of samples, and takes two to three times as long. retain_weight: of that
             divergence beside the loss.
         dtype: of the base model and the products; auto is bfloat16 on a GPU that has it, else float32. The adapter is
             float32 at least.

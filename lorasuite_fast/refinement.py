@@ -478,7 +478,7 @@ def refine(
         kl_weight, next_token_weight: of the two losses, both means over their positions.
         retain: unlabelled text on which the model's predictions are to stay what they are without an adapter: a .jsonl
             (field `text`) or .txt file, or "shipped" for the general text that comes with the package. A step reads
-            about as many tokens of it and takes somewhat more than twice as long. The old adapter has its effect on
+            about as many tokens of it and takes two to three times as long. The old adapter has its effect on
             such text too, and less of it arrives. retain_weight: of that divergence beside the losses.
         batch_bytes: of text a step reads. max_tokens: of each text, for each model.
         top_k: most probable tokens kept of each target, the rest as one; None keeps all shared tokens, "auto" so many
@@ -515,6 +515,8 @@ def refine(
     clock = PhaseClock(progress, run_device)
     checkpoint_o, checkpoint_n = Checkpoint(old, "old"), Checkpoint(new, "new")
     start = None if adapter is None else Path(adapter).expanduser()
+    tokenizer = load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code)
+    kept_text = kept_samples(retain, tokenizer, max_tokens, seed)
     folder = refinement_folder(out)
     kept = folder if cache is None else Path(cache).expanduser()
     for place in {folder, kept}:
@@ -564,8 +566,6 @@ def refine(
         "seed": seed,
         "control": control,
     }
-    tokenizer = load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code)
-    kept_text = kept_samples(retain, tokenizer, max_tokens, seed)
     if retain is not None:
         options |= {"retain": kept_text.digest(), "retain_weight": retain_weight}
     works: list[Work] = []
@@ -623,7 +623,8 @@ def refine(
             {
                 "from": f"{shown(old_adapter)} on {shown(checkpoint_o.name)}",
                 "text": shown(source),
-                "targets": f"the change of predictions, {imitation:.0%} of it the old model's own with its adapter",
+                "targets": "NEW's predictions changed as OLD's were"
+                + (f", and to {imitation:.0%} OLD's own with its adapter" if imitation else ""),
                 "started from": "a new adapter" if adapter is None else shown(adapter),
                 "steps": f"{course.steps} of {budget}, of which {course.chosen} are in what was written",
                 "tokens trained on": f"{course.tokens:,}",
@@ -797,6 +798,8 @@ def _train(
         model = _new_peft(loaded, new, start, options["roles"], options["rank"], options["alpha"], options["seed"]).to(
             device
         )
+        if retained:
+            loaded.check_ids([sample.ids for sample in retained])
         beginning = folder / "start"
         model.save_pretrained(beginning)
         arguments = TrainingArguments(
