@@ -39,7 +39,7 @@ from .plan import migrate, pick_device, pick_dtype
 from .refinement import TRAINING, last_checkpoint, step_batches
 from .report_file import check_report, write_report
 from .result import Migration
-from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_samples, named_text, summed_shift
+from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, named_text, summed_shift
 from .samples import Data, Sample, Samples, load_samples, padded
 from .self_text import adapter_digest
 from .tensor_files import TensorFiles
@@ -176,7 +176,7 @@ class _Batches(torch.utils.data.Dataset[dict[str, Tensor]]):
         item = padded([self._samples[i] for i in self._batches[n]])
         if self._kept is not None:
             rows, batches = self._kept
-            item |= {f"{KEPT}{name}": t for name, t in padded([rows[i] for i in batches[n]]).items()}
+            item |= kept_batch([rows[i] for i in batches[n]])
         return item
 
 

@@ -38,8 +38,8 @@ from .output import check_output, write_folder, writing
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
 from .report_file import check_report, write_report
-from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_samples, named_text, summed_shift
-from .samples import Sample, padded
+from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, named_text, summed_shift
+from .samples import Sample, Samples
 from .self_text import adapter_digest, self_written
 from .teacher import Target, Targets, TeacherFacts, divergence, write_targets
 from .work import Work, clean_up, remove_work
@@ -193,7 +193,7 @@ class _Batches(torch.utils.data.Dataset[dict[str, Any]]):
             item["index"] = torch.cat([t.index for t in found if t.index is not None])
         if self._kept is not None:
             rows, batches = self._kept
-            item |= {f"{KEPT}{name}": t for name, t in padded([rows[i] for i in batches[n]]).items()}
+            item |= kept_batch([rows[i] for i in batches[n]])
         return item
 
     def _labels(self, ids: Tensor, mask: Tensor, n: int) -> Tensor:
@@ -515,8 +515,10 @@ def refine(
     clock = PhaseClock(progress, run_device)
     checkpoint_o, checkpoint_n = Checkpoint(old, "old"), Checkpoint(new, "new")
     start = None if adapter is None else Path(adapter).expanduser()
-    tokenizer = load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code)
-    kept_text = kept_samples(retain, tokenizer, max_tokens, seed)
+    kept_text = Samples([], 0, 0)
+    if retain is not None:
+        tokenizer = load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code)
+        kept_text = kept_samples(retain, tokenizer, max_tokens, seed)
     folder = refinement_folder(out)
     kept = folder if cache is None else Path(cache).expanduser()
     for place in {folder, kept}:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch.nn import functional
 from .calibration import load_examples
 from .errors import LoraSuiteError
 from .model_card import shown
-from .samples import Samples, load_samples
+from .samples import Sample, Samples, load_samples, padded
 
 RETAIN_WEIGHT = 0.3
 SHIPPED = "shipped"
@@ -39,6 +40,11 @@ def kept_samples(source: str | os.PathLike[str] | None, tokenizer: Any, max_toke
         return Samples([], 0, 0)
     texts = load_examples(None if os.fspath(source) == SHIPPED else source, _ALL_TEXTS, seed)
     return load_samples([{"text": text} for text in texts], tokenizer, max_tokens=max_tokens)
+
+
+def kept_batch(rows: Sequence[Sample]) -> dict[str, Tensor]:
+    """What a batch holds of them: `samples.padded`, under the names with KEPT."""
+    return {f"{KEPT}{name}": tensor for name, tensor in padded(rows).items()}
 
 
 def named_text(source: str | os.PathLike[str]) -> str:

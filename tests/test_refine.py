@@ -187,12 +187,12 @@ def dense_log_loss(p: Tensor, student: Tensor) -> Tensor:
 
 
 def test_imitation_alone_teaches_what_the_adapted_old_model_says(root: Path, tmp_path: Path) -> None:
-    # Of the same tokenizer, so that every position is aligned and every token shared.
-    targets = taught(root, tmp_path / "work", "new", None, imitation=1.0)
+    # Of a model unlike the old one: for one that computes the same, the changed prediction is that of the old one.
+    targets = taught(root, tmp_path / "work", "other", None, imitation=1.0)
     model = LoadedModel(root / "old", "OLD", device=CPU, dtype=torch.float64)
     model.attach(root / "adapter")
     aligned = targets.aligned[3]
-    alignment = Alignment(load_tokenizer(root / "old", "OLD"), load_tokenizer(root / "new", "NEW"))
+    alignment = Alignment(load_tokenizer(root / "old", "OLD"), load_tokenizer(root / "other", "NEW"))
     with torch.no_grad():
         rows = model.peft(torch.tensor([aligned.ids_o])).logits[0][aligned.positions_o][:, alignment.ordinary.old]
     torch.testing.assert_close(targets[3].log_probs.double(), rows.log_softmax(-1), atol=2e-4, rtol=2**-10)
@@ -229,6 +229,32 @@ def test_the_step_budget_reads_the_text_once_within_bounds() -> None:
 @pytest.fixture(scope="module")
 def refined(root: Path) -> Any:
     return run(root, root / "refined", steps=60, eval_every=10, learning_rate=1e-2, imitation=0.0)
+
+
+def test_the_imitation_asked_for_is_in_the_targets(root: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"text": texts(80), "steps": 1, "eval_every": 1, "batch_bytes": 500, "max_tokens": 64}
+    found = {
+        m: refine(root / "old", root / "adapter", root / "other", None, tmp_path / str(m), device="cpu", imitation=m,
+                  **options).teacher
+        for m in (0.0, 1.0)
+    }  # fmt: skip
+    # Of a model unlike the old one, so that to change as it changed and to copy it are different things.
+    model = LoadedModel(root / "old", "OLD", device=CPU, dtype=torch.float64)
+    model.attach(root / "adapter")
+    alignment = Alignment(load_tokenizer(root / "old", "OLD"), load_tokenizer(root / "other", "NEW"))
+    total, count = {0.0: 0.0, 1.0: 0.0}, 0
+    for text, (changed, bare) in zip(texts(80), dense_targets(root, "other", texts(80)), strict=True):
+        aligned = alignment.align(text, 64)
+        assert aligned is not None
+        with torch.no_grad():
+            rows = model.peft(torch.tensor([aligned.ids_o])).logits[0][aligned.positions_o]
+        for m, p in ((0.0, changed), (1.0, rows[:, alignment.ordinary.old].softmax(-1))):
+            total[m] += float((p * (p / bare).log()).sum())
+        count += len(bare)
+    assert total[1.0] > 1.2 * total[0.0]
+    for m, facts in found.items():
+        assert facts.imitation == m
+        assert facts.kl == pytest.approx(total[m] / count, rel=1e-3)
 
 
 def test_refining_raises_the_agreement_on_held_out_text(refined: Any, root: Path) -> None:
