@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import peft  # noqa: F401
 import scipy.optimize  # noqa: F401
@@ -112,32 +112,54 @@ class End:
 
 
 def start(arguments: list[str], log: Path, inject: Callable[[], object] | None = None) -> int:
-    """Runs a command of the command line in a fork; `inject` is called there first."""
-    pid = os.fork()
-    if pid:
-        return pid
+    """Runs a command of the command line in a fork; `inject` is called there first.
+
+    Nothing raised in the fork may reach the caller's frames there: they would remove the folder under our feet. So a
+    signal waits until the fork has begun, and one that arrives behind the command's end is too late.
+    """
+    with log.open("wb") as file, open(os.devnull, "wb") as nothing:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        pid = os.fork()
+        if pid == 0:
+            _child(arguments, file.fileno(), nothing.fileno(), before, inject)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pid
+
+
+def _child(
+    arguments: list[str],
+    errors: int,
+    nothing: int,
+    mask: set[signal.Signals | int],
+    inject: Callable[[], object] | None,
+) -> NoReturn:
     code: Any = 1
     try:
-        os.setsid()
-        # Started in the background this process ignores it, and its forks would.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        with log.open("wb") as file, open(os.devnull, "wb") as nothing:
-            os.dup2(file.fileno(), 2)
-            os.dup2(nothing.fileno(), 1)
-        if inject:
-            inject()
-        lorasuite_fast.cli.main(arguments)
+        try:
+            os.setsid()
+            os.dup2(errors, 2)
+            os.dup2(nothing, 1)
+            # Started in the background this process ignores it, and its forks would.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if inject:
+                inject()
+            lorasuite_fast.cli.main(arguments)
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     except SystemExit as end:
         code = end.code or 0
     except KeyboardInterrupt:
-        # Before the command began.
-        os.write(2, b"interrupted; nothing was begun\n")
+        # Before the command began, or behind its end.
+        os.write(2, b"interrupted; outside of the command\n")
         code = INTERRUPTED
     except BaseException:
         traceback.print_exc()
     finally:
-        sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 1)
+        try:
+            sys.stderr.flush()
+        finally:
+            os._exit(code if isinstance(code, int) else 1)
 
 
 def end_of(pid: int, log: Path) -> End:

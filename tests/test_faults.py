@@ -37,6 +37,29 @@ def test_every_command_survives_every_fault(job: str, tallies: dict[tuple[str, s
             assert tally["violations"] == []
 
 
+STRUCK_AT_ONCE = """
+import os, signal, tempfile, time
+from pathlib import Path
+import faults
+
+with tempfile.TemporaryDirectory() as root:
+    log = Path(root) / "stderr"
+    for n in range(80):
+        pid = faults.start(["--version"], log)
+        time.sleep(n % 40 * 2.5e-5)
+        os.kill(pid, signal.SIGINT)
+        end = faults.end_of(pid, log)
+        assert end.code == faults.INTERRUPTED, end
+        assert end.errors.startswith("interrupted; "), end
+"""
+
+
+def test_a_fork_struck_at_its_first_moment_ends_there_and_leaves_its_parents_folder() -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(faults.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", STRUCK_AT_ONCE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
 def one_step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """With renameat2's flags, and on a system that does not know them."""
