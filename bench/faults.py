@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +34,7 @@ from typing import Any, NoReturn
 import peft  # noqa: F401
 import scipy.optimize  # noqa: F401
 import torch
-import transformers
+import transformers.trainer
 from measure import machine, write_report
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
@@ -44,10 +44,16 @@ import lorasuite_fast.cli
 import lorasuite_fast.distilled_adapter
 import lorasuite_fast.finetuning
 import lorasuite_fast.plan
+import lorasuite_fast.refinement
 import lorasuite_fast.tensor_files
 
 DEMO = Path(lorasuite_fast.__file__).parent / "demo"
 PLAN = ("--examples", "4", "--method", "lstsq")
+PLANS: dict[str, Callable[[Path], tuple[str, ...]]] = {
+    "plan": lambda i: (*PLAN, "--roles", "attention"),
+    "distill-plan": lambda i: ("--examples", "4", "--method", "distill", "--calibration", f"{i}/text.jsonl"),
+}
+"""Plans to apply."""
 State = dict[str, bytes] | None
 OK, REFUSED, ABORTED, INTERRUPTED = 0, 2, 127, 130
 MEMORY = "out of memory"
@@ -75,6 +81,19 @@ JOBS = (
             *("--calibration", f"{i}/text.jsonl", "--distill-layers", "2"),
         ],
         ("old",),
+    ),
+    Job(
+        "apply-distill",
+        lambda i, o: ["apply", f"{i}/distill-plan", f"{i}/adapter", f"{o}/out", "--distill-layers", "2"],
+        ("adapter", "distill-plan"),
+    ),
+    Job(
+        "refine",
+        lambda i, o: [
+            *("refine", f"{i}/old", f"{i}/adapter", f"{i}/new", "none", f"{o}/out", "--text", f"{i}/text.jsonl"),
+            *("--steps", "6", "--batch-bytes", "400", "--eval-every", "2", "--rank", "4"),
+        ],
+        ("new",),
     ),
     Job(
         "finetune",
@@ -201,8 +220,8 @@ def rounded(found: State, whole: State) -> bool:
 class Laboratory:
     """Inputs, references and one folder to write to, made anew for each trial."""
 
-    def __init__(self, root: Path, seed: int) -> None:
-        self.root, self.random = root, random.Random(seed)
+    def __init__(self, root: Path, jobs: Sequence[Job], seed: int) -> None:
+        self.root, self.jobs, self.random = root, jobs, random.Random(seed)
         self.inputs, self.folder, self.log = root / "inputs", root / "folder", root / "stderr"
         self.inputs.mkdir()
         for name in ("old", "new", "adapter"):
@@ -211,13 +230,13 @@ class Laboratory:
         (self.inputs / "samples.txt").write_text("\n\n".join(text))
         short = (json.dumps({"text": part[:120]}) + "\n" for part in text)
         (self.inputs / "text.jsonl").write_text("".join(short))
-        job = JOBS[0]
-        self.fresh()
-        assert self.run(job.arguments(self.inputs, self.folder)).code == OK, self.log.read_text()
-        (self.folder / "out").rename(self.inputs / "plan")
+        models = str(self.inputs / "old"), str(self.inputs / "new")
+        for name, options in PLANS.items():
+            end = self.run(["plan", *models, str(self.inputs / name), *options(self.inputs)])
+            assert end.code == OK, end.errors
         self.whole: dict[str, State] = {}
         self.seconds: dict[str, float] = {}
-        for job in JOBS:
+        for job in jobs:
             self.fresh()
             begin = time.perf_counter()
             end = self.run(job.arguments(self.inputs, self.folder))
@@ -382,7 +401,7 @@ def kills(lab: Laboratory, count: int) -> Iterator[Tally]:
         ("SIGKILL", signal.SIGKILL, (-signal.SIGKILL,)),
         ("Ctrl-C", signal.SIGINT, (INTERRUPTED, -signal.SIGINT)),
     ):
-        for job in JOBS:
+        for job in lab.jobs:
             tally = Tally(job.name, name)
             for n in range(count if number == signal.SIGKILL else max(2, count // 5)):
                 lab.trial(tally, job, lab.signalled(job, number), replaces=n % 2 == 1, codes=codes)
@@ -390,8 +409,8 @@ def kills(lab: Laboratory, count: int) -> Iterator[Tally]:
 
 
 def read_errors(lab: Laboratory, count: int) -> Iterator[Tally]:
-    for job in JOBS:
-        if job.name not in ("plan", "migrate", "distill"):
+    for job in lab.jobs:
+        if job.name not in ("plan", "migrate", "distill", "apply-distill"):
             continue
         tally = Tally(job.name, "read error")
         for n in range(count):
@@ -402,7 +421,7 @@ def read_errors(lab: Laboratory, count: int) -> Iterator[Tally]:
 
 def changed_files(lab: Laboratory, count: int) -> Iterator[Tally]:
     """A file of the model cut off, or another model's put in its place, at a random moment."""
-    for job in JOBS:
+    for job in lab.jobs:
         path = lab.inputs / job.reads[0]
         path = path / ("adapter_model.safetensors" if job.reads[0] == "adapter" else "model.safetensors")
         kept = lab.root / "kept.safetensors"
@@ -443,7 +462,7 @@ def changed_files(lab: Laboratory, count: int) -> Iterator[Tally]:
 
 
 def memory(lab: Laboratory, count: int) -> Iterator[Tally]:
-    for job in JOBS:
+    for job in lab.jobs:
         tally = Tally(job.name, MEMORY)
         for n in range(count):
             extra = lab.random.randrange(1 << 20, 160 << 20)
@@ -458,7 +477,7 @@ def memory(lab: Laboratory, count: int) -> Iterator[Tally]:
 
 
 def permissions(lab: Laboratory) -> Iterator[Tally]:
-    for job in JOBS:
+    for job in lab.jobs:
         unreadable = lab.inputs / job.reads[0]
         unreadable = next(iter(unreadable.glob("*.safetensors")), unreadable)
         for name, path, denied in (("unwritable folder", lab.folder, 0o555), ("unreadable file", unreadable, 0o000)):
@@ -478,7 +497,7 @@ def permissions(lab: Laboratory) -> Iterator[Tally]:
 def full_disks(lab: Laboratory, count: int) -> Iterator[Tally]:
     """The folder written to is a file system that is full before the end; then it grows, and the command goes on."""
     libc = ctypes.CDLL(None, use_errno=True)
-    for job in JOBS:
+    for job in lab.jobs:
         tally = Tally(job.name, "disk full")
         whole = lab.whole[job.name]
         assert whole is not None
@@ -543,6 +562,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="SIGKILLs of each command; of the other faults a fifth")
     parser.add_argument("--seed", type=int, default=0)
+    names = [job.name for job in JOBS]
+    parser.add_argument("--jobs", nargs="*", metavar="JOB", choices=names, default=names, help=", ".join(names))
     parser.add_argument("--only", nargs="*", metavar="FAULT", help="kills, reads, files, memory, permissions, disks")
     parser.add_argument("--json", action="store_true", help="print the figures, write no report")
     options = parser.parse_args()
@@ -552,7 +573,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     some = max(1, options.kills // 5)
     with tempfile.TemporaryDirectory() as root:
-        lab = Laboratory(Path(root), options.seed)
+        lab = Laboratory(Path(root), [job for job in JOBS if job.name in options.jobs], options.seed)
         groups: dict[str, Callable[[], Iterator[Tally]]] = {
             "kills": lambda: kills(lab, options.kills),
             "reads": lambda: read_errors(lab, some),
@@ -571,7 +592,7 @@ def main() -> None:
                     print(tally.job, tally.fault, tally.trials, tally.struck, tally.violations, flush=True)
     if options.json:
         print(json.dumps([vars(tally) for tally in tallies]))
-    elif not options.only:
+    elif not options.only and options.jobs == names:
         write_report("faults", text(tallies, lab.seconds, options.seed))
 
 

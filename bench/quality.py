@@ -195,6 +195,8 @@ class Case:
             return Stage(self.name(row), models, self.adapt_old)
         if row == "full":
             return Stage(self.name(row), (*models, *((f"{first}/full",) if self.seed else ())), self.full)
+        if row == "full-again":
+            return Stage(self.name(row), models, self.full_again)
         if row == "text":
             return Stage(self.name(row), adapter, self.write)
         text = (self.name("text"),) if row.startswith("refined") or "self" in row else ()
@@ -239,6 +241,11 @@ class Case:
         best = min(runs, key=lambda run: run["bits"]["domain_valid"])
         tried = {f"{run['rate']:g}": run["bits"]["domain_valid"] for run in runs}
         return {**best, "tried": tried}
+
+    def full_again(self) -> dict[str, Any]:
+        """LoRA(full) of the demo pair trained anew, for its memory and what another seed gives."""
+        recipe = replace(self.pair.full, seed=self.pair.full.seed + self.seed)
+        return self.lab.adapt(self.pair, self.domain, "new", recipe, self.bench.folder(self.name("full-again")))
 
     def write(self) -> dict[str, Any]:
         """Text the old model writes with its adapter."""
@@ -506,7 +513,7 @@ def stages(bench: Bench) -> list[Stage]:
 
     basis = ("adapter", "full", "text")
     few = ("few-nothing", "few-nothing-mlp", "few-refined", f"few-nothing-mlp{RETAIN}", f"few-refined{RETAIN}")
-    few_others = ("few-paper", "few-distill-self")
+    few_others = ("few-paper", "few-lstsq", "few-distill-last-self", "few-distill-self")
     demo = ("demo", "bible")
     tiny = [(pair, domain) for domain in DOMAINS for pair in PAIRS if pair != "demo"]
     checked = [f"verify-{row}" for row in ("full", *HEADLINE, *few, *few_others)]
@@ -545,6 +552,8 @@ def stages(bench: Bench) -> list[Stage]:
         for case in (demo, *tiny):
             rows = ("refined-change", "refined-change-shuffled", "refined-next", "refined-next-shuffled")
             add(*case, seed, (*rows, "few-refined-next", *(f"verify-{row}" for row in (*rows, "few-refined-next"))))
+    for seed in SEEDS:
+        add(*demo, seed, ("full-again",))
     add("demo", "code", 0, (*basis, *HEADLINE, *few, *few_others, *checked))
     return found
 

@@ -42,6 +42,8 @@ STARTS = {
     "few-nothing": "nothing, LoRA(100), attention alone",
     "few-nothing-mlp": "nothing, LoRA(100)",
     "few-paper": "paper",
+    "few-lstsq": "least squares",
+    "few-distill-last-self": "distilled, last layer alone, self-written",
     "few-distill-self": "distilled, self-written",
     "few-refined-attention": "refined, attention alone, self-written",
     "few-nothing-mlp-retain": "nothing, LoRA(100); general text retained",
@@ -194,6 +196,7 @@ def case_table(rows: Rows, pair: str, domain: str) -> list[str]:
     for row, (what, text) in ROWS.items():
         lines += _row(rows, pair, domain, row, what, text)
     lines += _row(rows, pair, domain, "full", "LoRA(full)", "domain, labelled")
+    lines += _row(rows, pair, domain, "full-again", "LoRA(full), trained anew", "domain, labelled")
     lines += [
         "",
         "After fine-tuning on 100 labelled samples:",
