@@ -397,7 +397,7 @@ class Case:
             runs[rate, more] = self.setting(start, rate, more)
         best = rank(more)[0]
         runs[best, most] = self.setting(start, best, most)
-        if self.prefix in WHOLE_GRID:
+        if self.name(f"few-{start}") in WHOLE_GRID:
             for rate in RATES:
                 for epochs in EPOCHS:
                     runs[rate, epochs] = self.setting(start, rate, epochs)
@@ -461,8 +461,8 @@ class Case:
         }
 
 
-WHOLE_GRID: tuple[str, ...] = ()
-"""Cases whose fine-tuning is searched over the whole grid; the others by halving."""
+WHOLE_GRID = tuple(f"demo/bible/0/few-{start}{words}" for start in ("nothing-mlp", "refined") for words in ("", RETAIN))
+"""Rows whose fine-tuning is searched over the whole grid, those of the floors; the others by halving."""
 
 
 def started(model: Any, pair: Pair, base: str, source: Path | None) -> Any:
@@ -513,7 +513,7 @@ def stages(bench: Bench) -> list[Stage]:
 
     basis = ("adapter", "full", "text")
     few = ("few-nothing", "few-nothing-mlp", "few-refined", f"few-nothing-mlp{RETAIN}", f"few-refined{RETAIN}")
-    few_others = ("few-paper", "few-lstsq", "few-distill-last-self", "few-distill-self")
+    few_others, few_once = ("few-paper", "few-distill-self"), ("few-lstsq", "few-distill-last-self")
     demo = ("demo", "bible")
     tiny = [(pair, domain) for domain in DOMAINS for pair in PAIRS if pair != "demo"]
     checked = [f"verify-{row}" for row in ("full", *HEADLINE, *few, *few_others)]
@@ -538,7 +538,7 @@ def stages(bench: Bench) -> list[Stage]:
         add(*case, 0, [f"tried-{start}{words}" for start in ("nothing-mlp", "refined") for words in ("", RETAIN)])
     for case in (demo, *tiny):
         add(*case, 0, (*few_others, *checked))
-        add(*case, 0, (*FURTHER, *(f"verify-{row}" for row in FURTHER)))
+        add(*case, 0, (*FURTHER, *few_once, *(f"verify-{row}" for row in (*FURTHER, *few_once))))
         words = ("kept", "attention", "change", "next", "long", "next-attention", "next-long")
         variants = [f"refined-{w}{c}" for w in words for c in ("", "-shuffled")]
         variants += [f"refined-next-{t}{c}" for t in ("general", "domain") for c in ("", "-shuffled")]

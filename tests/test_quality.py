@@ -120,3 +120,10 @@ def test_the_search_by_halving_finds_the_best_of_what_it_tried(quality: Any, tmp
     runs = case.search("nothing")
     assert min(runs, key=lambda run: run["domain_valid"]) == {"rate": 1e-2, "epochs": 15, "domain_valid": 1 / 15}
     assert len(tried) == len(runs) == len(quality.RATES) + 3
+
+
+def test_what_a_stage_needs_is_a_stage_before_it(quality: Any, tmp_path: Path) -> None:
+    before: set[str] = set()
+    for stage in quality.stages(quality.Bench(tmp_path)):
+        assert before.issuperset(stage.needs), stage.name
+        before.add(stage.name)
