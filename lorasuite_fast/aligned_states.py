@@ -285,13 +285,27 @@ class LoadedModel:
         return f"{self.name} with {self.adapter}" if self.adapter else self.name
 
     def check_ids(self, rows: list[list[int]]) -> None:
-        """Raises LoraSuiteError for token ids beyond the embedding."""
+        """Raises LoraSuiteError for token ids beyond the embedding, and for rows longer than learned positions."""
+        longest, positions = max(map(len, rows)), self._learned_positions()
+        if positions is not None and longest > positions:
+            raise LoraSuiteError(
+                f"{self.folder}: has learned positions for {positions} tokens, and a text was to be read in pieces of "
+                f"{longest}; read fewer tokens of each (--max-tokens)"
+            )
         highest, held = max(map(max, rows)), self.model.get_input_embeddings().weight.shape[0]
         if highest >= held:
             raise LoraSuiteError(
                 f"{self.folder}: its tokenizer gives token {highest}, beyond the embedding's {held} rows; the "
                 "tokenizer belongs to another model"
             )
+
+    def _learned_positions(self) -> int | None:
+        """How many positions the model has a table of, None where it computes them."""
+        held = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        tokens = self.model.get_input_embeddings()
+        tables = [m.num_embeddings for m in self.backbone.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+        # OPT's has two rows more.
+        return held if held is not None and any(held <= size <= held + 2 for size in tables) else None
 
     @torch.inference_mode()
     def _head(self, row: list[int], tokens: Tensor) -> Head:

@@ -6,9 +6,11 @@ both tokenizers end a token at the same byte of the text, so that both models pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -50,7 +52,7 @@ class TokenEnds:
         Where the tokens' bytes, joined, are the text's, up to such a space, the offsets are exact, also inside a
         character that is split between tokens. Elsewhere (special tokens in the text, unknown tokens, text that the
         tokenizer normalises) every token whose bytes are the next ones of the text ends behind them, and any other
-        where the tokenizer's offset mapping has it end.
+        where the tokenizer's offset mapping has it end, with the marks it was composed with.
         """
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids: list[int] = encoded["input_ids"]
@@ -69,18 +71,34 @@ class TokenEnds:
         ends: list[int] = []
         done = 0
         in_front = True
-        for piece, (first, last) in zip(pieces, offsets, strict=True):
+        for k, (piece, (first, last)) in enumerate(zip(pieces, offsets, strict=True)):
             near = starts[first] <= done + len(piece or b"") and done <= starts[last]
             spaced = in_front and piece is not None and piece.startswith(b" ") and not data.startswith(b" ", done)
             read = piece[1:] if piece is not None and spaced else piece
             if read is not None and near and data.startswith(read, done):
                 done += len(read)
             else:
-                done = max(done, starts[last])
+                done = max(done, starts[_composed_end(text, offsets, k)])
             ends.append(done)
             # SentencePiece may put its space behind a special token, too.
             in_front = piece is None
         return ends
+
+
+def _composed_end(text: str, offsets: Sequence[tuple[int, int]], k: int) -> int:
+    """Behind which character token k ends, where its offsets may end too early.
+
+    NFC makes one character of a letter and the marks behind it (of Hangul jamo, one syllable), and `tokenizers` gives
+    that the offsets of the letter alone. What composes with the token's characters and no later token claims is its.
+    """
+    first, last = offsets[k]
+    following = k + 1
+    while following < len(offsets) and offsets[following][0] < last:
+        following += 1
+    limit = offsets[following][0] if following < len(offsets) else len(text)
+    while last < limit and len(normalize("NFC", text[first : last + 1])) <= len(normalize("NFC", text[first:last])):
+        last += 1
+    return last
 
 
 @dataclass(frozen=True)

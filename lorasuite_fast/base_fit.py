@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,12 +31,12 @@ class LayerFit:
 
     Rows are divided by their root mean square, as the next norm does. `positions` is how many the map was fitted on,
     `new_width` what it maps from. With fewer positions than a few widths R² comes out too low, which is why the
-    prediction does not rest on it.
+    prediction does not rest on it. None where fewer than 2 positions were held out.
     """
 
     old_layer: int
     new_layer: int
-    r2: float
+    r2: float | None
     positions: int
     new_width: int
 
@@ -47,15 +48,16 @@ class BaseFit:
     Attributes:
         embedding_r2: held-out R² of the linear map between the shared tokens' embeddings, old to new; embedding_r2_back
             new to old. unembedding_r2, unembedding_r2_back: of the head's rows, final norm gain folded in and centred.
+            None where fewer than 2 shared tokens were held out.
         top1_agreement: share of aligned positions where both models have the same best shared token.
         top1_shuffled: the same with the new model's positions permuted.
         kl: mean KL(old ‖ new) over the shared tokens, in nats. kl_shuffled: with the new model's positions permuted.
     """
 
-    embedding_r2: float
-    embedding_r2_back: float
-    unembedding_r2: float
-    unembedding_r2_back: float
+    embedding_r2: float | None
+    embedding_r2_back: float | None
+    unembedding_r2: float | None
+    unembedding_r2_back: float | None
     top1_agreement: float
     top1_shuffled: float
     kl: float
@@ -121,12 +123,14 @@ def base_fit(
     )
 
 
-def _r2(y: Tensor, found: Tensor) -> float:
+def _r2(y: Tensor, found: Tensor) -> float | None:
+    """None where y, of which there may be one row or none, does not vary."""
     y = y.double()
-    return float(1 - (y - found).square().sum() / (y - y.mean(0)).square().sum())
+    spread = float((y - y.mean(0)).square().sum())
+    return 1 - float((y - found).square().sum()) / spread if spread > 0 else None
 
 
-def _table_r2(x: Tensor, y: Tensor) -> float:
+def _table_r2(x: Tensor, y: Tensor) -> float | None:
     """R² on every 20th row of the linear map x -> y fitted on the others."""
     held = torch.zeros(len(x), dtype=torch.bool)
     held[_HELD_OUT - 1 :: _HELD_OUT] = True
@@ -147,7 +151,7 @@ def _layer_fit(x: Tensor, y: Tensor, pair: tuple[int, int], text: Tensor) -> Lay
     x, y = x - centre_x, y - centre_y
     gram, cross = x[train].T @ x[train], x[train].T @ y[train]
     maps = [solve_normal(gram, cross, ridge)[0] for ridge in _RIDGES]
-    best = max(maps, key=lambda w: _r2(y[choose], x[choose] @ w))
+    best = min(maps, key=lambda w: float((y[choose] - x[choose] @ w).square().sum()))
     return LayerFit(*pair, _r2(y[test], x[test] @ best), int(train.sum()), x.shape[1])
 
 
@@ -174,7 +178,9 @@ def prediction(fit: BaseFit) -> tuple[str, str]:
 
     A rule of thumb; the thresholds are this module's constants.
     """
-    tables = min(fit.embedding_r2, fit.embedding_r2_back, fit.unembedding_r2, fit.unembedding_r2_back)
+    found = fit.embedding_r2, fit.embedding_r2_back, fit.unembedding_r2, fit.unembedding_r2_back
+    measured = [r2 for r2 in found if r2 is not None]
+    tables = min(measured) if len(measured) == len(found) else -math.inf
     if tables >= EXACT_R2 and fit.kl <= EXACT_KL:
         return "exact", (
             f"A weights-only migration will carry the adapter whole: a linear map fits the models (R² {tables:.4f})."
@@ -184,7 +190,10 @@ def prediction(fit: BaseFit) -> tuple[str, str]:
             "A weights-only migration should carry much of the effect: the tables of the two models are linear images "
             f"of each other, but their predictions differ (KL {fit.kl:.2f} nats). Verify it afterwards."
         )
-    reason = f"no linear map fits the two models (R² {tables:.2f}, exact from {EXACT_R2})"
+    if math.isfinite(tables):
+        reason = f"no linear map fits the two models (R² {tables:.2f}, exact from {EXACT_R2})"
+    else:
+        reason = "the two models share too few tokens to tell whether a linear map fits them"
     if fit.top1_agreement - fit.top1_shuffled >= DISTILLABLE_TOP1:
         return "distillation", (
             f"A weights-only migration will carry little or nothing, {reason}; a distillation on text can carry a part "

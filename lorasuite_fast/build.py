@@ -149,13 +149,17 @@ def choose_method(asked: str, r2: float | None, r2_back: float | None, layer_r2:
     """The method that is used, and why: `auto` takes lstsq where a linear map between the models fits exactly.
 
     Args:
-        r2, r2_back: of both maps on held-out tokens' embeddings. layer_r2: of W_h on what the mapped layers give on the
-            calibration text, of the worst of them; models may share their embeddings and little else.
+        r2, r2_back: of both maps on held-out tokens' embeddings, None where none were held out or the maps are given.
+        layer_r2: of W_h on what the mapped layers give on the calibration text, of the worst of them; models may share
+            their embeddings and little else.
     """
     if asked != AUTO:
         return asked, "asked for"
     if r2 is None or r2_back is None:
-        return "lstsq", "the transfer matrix is given, not fitted"
+        fit = f"R² of the transfer matrix on the layers' states on text at least {layer_r2:.4f}"
+        if layer_r2 < EXACT_R2:
+            return "distill", f"the transfer matrix does not carry one model onto the other ({fit})"
+        return "lstsq", f"the transfer matrix carries one model onto the other ({fit}, {EXACT_R2} is exact)"
     fit = f"R² of the maps between the embeddings on held-out tokens {r2:.4f} and {r2_back:.4f}"
     if min(r2, r2_back) < EXACT_R2:
         return "distill", f"no linear map carries one model onto the other ({fit}, {EXACT_R2} would be exact)"

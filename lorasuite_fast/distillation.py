@@ -18,7 +18,7 @@ import random
 import shutil
 from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .adapter import Adapter
 from .aligned_states import Head, States
 from .alignment import AlignedText, Alignment
 from .checkpoint import Checkpoint
-from .effect import FEWEST, effect_sums, resamples, statistics
+from .effect import FEWEST, NEGLIGIBLE_KL, effect_sums, resamples, statistics
 from .errors import LoraSuiteError
 from .families import Family
 from .hidden_states import MICRO_BATCH, LayerStream, StreamedLayer, padded
@@ -49,6 +49,7 @@ OUTPUT_RIDGE = 1e-2
 NORM_PENALTY = 0.1
 """Of changes in front of a norm, as a share of the mean diagonal of the metric there."""
 _HELD_OUT = 10
+_FEWEST_HELD = 4
 _ROWS = 8192
 _BOOTSTRAP = 500
 _LEAST_TEXTS = 8
@@ -89,22 +90,29 @@ class Distilled:
         explained: layer -> share of the target explained behind it on held-out positions, before the gain.
         agreement: kl_share (1 - KL(target ‖ new + adapter) / KL(target ‖ new), target: the new model changed as the old
             one was), content_kl_share (the same less the better of two controls: the changes shuffled over positions,
-            and their mean), cosine; each (value, low, high) with a 95 % bootstrap interval over texts.
+            and their mean), cosine; each (value, low, high) with a 95 % bootstrap interval over texts. Each text is
+            judged with the gain that the other held-out texts choose. 0 where `old_kl` is nothing.
+        old_kl: mean KL(with ‖ without) of the old adapter on held-out positions, in nats.
         output_r2: of U on held-out tokens.
         positions, held_positions, texts, tokens: of the text; tokens are those read by either model.
+        settings: it was fitted with. text: its name: "shipped", "self", or a file; "" where `distill` was called
+            itself.
     """
 
     fitted: dict[tuple[int, str], Factors]
     gain: float
     explained: dict[int, float]
     agreement: dict[str, tuple[float, float, float]]
+    old_kl: float
     output_r2: float
     positions: int
     held_positions: int
     texts: int
     tokens: tuple[int, int]
+    settings: Settings
     gains: dict[float, float] = field(default_factory=dict)
     """KL share on held-out texts by gain."""
+    text: str = ""
 
     @property
     def updates(self) -> dict[tuple[int, str], Factors]:
@@ -114,6 +122,11 @@ class Distilled:
     def warning(self) -> str | None:
         """A sentence for the user where the result cannot be trusted, None elsewhere."""
         share, content = self.agreement["kl_share"], self.agreement["content_kl_share"]
+        if self.old_kl < NEGLIGIBLE_KL:
+            return (
+                "the old adapter does not change the old model on this text, so there was nothing to carry, and the "
+                "written adapter changes nothing"
+            )
         if self.gain == 0:
             return (
                 "no part of the adapter's effect could be carried: on held-out text every size of the fitted update "
@@ -137,11 +150,14 @@ class Distilled:
             "gain": self.gain,
             "explained": {str(j): share for j, share in self.explained.items()},
             "agreement": {name: list(figures) for name, figures in self.agreement.items()},
+            "old_kl": self.old_kl,
             "output_r2": self.output_r2,
             "positions": self.positions,
             "held_positions": self.held_positions,
             "texts": self.texts,
             "tokens": list(self.tokens),
+            "text": self.text,
+            "settings": asdict(self.settings),
         }
 
 
@@ -484,7 +500,7 @@ def distill(
     """
     aligned, shared = _align(old, new, tokenizers, texts, settings)
     of_text = torch.cat([torch.full((len(a.ends),), n) for n, a in enumerate(aligned)])
-    held_texts = set(range(_HELD_OUT - 1, len(aligned), _HELD_OUT)) or {len(aligned) - 1}
+    held_texts = _held_texts(len(aligned))
     held = torch.tensor([n in held_texts for n in range(len(aligned))])[of_text]
     start = new.shape.L - (settings.layers or max(1, new.shape.L // 2))
     if not 0 <= start < new.shape.L:
@@ -520,22 +536,32 @@ def distill(
         ids = [aligned[k].ids_n for k in sorted(held_texts)]
         h = _Side(new, ids, [aligned[k].positions_n for k in sorted(held_texts)], settings, device)
         found = _new_states(h, fit, start, run, step)
-        gains = _kl_shares(heads, sides, found, device, limits.scratch.elements)
-        gain = max(GAINS, key=lambda g: (gains[g], -g))
-        ends = torch.cat(list(found[0.0])), torch.cat(list(found[gain]))
-        agreement = _agreement(heads, sides, ends, of_text[held], device, settings.seed, limits.scratch.elements // 2)
+        text = torch.unique(of_text[held], return_inverse=True)[1]
+        divergences = _divergences(heads, sides, found, text, device, limits.scratch.elements)
+        gains, gain = _kl_shares(divergences), _best_gain(divergences)
+        ends = torch.cat(list(found[0.0])), _rows_by_gain(found, _gains_by_others(divergences)[text])
+        agreement, old_kl = _agreement(heads, sides, ends, text, device, settings.seed, limits.scratch.elements // 2)
     return Distilled(
         fitted=fit.updates,
         gain=gain,
         explained=fit.explained,
         agreement=agreement,
+        old_kl=old_kl,
         output_r2=mapped.r2,
         positions=len(of_text),
         held_positions=int(held.sum()),
         texts=len(aligned),
         tokens=(sum(map(len, o.ids)), sum(map(len, n.ids))),
+        settings=settings,
         gains=gains,
     )
+
+
+def _held_texts(count: int) -> set[int]:
+    """Which of so many texts, in random order, are held out: every tenth, of few texts 4, or a quarter."""
+    held = max(count // _HELD_OUT, min(_FEWEST_HELD, count // 4))
+    stride = min(_HELD_OUT, count // held)
+    return set(range(stride - 1, count, stride)[:held])
 
 
 def _limits(
@@ -884,19 +910,22 @@ def _new_states(side: _Side, fit: _Fit, start: int, run: _Run, step: Any) -> dic
     }
 
 
-def _kl_shares(
+def _divergences(
     heads: tuple[ChunkedHead, ChunkedHead],
     old: tuple[Tensor, Tensor],
     new: dict[float, Sequence[Tensor]],
+    text: Tensor,
     device: torch.device,
     elements: int,
-) -> dict[float, float]:
-    """By gain, 1 - KL(target ‖ new + update) / KL(target ‖ new), the target being softmax(log p_n + change of old).
+) -> dict[float, Tensor]:
+    """By gain, KL(target ‖ new + update) summed by text, (texts,) float64; the target is softmax(log p_n + change of
+    old).
 
     Args:
         old: (positions, d_o) without and with the adapter. new: gain -> (positions, d_n), by micro-batch.
+        text: (positions,) int64, which text each belongs to, counted from 0.
     """
-    totals = dict.fromkeys(new, 0.0)
+    totals = {gain: torch.zeros(int(text.max()) + 1, dtype=torch.float64) for gain in new}
     done = 0
     for n in range(len(new[0.0])):
         states = {gain: rows[n] for gain, rows in new.items()}
@@ -905,9 +934,41 @@ def _kl_shares(
             target = functional.log_softmax(heads[1].log_probs(states[0.0][part].to(device)) + o_1 - o_0, dim=-1)
             for gain, rows in states.items():
                 reached = heads[1].log_probs(rows[part].to(device))
-                totals[gain] += float((target.exp() * (target - reached)).sum())
+                found = (target.exp() * (target - reached)).sum(-1)
+                totals[gain].index_add_(0, text[done + part], found.double().cpu())
         done += len(states[0.0])
+    return totals
+
+
+def _kl_shares(divergences: dict[float, Tensor]) -> dict[float, float]:
+    """By gain, the share of the divergence without an update that is gone with it."""
+    totals = {gain: float(found.sum()) for gain, found in divergences.items()}
     return {gain: 1 - total / totals[0.0] if totals[0.0] > 0 else 0.0 for gain, total in totals.items()}
+
+
+def _best_gain(divergences: dict[float, Tensor]) -> float:
+    """The gain of least divergence over all texts; of equal ones the smallest."""
+    return min(divergences, key=lambda gain: (float(divergences[gain].sum()), gain))
+
+
+def _gains_by_others(divergences: dict[float, Tensor]) -> Tensor:
+    """(texts,) float64: for each text the gain that is best on the others, so that none is judged by its own choice."""
+    texts = len(next(iter(divergences.values())))
+    left_out = ~torch.eye(texts, dtype=torch.bool)
+    chosen = [_best_gain({gain: found[keep] for gain, found in divergences.items()}) for keep in left_out]
+    return torch.tensor(chosen, dtype=torch.float64)
+
+
+def _rows_by_gain(states: dict[float, Sequence[Tensor]], gains: Tensor) -> Tensor:
+    """Each position's row with its own gain: gain -> (positions, d) by micro-batch, (positions,) -> (positions, d)."""
+    rows, done = [], 0
+    for n, plain in enumerate(states[0.0]):
+        found, own = plain.clone(), gains[done : done + len(plain)]
+        for gain in set(own.tolist()):
+            found[own == gain] = states[gain][n][own == gain]
+        rows.append(found)
+        done += len(plain)
+    return torch.cat(rows)
 
 
 def _agreement(
@@ -918,14 +979,13 @@ def _agreement(
     device: torch.device,
     seed: int,
     elements: int,
-) -> dict[str, tuple[float, float, float]]:
-    """The figures of `Distilled.agreement`."""
+) -> tuple[dict[str, tuple[float, float, float]], float]:
+    """The figures of `Distilled.agreement`, and `old_kl`."""
     empty = torch.empty(0)
     sides = [
         tuple(States(last, empty, replace(head)) for last in pair) for head, pair in zip(heads, (old, new), strict=True)
     ]
-    of_text = torch.unique(text, return_inverse=True)[1]
-    sums = effect_sums(sides[0], sides[1], of_text, device=device, seed=seed, elements=elements)  # type: ignore[arg-type]
+    sums = effect_sums(sides[0], sides[1], text, device=device, seed=seed, elements=elements)  # type: ignore[arg-type]
     columns = sums.gram, sums.plain, sums.scalars
     once = statistics(*(c.sum(0) for c in columns))
     drawn = resamples(len(sums.scalars), _BOOTSTRAP, seed)
@@ -936,4 +996,4 @@ def _agreement(
         values = often[column].nan_to_num(0.0)
         low, high = (float(values.quantile(q)) for q in (0.025, 0.975))
         figures[name] = float(once[column].nan_to_num(0.0)), low, high
-    return figures
+    return figures, float(once["old_kl"])

@@ -138,7 +138,7 @@ def distil_adapter(
         )
         for j in sorted(sizes)
     ]
-    return DistilledAdapter(files, layers, distilled, work)
+    return DistilledAdapter(files, layers, replace(distilled, text=text), work)
 
 
 def _check_room(old: Checkpoint, memory: int | None, device: torch.device) -> None:

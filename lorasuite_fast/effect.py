@@ -25,6 +25,8 @@ ELEMENTS = 2**23
 """Log-probabilities of one kind that are there at a time."""
 FEWEST = 32
 """Positions that read the head together at least; for fewer its rows would be fetched too often."""
+NEGLIGIBLE_KL = 1e-7
+"""Nats a position. A change of less counts as none: float32 log-probabilities do not hold more."""
 COPIES = 36
 """How many kinds, their basis and what is made of it among them."""
 _BASIS = ("old", "new", "shuffled", "old_mean", "new_mean", "old_base", "new_base")
@@ -189,8 +191,13 @@ def _scalars(o_0: Tensor, o_1: Tensor, n_0: Tensor, d_o: Tensor, candidates: dic
 
 
 def statistics(gram: Tensor, plain: Tensor, scalars: Tensor) -> dict[str, Tensor]:
-    """Every figure from summed columns; all arguments (..., their own shape), results (...). 0 / 0 gives NaN."""
+    """Every figure from summed columns; all arguments (..., their own shape), results (...).
+
+    0 / 0 gives NaN, and so do shares of a divergence that is none, but for rounding.
+    """
     column: dict[str, Any] = {name: scalars[..., k] for k, name in enumerate(_SCALARS)}
+    for name in ("target_alone", "gain_old"):
+        column[name] = column[name].where(column[name] >= NEGLIGIBLE_KL * column["positions"], torch.nan)
     found: dict[str, Tensor] = {
         "old_kl": column["kl_old"] / column["positions"],
         "new_kl": column["kl_new"] / column["positions"],

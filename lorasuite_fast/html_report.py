@@ -521,6 +521,7 @@ def _migration_parts(result: Migration) -> list[Part]:
             "of which depends on the text": _interval(Interval(*content)),
             "gain": f"{distilled.gain:g}",
             "R² of the output map": _number(distilled.output_r2),
+            "text": shown(distilled.text),
             "aligned positions": f"{distilled.positions:,} in {distilled.texts:,} texts",
         }
     verdict = ""

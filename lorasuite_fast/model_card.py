@@ -132,7 +132,7 @@ def migration_section(
         "to": f"{shown(plan.new.name)} ({plan.new.family}, {plan.new.shape.L} layers, width {plan.new.shape.d})",
         "fingerprints, old and new": f"`{plan.old.fingerprint}`, `{plan.new.fingerprint}`",
         "method": f"{options['method']}, {facts.get('method_reason', 'asked for')}",
-        "text": shown(options["calibration"]),
+        "text": shown(options["calibration"] if distilled is None else distilled.text),
         "R² of the transfer matrix on held-out tokens": (
             f"{number(facts['r2'], 4)} old to new, {number(facts['r2_back'], 4)} new to old"
         ),

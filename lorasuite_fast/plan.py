@@ -357,8 +357,8 @@ class TransferPlan:
         Args:
             old, new: where the models are now. They are opened only then, where Eq. (3) needs MLP weights, for DoRA,
                 whose magnitudes need them, and by distill, which runs both.
-            text: for distill, in place of the plan's calibration text: .jsonl, .txt or "self".
-            settings: rank of the result and the rest of distill's settings.
+            text: for distill, in place of the plan's calibration text: .jsonl, .txt or "self". settings: rank of the
+                result and the rest of distill's settings. Other methods refuse a text, a rank and a number of layers.
             fill: what new layers without a partner get (`fill_layers`): none, zero or nearest; of the nearest update
                 `fill_share`.
             memory: for distill, what may be resident on the device (on a CPU: in the process), e.g. "6GB"; states that
@@ -419,8 +419,13 @@ class TransferPlan:
                 with suppress(OSError):
                     # Where there is anything left to go on from it stays, and so does a plan's own work.
                     place.rmdir()
+        method = self.options["method"]
         if settings is not None and settings.rank is not None:
-            raise LoraSuiteError(f"method {self.options['method']} keeps the adapter's rank; only distill changes it")
+            raise LoraSuiteError(f"method {method} keeps the adapter's rank; only distill changes it")
+        if settings is not None and settings.layers is not None:
+            raise LoraSuiteError(f"method {method} fits no layers as distill does; leave out --distill-layers")
+        if text is not None:
+            raise LoraSuiteError(f"method {method} carries adapters without text; leave out --text")
         missing = [role for role in source.roles if role not in self.options["roles"]]
         if missing:
             raise LoraSuiteError(

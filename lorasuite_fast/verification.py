@@ -20,7 +20,7 @@ from .alignment import Alignment, TokenEnds
 from .base_fit import BaseFit, TokenRows, base_fit, depth_pairs, prediction, token_rows
 from .calibration import MIN_EXAMPLES, load_examples, read_text, whole_characters
 from .checkpoint import Checkpoint
-from .effect import EffectSums, effect_sums, resamples, statistics
+from .effect import NEGLIGIBLE_KL, EffectSums, effect_sums, resamples, statistics
 from .errors import LoraSuiteError
 from .json_files import parse_json
 from .mapping import map_layers
@@ -28,12 +28,12 @@ from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
 from .report_file import check_report, write_report
 
-NEGLIGIBLE_KL = 1e-7
-"""Nats. A change of less counts as none: float32 log-probabilities do not hold more."""
 CARRIED_SHARE = 0.8
 """Explained share from which on a change counts as carried."""
 CARRIED_COSINE = 0.9
-"""Content cosine from which on a change of the wrong size counts as carried at another size."""
+"""Content cosine from which on a change counts as the right one."""
+SCALED_SHARE = 0.6
+"""What the right change explains, scaled as would be best, from which on it counts as carried at another size."""
 PARTLY_COSINE = 0.2
 """Content cosine from which on, with its interval above 0, part of a change counts as carried.
 
@@ -513,10 +513,11 @@ def verdict(effect: Effect) -> tuple[str, str]:
         return "nothing carried", "Nothing was carried: the new adapter does not change the new model on this text."
     constant = effect.constant.explained_share.value or 0.0
     size = f"{effect.size_ratio.value:.2g} times the size of the old one"
-    gain = f"{effect.best_gain.value:.2g}"
+    scaled = max(cosine.value, 0.0) ** 2
+    advice = f"scaled by {effect.best_gain.value:.2g} it would do {scaled:.0%} of it"
     if cosine.value <= REVERSED_COSINE and (cosine.high or 0) < 0:
         return "reversed", (
-            f"Reversed: the new adapter pushes against the old one's effect (cosine {cosine.value:.2f}); it does harm."
+            f"Reversed: the new adapter pushes against the old one's effect (cosine {cosine.value:.2f})."
         )
     if share.value >= CARRIED_SHARE:
         return "carried", f"Carried: the new adapter does {share.value:.0%} of what the old one did."
@@ -531,15 +532,16 @@ def verdict(effect: Effect) -> tuple[str, str]:
             f"(content cosine {content.value or 0:.2f})"
             + ("; it takes the model further from it than no adapter." if share.value < -WORSE_SHARE else ".")
         )
-    if content.value >= CARRIED_COSINE:
+    if content.value >= CARRIED_COSINE and scaled >= SCALED_SHARE:
         return "carried at another size", (
-            f"Carried at another size: the right change (cosine {cosine.value:.2f}), {size}; scale it by {gain}."
+            f"Carried at another size: the right change (cosine {cosine.value:.2f}), {size}; {advice}."
         )
     if share.value <= 0:
         return "partly carried", (
-            f"Partly carried (cosine {cosine.value:.2f}), but the change is {size} and with all else it does no closer "
-            f"to it than no adapter; scale it by {gain}, or, if it was trained on labels since, look at the gain share "
-            f"({effect.carried.gain_share.value:.2f})."
+            f"Partly carried: what depends on the text is alike (content cosine {content.value:.2f}), but the change "
+            f"as a whole (cosine {cosine.value:.2f}, {size}) is no closer to the old one than no adapter"
+            + (f"; {advice}" if scaled >= PARTLY_COSINE**2 else "")
+            + f". If it was trained on labels since, look at the gain share ({effect.carried.gain_share.value:.2f})."
         )
     return "partly carried", (
         f"Partly carried: the new adapter does {share.value:.0%} of what the old one did (cosine {cosine.value:.2f})."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 import torch
@@ -137,6 +138,23 @@ def test_a_tokenizer_that_rewrites_the_text_is_followed_by_its_offsets() -> None
     ids, ends = TokenEnds(normalising())(text)
     assert ids == [1, 2, 0, 3]
     assert ends == [len("Café".encode()), len("Café is".encode()), len("Café is never".encode()), len(text.encode())]
+
+
+@pytest.mark.parametrize(
+    "text", ["cafe\u0301 is", "\u1112\u1161\u11ab\u1112\u1161", "e\u0323\u0301x", "\u09c7\u09be", "a\u0301"]
+)
+def test_a_composed_character_is_read_with_its_marks(text: str) -> None:
+    """NFC reads a letter and its accent as one; a model that has read it has read both."""
+    plain, composing = tiny_tokenizer(500, "bytelevel", 1), tiny_tokenizer(500, "bytelevel", 1)
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    aligned = Alignment(plain, composing).align(text, 1000)
+    assert aligned is not None
+    data, keys = text.encode(), token_keys(composing)
+    assert aligned.ends[-1] == len(data)
+    for end, p_o, p_n in zip(aligned.ends, aligned.positions_o, aligned.positions_n, strict=True):
+        assert bytes_read(token_keys(plain), aligned.ids_o[: p_o + 1]) == data[:end]
+        if end in [len(text[:k].encode()) for k in range(len(text) + 1)]:
+            assert bytes_read(keys, aligned.ids_n[: p_n + 1]).decode() == normalize("NFC", data[:end].decode())
 
 
 def test_only_ordinary_tokens_are_compared() -> None:

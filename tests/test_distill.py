@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast import LoraSuiteError, TransferPlan, distillation, migrate
 from lorasuite_fast.adapter import read_adapter
 from lorasuite_fast.alignment import Alignment
 from lorasuite_fast.calibration import load_examples
@@ -340,6 +340,35 @@ def test_auto_distils_between_unrelated_models_and_warns(unrelated: Pair, tmp_pa
     assert result.as_dict()["warning"] == result.warning
 
 
+def test_auto_measures_a_transfer_matrix_that_is_given(planted: Pair, tmp_path: Path) -> None:
+    """The identity carries a model onto itself, and not onto another of its width."""
+    save_folder(tiny_model("llama", 1, d=32, layers=3, vocab=420), tiny_tokenizer(420), tmp_path / "other")
+    for name, method in (("old", "lstsq"), ("other", "distill")):
+        new = (planted.root if name == "old" else tmp_path) / name
+        plan = TransferPlan.build(planted.root / "old", new, transfer="identity", layers="last", examples=16)
+        assert plan.options["method"] == method
+        assert "the transfer matrix" in plan.facts["method_reason"]
+
+
+@pytest.mark.parametrize("texts", [8, 12, 19, 72])
+def test_few_texts_between_unrelated_models_are_warned_of_all_the_same(texts: int, unrelated: Pair) -> None:
+    found = unrelated.distil(Settings(), load_examples(None, texts, 0))
+    assert found.warning is not None
+    for value, low, high in found.agreement.values():
+        assert low < high or (found.gain, value) == (0.0, 0.0)
+
+
+def test_the_gain_a_text_is_judged_with_is_chosen_by_the_others() -> None:
+    found = {0.0: [2.0, 2.0, 2.0], 0.5: [0.0, 2.1, 2.1], 1.0: [9.0, 9.0, 9.0]}
+    divergences = {gain: torch.tensor(values, dtype=torch.float64) for gain, values in found.items()}
+    assert distillation._best_gain(divergences) == 0.5
+    # Without the first text, which alone gains by an update, the others want none.
+    assert distillation._gains_by_others(divergences).tolist() == [0.0, 0.5, 0.5]
+    states = {gain: [torch.full((2, 3), gain), torch.full((1, 3), gain)] for gain in found}
+    gains = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
+    assert distillation._rows_by_gain(states, gains)[:, 0].tolist() == [1.0, 0.0, 0.5]
+
+
 @pytest.mark.parametrize("rank", [None, 2, 7])
 def test_the_result_is_a_peft_adapter_of_the_rank_asked_for(rank: int | None, planted: Pair, tmp_path: Path) -> None:
     root = planted.root
@@ -364,6 +393,8 @@ def test_a_saved_plan_distils_with_other_text(planted: Pair, tmp_path: Path) -> 
     result = TransferPlan.load(tmp_path / "plan").apply(root / "adapter", tmp_path / "out", text=text)
     assert result.distilled is not None
     assert result.distilled.texts == 40
+    assert result.as_dict()["distillation"]["text"] == str(text)
+    assert "| text | text.jsonl |" in (tmp_path / "out/README.md").read_text()
 
 
 def test_too_little_text_is_refused(planted: Pair) -> None:
@@ -375,6 +406,14 @@ def test_a_rank_is_refused_where_the_method_keeps_the_adapters(planted: Pair, tm
     root = planted.root
     with pytest.raises(LoraSuiteError, match="only distill changes it"):
         migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", settings=Settings(rank=2))
+
+
+def test_a_text_and_a_number_of_layers_are_refused_where_the_method_uses_neither(planted: Pair, tmp_path: Path) -> None:
+    plan = TransferPlan.build(planted.root / "old", planted.root / "new", method="lstsq", examples=8)
+    for options, named in (({"text": tmp_path / "text.jsonl"}, "--text"), ({"settings": Settings(layers=2)}, "layers")):
+        with pytest.raises(LoraSuiteError, match=named):
+            plan.apply(planted.root / "adapter", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_updates_are_gone_with_their_context(planted: Pair) -> None:

@@ -15,13 +15,16 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, migrate, verify
+from lorasuite_fast import LoraSuiteError, base_fit, migrate, verify
+from lorasuite_fast.aligned_states import Head, States
+from lorasuite_fast.base_fit import BaseFit, prediction
+from lorasuite_fast.calibration import load_examples
 from lorasuite_fast.cli import app
-from lorasuite_fast.effect import chunk_size, position_chunks
-from lorasuite_fast.verification import Verification
+from lorasuite_fast.effect import chunk_size, effect_sums, position_chunks, resamples
+from lorasuite_fast.verification import Verification, _effect, verdict
 from lorasuite_fast.vocabulary import token_keys
 
 from planted import in_float64, plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
@@ -196,15 +199,72 @@ def test_update_sizes_are_those_of_the_factors(root: Path, outcome: Callable[[st
     assert found == pytest.approx(math.sqrt(top / bottom), rel=1e-4)
 
 
-def test_intervals_hold_the_figure_and_come_from_the_seed(root: Path) -> None:
-    options = QUICK | {"examples": 6, "max_tokens": 24}
+def test_intervals_hold_the_figure_and_come_from_the_seed(root: Path, tmp_path: Path) -> None:
+    options = QUICK | {"examples": 6, "max_tokens": 24, "text": tmp_path / "text.jsonl"}
+    # All of them are read, whatever the seed: it moves the resamples and the shuffled control, and no figure else.
+    options["text"].write_text("".join(json.dumps({"text": text}) + "\n" for text in load_examples(None, 6, 0)))
     pair = (root / "old", root / "adapter", root / "new", root / "double")
     first, again, other = (verify(*pair, **options, seed=seed).as_dict()["effect"] for seed in (0, 0, 1))
     assert first == again
-    assert first != other
+    for name in ("cosine", "explained_share", "kl_share"):
+        one, two = (effect["carried"][name] for effect in (first, other))
+        assert one["value"] == pytest.approx(two["value"], abs=1e-4)
+        assert abs(one["low"] - two["low"]) > 1e-3 or abs(one["high"] - two["high"]) > 1e-3
     for name in ("cosine", "explained_share", "kl_share", "gain_share", "top1"):
         figure = first["carried"][name]
         assert figure["low"] < figure["value"] < figure["high"]
+
+
+def synthetic(change: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> tuple[str, str]:
+    """The verdict on a change of log-probabilities made from the old one, its mean over positions, and noise."""
+    generator = torch.Generator().manual_seed(0)
+    texts, positions, tokens = 12, 40, 30
+    base, content, noise = (torch.randn(texts * positions, tokens, generator=generator) for _ in range(3))
+    shift = torch.randn(tokens, generator=generator)
+    head, empty = Head(torch.eye(tokens), None), torch.empty(0)
+    old = States(base, empty, head), States(base + 0.3 * content + 0.2 * shift, empty, head)
+    new = States(base, empty, head), States(base + change(0.3 * content, 0.2 * shift, 0.3 * noise), empty, head)
+    text = torch.arange(texts).repeat_interleave(positions)
+    sums = effect_sums(old, new, text, device=torch.device("cpu"), seed=0)
+    return verdict(_effect(sums, resamples(texts, 200, 0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "said"),
+    [
+        (lambda c, s, n: c + s, "carried", "does 100%"),
+        (lambda c, s, n: 3 * (c + s), "carried at another size", "scaled by 0.33 it would do 100% of it"),
+        # The right content behind a shift of its own: no factor brings that back.
+        (lambda c, s, n: c - 2 * s, "partly carried", "is no closer to the old one than no adapter. If"),
+        (lambda c, s, n: c + 8 * s, "partly carried", "content cosine 1.00"),
+        (lambda c, s, n: 0.6 * c + s + 0.8 * n, "partly carried", "does "),
+        (lambda c, s, n: s, "constant shift only", "a constant shift"),
+        (lambda c, s, n: n, "nothing carried", "little or nothing to do with it"),
+        (lambda c, s, n: -c - s, "reversed", "pushes against"),
+    ],
+)
+def test_the_verdict_follows_from_what_the_change_is_made_of(change: Any, kind: str, said: str) -> None:
+    found, sentence = synthetic(change)
+    assert (found, said in sentence) == (kind, True), sentence
+
+
+def test_shares_of_a_divergence_that_is_none_have_no_value(root: Path) -> None:
+    edited(root / "adapter", root / "old zero", scaled(0))
+    result = verify(root / "old", root / "old zero", root / "new", root / "migrated", **QUICK)
+    assert result.kind == "nothing to carry"
+    assert result.effect is not None
+    for likeness in (result.effect.carried, result.effect.shuffled):
+        assert likeness.kl_share.value is None
+        assert likeness.gain_share.value is None
+
+
+def test_more_tokens_than_a_model_has_learned_positions_for_are_refused(root: Path, tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=420, n_positions=32, n_embd=32, n_layer=2, n_head=2)
+    save_folder(AutoModelForCausalLM.from_config(config), tiny_tokenizer(420, seed=0), tmp_path / "gpt2")
+    pair = (root / "old", None, tmp_path / "gpt2", None)
+    assert verify(*pair, **(QUICK | {"max_tokens": 30})).kind == "nothing"
+    with pytest.raises(LoraSuiteError, match=r"gpt2: has learned positions for 32 tokens.*--max-tokens"):
+        verify(*pair, **QUICK)
 
 
 # An independent recount: whole logits in float64, plain loops over positions.
@@ -480,9 +540,9 @@ def test_a_planted_upgrade_is_predicted_to_carry(root: Path) -> None:
     assert result.kind == "exact"
     fit = result.fit
     assert fit is not None
-    for r2 in (fit.embedding_r2, fit.embedding_r2_back, fit.unembedding_r2, fit.unembedding_r2_back):
+    for r2 in (fit.embedding_r2, fit.embedding_r2_back, fit.unembedding_r2, fit.unembedding_r2_back, fit.layers[-1].r2):
+        assert r2 is not None
         assert r2 > 0.999
-    assert fit.layers[-1].r2 > 0.999
     assert fit.top1_agreement > 0.99
     assert fit.kl == pytest.approx(0, abs=1e-4)
     assert result.effect is None
@@ -492,6 +552,7 @@ def test_a_planted_upgrade_is_predicted_to_carry(root: Path) -> None:
 def test_too_little_text_for_the_hidden_states_does_not_spoil_the_prediction(root: Path) -> None:
     result = verify(root / "old", None, root / "old", None, **(QUICK | {"max_tokens": 4}))
     assert result.fit is not None
+    assert result.fit.layers[-1].r2 is not None
     assert result.fit.layers[-1].r2 < 0.99
     assert result.kind == "exact"
 
@@ -500,8 +561,18 @@ def test_unrelated_models_are_predicted_to_carry_nothing(root: Path) -> None:
     result = verify(root / "old", None, root / "far", None, **QUICK)
     assert result.kind == "nothing"
     assert result.fit is not None
+    assert result.fit.unembedding_r2 is not None
     assert result.fit.unembedding_r2 < 0.3
     assert result.fit.top1_agreement < 0.1
+
+
+def test_a_fit_that_too_few_tokens_tell_of_has_no_value() -> None:
+    """Of 25 rows one is held out, of 10 none: R² over no spread would be infinite or NaN."""
+    for rows in (10, 25):
+        assert base_fit._table_r2(torch.randn(rows, 4), torch.randn(rows, 6)) is None
+    kind, sentence = prediction(BaseFit(None, None, 1.0, 1.0, 0.9, 0.1, 0.0, 1.0, []))
+    assert kind == "distillation"
+    assert "too few tokens" in sentence
 
 
 # The command line and bad input.
