@@ -301,6 +301,29 @@ def _update_of(module: str, parts: dict[str, Tensor], config: dict[str, Any], ki
     return Update(Factors(parts["B"], parts["A"]), alpha, rslora, parts.get("magnitude_vector"))
 
 
+def broken_tensor(weights: Path) -> str | None:
+    """The name of a tensor of a safetensors file that holds NaN or infinity, None where there is none."""
+    files = TensorFiles([weights])
+    try:
+        return next((name for name in files.entries if not torch.isfinite(files.view(name)).all()), None)
+    finally:
+        files.close()
+
+
+def trained_config(config: dict[str, Any], base: str) -> bytes:
+    """The configuration of an adapter PEFT has saved, in the name of its base, the same bytes from every process.
+
+    What PEFT holds as sets it writes in an order that differs between processes.
+    """
+    ordered = {
+        name: sorted(config[name])
+        for name in ("target_modules", "exclude_modules", "modules_to_save")
+        if isinstance(config.get(name), list)
+    }
+    named = {"base_model_name_or_path": base, "inference_mode": True, "revision": None}
+    return (json.dumps(config | ordered | named, indent=2, sort_keys=True) + "\n").encode()
+
+
 def _with_rows(update: Update, rows: Tensor) -> Update:
     b, a = update.factors
     magnitude = None if update.magnitude is None else update.magnitude[rows]

@@ -119,6 +119,10 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float64"],
     _option(MACHINE, "DTYPE", "float32, bfloat16 or float64 [auto: float32]"),
 ]
+TrainingDtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float64"],
+    _option(MACHINE, "DTYPE", "float32, bfloat16 or float64 [auto: bfloat16 on a GPU]"),
+]
 Seed = Annotated[int, _option(TEXT, "N", "Which examples are taken where there are more [0]")]
 Ridge = Annotated[float, _option(METHOD, "X", "Of the transfer matrix, share of the mean diagonal [0]", min=0.0)]
 Memory = Annotated[str | None, _option(MACHINE, "SIZE", "What may be resident on the device, e.g. 6GB")]
@@ -779,7 +783,7 @@ def refine(
     eval_every: Annotated[int, _option(TRAINING, "N", "Steps between evaluations [25]", min=1)] = 25,
     patience: Annotated[int, _option(TRAINING, "N", "Evaluations without gain to stop at; 0: never [6]")] = 6,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: TrainingDtype = "auto",
     seed: Annotated[int, _option(TRAINING, "N", "Of the text, its order and a new adapter [0]")] = 0,
     memory: Memory = None,
     gradient_checkpointing: Checkpointing = False,

@@ -11,7 +11,6 @@ With `retain` a step also reads about as many tokens of text whose predictions a
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import random
@@ -26,12 +25,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .adapter import CONFIG, WEIGHTS
+from .adapter import CONFIG, WEIGHTS, broken_tensor, trained_config
 from .aligned_states import LoadedModel, load_tokenizer
 from .checkpoint import Checkpoint, resolve_folder
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, ROLES, Family
-from .json_files import read_json
+from .json_files import finite, read_json
 from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder, writing
 from .phases import Phase, PhaseClock, Progress
@@ -42,7 +41,6 @@ from .result import Migration
 from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, named_text, summed_shift
 from .samples import Data, Sample, Samples, load_samples, padded
 from .self_text import adapter_digest
-from .tensor_files import TensorFiles
 from .work import Work, clean_up, remove_work
 
 EPOCHS, BATCH, LEARNING_RATE, MAX_TOKENS = 3, 16, 1e-3, 256
@@ -53,7 +51,9 @@ _SAVE_STEPS = 50
 _COMPARED_STEPS = 16
 """Steps of the last third whose samples the start's loss is taken on, at most."""
 _ROUNDING = 1e-3
-"""Share by which the loss may lie above the start's: dtype, or the noise of dropout."""
+"""Share by which the loss may lie above the start's by the dtype's rounding."""
+_DRAWN = 1e-2
+"""The same where dropout draws anew for every step."""
 
 
 @dataclass(frozen=True)
@@ -124,17 +124,12 @@ class Finetuning:
         """Plain data, what `--json` prints; what is NaN or infinite is None."""
         costs = {phase.name: phase.seconds for phase in self.phases}
         memory = {"peak_memory": self.peak_memory, "peak_device_memory": self.peak_device_memory}
-        plain = asdict(self) | {"losses": [_finite(loss) for loss in self.losses]}
+        plain = asdict(self) | {"losses": [finite(loss) for loss in self.losses]}
         plain |= {
-            name: _finite(getattr(self, name))
-            for name in ("start_loss", "end_loss", "start_retained_kl", "retained_kl")
+            name: finite(getattr(self, name)) for name in ("start_loss", "end_loss", "start_retained_kl", "retained_kl")
         }
-        plain["evaluations"] = [{"step": e.step, "loss": _finite(e.loss)} for e in self.evaluations]
+        plain["evaluations"] = [{"step": e.step, "loss": finite(e.loss)} for e in self.evaluations]
         return plain | memory | {"costs": costs}
-
-
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
 
 
 def finetuning_folder(out: str | os.PathLike[str]) -> Path:
@@ -546,6 +541,22 @@ def finetune(
     return result
 
 
+_CHECKED: dict[str, Any] = {
+    "epochs": EPOCHS,
+    "steps": None,
+    "batch": BATCH,
+    "micro_batch": None,
+    "learning_rate": LEARNING_RATE,
+    "max_tokens": MAX_TOKENS,
+    "rank": None,
+    "alpha": None,
+    "dropout": None,
+    "roles": None,
+    "save_every": None,
+}
+"""Arguments of `finetune` whose values are looked at before anything is read, and their defaults."""
+
+
 def _check(
     epochs: int,
     steps: int | None,
@@ -631,7 +642,7 @@ def _train(
     batches = sample_batches(len(samples), batch, steps, options["seed"])
     kept_batches = None
     if kept:
-        read = sum(len(sample.ids) for sample in samples) * batch // len(samples)
+        read = sum(len(sample.ids) for sample in samples) * min(batch, len(samples)) // len(samples)
         sizes = [len(sample.ids) for sample in kept]
         kept_batches = kept, step_batches(sizes, max(1, read), steps, options["seed"])
     dataset = _Batches(samples, batches, kept_batches)
@@ -712,7 +723,12 @@ def _train(
         shift = sum(shifts[n] for n in compared) / len(compared) if kept else None
         end = sum(losses[n] * tokens[n] for n in compared) / sum(tokens[n] for n in compared)
     chosen = steps
-    diverged = _divergence(trainer.diverged_at, first, end, folder / "trainer" / f"checkpoint-{steps}")
+    weight = options.get("retain_weight", 0.0)
+    # What is minimised: --retain trades some of the loss for closeness.
+    objective = None if end is None else end + weight * (shift or 0.0)
+    tolerance = _DRAWN if loaded.peft.peft_config["default"].lora_dropout else _ROUNDING
+    last = folder / "trainer" / f"checkpoint-{steps}"
+    diverged = _divergence(trainer.diverged_at, first + weight * (first_shift or 0.0), objective, tolerance, last)
     if diverged is not None:
         chosen = 0
     elif evaluations:
@@ -730,24 +746,24 @@ def _last_third(steps: int) -> list[int]:
     return [third[n * len(third) // count] for n in range(count)]
 
 
-def _divergence(at: int | None, first: float, end: float | None, last: Path) -> str | None:
-    """In what way a run diverged, None if it did not. `last` is the folder of its last state."""
+def _divergence(at: int | None, first: float, end: float | None, tolerance: float, last: Path) -> str | None:
+    """In what way a run diverged, None if it did not. `last` is the folder of its last state.
+
+    Args:
+        first, end: what is minimised, before and in the last third of the steps. tolerance: as a share of `first`.
+    """
     if at is not None:
         return f"the loss was NaN or infinite at step {at}"
-    if end is not None and end > first * (1 + _ROUNDING):
+    if end is not None and end > first * (1 + tolerance):
         return f"the mean loss of the last third was {end:.3f}, above the start's {first:.3f}"
-    files = TensorFiles([last / WEIGHTS])
-    broken = [name for name in files.entries if not torch.isfinite(files.view(name)).all()]
-    files.close()
-    return f"{broken[0]} holds NaN or infinity at the end" if broken else None
+    broken = broken_tensor(last / WEIGHTS)
+    return f"{broken} holds NaN or infinity at the end" if broken else None
 
 
 def _write(path: Path, weights: Path, config_of: Path, base: str, card: bytes, overwrite: bool) -> None:
     """Puts an adapter at OUT in the name of the model, with the configuration it had."""
-    config = read_json(config_of / CONFIG)
-    config |= {"base_model_name_or_path": base, "inference_mode": True, "revision": None}
     files = {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        CONFIG: trained_config(read_json(config_of / CONFIG), base),
         WEIGHTS: (weights / WEIGHTS).read_bytes(),
         CARD: card,
     }
@@ -794,11 +810,14 @@ def migrate_and_finetune(
     begin = time.perf_counter()
     clean_up(out, finetuning_folder(out), TRAINING)
     check_output(out, overwrite=overwrite)
+    _check(**{name: tuning.get(name, default) for name, default in _CHECKED.items()})
+    check_retain_weight(tuning.get("retain_weight", RETAIN_WEIGHT))
     remote = options.get("trust_remote_code", False)
     shared = {"seed": options.get("seed", 0), "device": options.get("device", "auto"), "trust_remote_code": remote}
+    shared["dtype"] = options.get("dtype", "auto")
     wording = {name: tuning[name] for name in ("template", "max_tokens", "completion_only") if name in tuning}
     tokenizer = load_tokenizer(new, "NEW", trust_remote_code=remote)
-    load_samples(data, tokenizer, **wording)
+    _split(data, tuning.get("validation"), tokenizer, wording, shared["seed"])
     kept_samples(tuning.get("retain"), tokenizer, tuning.get("max_tokens", MAX_TOKENS), shared["seed"])
     folder = finetuning_folder(out)
     folder.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import stat
 from pathlib import Path
@@ -13,6 +14,11 @@ from .errors import LoraSuiteError
 MOST_BYTES = 8 << 20
 """Longest JSON file or safetensors header that is read; those of the largest models hold a tenth of it."""
 _DEEPEST = 100
+
+
+def finite(value: float | None) -> float | None:
+    """A number that JSON can hold; NaN and infinity it cannot, and they become None."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -793,6 +793,7 @@ def migrate(
             rank=None if keeps_dora else int(source.config["r"]),
             seed=plan.options["seed"],
             device=plan.options["device"],
+            dtype=options.get("dtype", "auto"),
             memory=options.get("memory"),
             trust_remote_code=options.get("trust_remote_code", False),
             overwrite=overwrite,

@@ -17,7 +17,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .adapter import CONFIG, WEIGHTS, by_module, read_adapter
+from .adapter import CONFIG, WEIGHTS, broken_tensor, by_module, read_adapter, trained_config
 from .aligned_states import LoadedModel, load_tokenizer
-from .calibration import load_examples
+from .calibration import load_examples, whole_characters
 from .checkpoint import Checkpoint
-from .errors import LoraSuiteError
+from .errors import LoraSuiteError, WriteError
 from .families import ROLES, Family
+from .json_files import finite, read_json
 from .memory import parse_memory
 from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder, writing
@@ -51,6 +53,7 @@ BATCH_BYTES = 2_000
 CONTROLS = ("none", "shuffled", "shuffled-labels")
 TRAINING = "training"
 """Of a work folder, the part in which a training keeps its checkpoints."""
+STATE = "trainer_state.json"
 LEAST_STEPS, MOST_STEPS = 150, 600
 """Bounds of an automatic step budget, which otherwise reads the text once."""
 _HELD_OUT_SHARE = 10
@@ -120,7 +123,9 @@ class Refinement:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, what `--json` prints."""
         costs = {phase.name: phase.seconds for phase in self.phases}
-        return asdict(self) | {"teacher": self.teacher.as_dict(), "peak_memory": self.peak_memory, "costs": costs}
+        evaluations = [{name: finite(value) for name, value in asdict(e).items()} for e in self.evaluations]
+        further = {"teacher": self.teacher.as_dict(), "peak_memory": self.peak_memory, "costs": costs}
+        return asdict(self) | {"evaluations": evaluations} | further
 
 
 def refinement_folder(out: str | os.PathLike[str]) -> Path:
@@ -413,10 +418,15 @@ def _checkpointing(
 
 
 def _texts_of(text: str | os.PathLike[str] | Sequence[str], seed: int) -> list[str]:
-    """The texts of a .jsonl or .txt file, or those given."""
+    """The texts of a .jsonl or .txt file, or those given, each once."""
     if isinstance(text, str | os.PathLike):
         return load_examples(text, _ALL_TEXTS, seed)
-    return [t for t in text if t.strip()]
+    return _different(whole_characters(t) for t in text if t.strip())
+
+
+def _different(texts: Iterable[str]) -> list[str]:
+    """Each text once: one that stood on both sides of the split would make the agreement too good."""
+    return list(dict.fromkeys(texts))
 
 
 def refine(
@@ -503,7 +513,8 @@ def refine(
     check_retain_weight(retain_weight)
     if not 0 <= imitation <= 1:
         raise LoraSuiteError(f"imitation is {imitation}; it must be from 0 to 1")
-    _check(steps, learning_rate, kl_weight, next_token_weight, batch_bytes, max_tokens, top_k, eval_every, patience)
+    weights = kl_weight, next_token_weight
+    _check(steps, rank, alpha, learning_rate, weights, batch_bytes, max_tokens, top_k, eval_every, patience)
     if control not in CONTROLS:
         raise LoraSuiteError(f"control {control!r} is not one of {', '.join(CONTROLS)}")
     for role in roles or ():
@@ -515,6 +526,10 @@ def refine(
     clock = PhaseClock(progress, run_device)
     checkpoint_o, checkpoint_n = Checkpoint(old, "old"), Checkpoint(new, "new")
     start = None if adapter is None else Path(adapter).expanduser()
+    # Read before anything that takes long, so that what is missing is missed.
+    digests = adapter_digest(old_adapter), None if start is None else adapter_digest(start)
+    if start is not None and (broken := broken_tensor(start / WEIGHTS)) is not None:
+        raise LoraSuiteError(f"{start / WEIGHTS}: {broken} holds NaN or infinity; train or save it again")
     kept_text = Samples([], 0, 0)
     if retain is not None:
         tokenizer = load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code)
@@ -538,6 +553,7 @@ def refine(
                 trust_remote_code=trust_remote_code,
                 report=step,
             )
+            texts = _different(texts)
         release_memory()
     else:
         source = os.fspath(text) if isinstance(text, str | os.PathLike) else f"{len(text)} texts"
@@ -545,7 +561,7 @@ def refine(
 
     teaching: dict[str, Any] = {
         "old": checkpoint_o.fingerprint(),
-        "old_adapter": adapter_digest(old_adapter),
+        "old_adapter": digests[0],
         "new": checkpoint_n.fingerprint(),
         "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32],
         "imitation": imitation,
@@ -573,26 +589,28 @@ def refine(
     works: list[Work] = []
     try:
         works.append(Work(kept / f"targets-{key}", teaching))
-        targets = write_targets(
-            works[0],
-            old,
-            old_adapter,
-            new,
-            texts,
-            clock,
-            top_k=top_k,
-            max_tokens=max_tokens,
-            device=run_device,
-            dtype=run_dtype,
-            imitation=imitation,
-            shuffled=control != "none",
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-        )
+        with _unless_unusable(works[0], folder):
+            targets = write_targets(
+                works[0],
+                old,
+                old_adapter,
+                new,
+                texts,
+                clock,
+                top_k=top_k,
+                max_tokens=max_tokens,
+                device=run_device,
+                dtype=run_dtype,
+                imitation=imitation,
+                shuffled=control != "none",
+                seed=seed,
+                trust_remote_code=trust_remote_code,
+            )
         release_memory()
         budget = step_budget(targets.facts.bytes, batch_bytes) if steps == "auto" else int(steps)
-        started = {"start": None if start is None else adapter_digest(start), "steps": budget}
+        started = {"start": digests[1], "steps": budget}
         works.append(Work(folder / TRAINING, teaching | options | started))
+        resumed = works[1].resumed
         works[1].start()
         if say:
             facts = targets.facts
@@ -600,7 +618,8 @@ def refine(
                 f"refining: {budget} steps of about {batch_bytes:,} bytes, from {facts.bytes / 1000:,.0f} KB of "
                 f"{'text the old model wrote' if source == 'self' else 'text'} with {facts.positions:,} positions"
             )
-        with writing(works[1].folder):
+        # What an interrupted run has trained stays, whatever this one was asked besides.
+        with nullcontext() if resumed else _unless_unusable(works[1], folder), writing(works[1].folder):
             course = _train(
                 works[1].folder,
                 checkpoint_o,
@@ -680,11 +699,26 @@ def refine(
     return result
 
 
+@contextmanager
+def _unless_unusable(work: Work, folder: Path) -> Iterator[None]:
+    """Removes a part of the work where its input turns out not to be usable: there is nothing to go on with."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except LoraSuiteError:
+        work.discard()
+        with suppress(OSError):
+            folder.rmdir()
+        raise
+
+
 def _check(
     steps: int | str,
+    rank: int | None,
+    alpha: float | None,
     learning_rate: float,
-    kl_weight: float,
-    next_token_weight: float,
+    weights: tuple[float, float],
     batch_bytes: int,
     max_tokens: int,
     top_k: int | str | None,
@@ -693,16 +727,16 @@ def _check(
 ) -> None:
     if steps != "auto" and (isinstance(steps, str) or steps < 1):
         raise LoraSuiteError(f"steps is {steps!r}; it must be auto or at least 1")
-    if not (math.isfinite(learning_rate) and learning_rate > 0):
-        raise LoraSuiteError(f"learning_rate is {learning_rate}; it must be above 0")
-    weights = kl_weight, next_token_weight
+    for name, number in (("learning_rate", learning_rate), ("alpha", alpha)):
+        if number is not None and not (math.isfinite(number) and number > 0):
+            raise LoraSuiteError(f"{name} is {number}; it must be above 0")
     if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-        raise LoraSuiteError(f"kl_weight is {kl_weight}, next_token_weight {next_token_weight}; one must be above 0")
+        raise LoraSuiteError(f"kl_weight is {weights[0]}, next_token_weight {weights[1]}; one must be above 0")
     least = {"batch_bytes": (batch_bytes, 1), "max_tokens": (max_tokens, 2), "eval_every": (eval_every, 1)}
     if isinstance(top_k, str) and top_k != "auto":
         raise LoraSuiteError(f"top_k is {top_k!r}; it must be auto, None for all, or a number")
     least |= {"top_k": (1 if top_k is None or isinstance(top_k, str) else top_k, 1)}
-    least |= {"patience": (1 if patience is None else patience, 1)}
+    least |= {"patience": (1 if patience is None else patience, 1), "rank": (1 if rank is None else rank, 1)}
     for name, (value, bound) in least.items():
         if value < bound:
             raise LoraSuiteError(f"{name} is {value}; it must be at least {bound}")
@@ -730,9 +764,17 @@ def _split(targets: Targets, seed: int) -> tuple[list[int], list[int]]:
     random.Random(seed).shuffle(order)
     held: list[int] = []
     share = min(_HELD_OUT_BYTES, sum(sizes) // _HELD_OUT_SHARE)
-    while len(held) < 2 or sum(sizes[i] for i in held) < share:
+    while len(held) < 2 or (sum(sizes[i] for i in held) < share and len(order) > len(sizes) // 2):
         held.append(order.pop())
     return sorted(held), sorted(order)
+
+
+def _out_of_patience(checkpoint: Path, patience: int) -> bool:
+    """Whether a training stopped early at its last checkpoint."""
+    kept = json.loads((checkpoint / STATE).read_text()).get("stateful_callbacks", {}).get("EarlyStoppingCallback", {})
+    # Of several callbacks of a kind there would be a list.
+    counter = kept.get("attributes", {}).get("early_stopping_patience_counter", 0) if isinstance(kept, dict) else 0
+    return int(counter) >= patience
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -740,7 +782,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
     def complete(checkpoint: Path) -> bool:
         try:
-            json.loads((checkpoint / "trainer_state.json").read_text())
+            json.loads((checkpoint / STATE).read_text())
         except (OSError, ValueError):
             return False
         return True
@@ -767,7 +809,7 @@ def _train(
     trust_remote_code: bool,
 ) -> _Course:
     from transformers import EarlyStoppingCallback, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
+    from transformers.trainer_callback import PrinterCallback, TrainerState
 
     held, others = _split(targets, options["seed"])
     sizes = [int(targets.aligned[i].ends[-1]) for i in range(len(targets))]
@@ -800,6 +842,8 @@ def _train(
         model = _new_peft(loaded, new, start, options["roles"], options["rank"], options["alpha"], options["seed"]).to(
             device
         )
+        # Another name would be looked up at every checkpoint, and the embeddings saved besides if it is unlike NEW.
+        model.peft_config["default"].base_model_name_or_path = new.name
         if retained:
             loaded.check_ids([sample.ids for sample in retained])
         beginning = folder / "start"
@@ -814,7 +858,7 @@ def _train(
             weight_decay=0.0,
             optim="adamw_torch",
             seed=options["seed"],
-            bf16=half and dtype != torch.float64,
+            bf16=half and dtype == torch.bfloat16,
             gradient_checkpointing=checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
             eval_strategy="steps",
@@ -858,8 +902,17 @@ def _train(
         with model.disable_adapter():
             trainer.base_kl = trainer.total_kl()
         first = trainer.agreement()
+        if not math.isfinite(first):
+            raise LoraSuiteError(
+                f"{new.name} with {start or 'a new adapter'} gives NaN or infinity on the text in {model.dtype}; check "
+                "the weights, or try --dtype float32"
+            )
         last = last_checkpoint(folder / "trainer")
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        if last is not None and options["patience"] is not None and _out_of_patience(last, options["patience"]):
+            # Trained to its end already: the Trainer would forget that it had stopped, and go on.
+            trainer.state = TrainerState.load_from_json(str(last / STATE))
+        else:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
     state = trainer.state
     evaluations = [Evaluation(0, first, None, None)] + [
         Evaluation(e["step"], e["eval_agreement"], e["eval_kl"], e["eval_next_token"], e["eval_retained_kl"])
@@ -887,10 +940,8 @@ def _train(
 
 def _write(path: Path, source: Path, base: str, card: bytes, overwrite: bool) -> None:
     """Puts an adapter PEFT has saved at OUT, in the name of the new model."""
-    config = json.loads((source / CONFIG).read_text())
-    config |= {"base_model_name_or_path": base, "inference_mode": True, "revision": None}
     files = {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        CONFIG: trained_config(read_json(source / CONFIG), base),
         WEIGHTS: (source / WEIGHTS).read_bytes(),
         CARD: card,
     }

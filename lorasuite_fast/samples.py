@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -288,9 +289,10 @@ class SampleMaker:
                 f"{where} has no turn of the assistant; with completion_only there is nothing to learn"
             )
         if _GENERATION.search(str(self._tokenizer.chat_template)):
-            marked = self._tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
+            with _writing_turns(where):
+                marked = self._tokenizer.apply_chat_template(
+                    messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+                )
             return list(marked["input_ids"]), [bool(mark) for mark in marked["assistant_masks"]]
         return self._by_prefixes(messages, where)
 
@@ -316,12 +318,19 @@ class SampleMaker:
         return ids, [any(start < last and end > first for first, last in spans) for start, end in pairs]
 
     def _render(self, messages: list[dict[str, Any]], where: str, generation: bool = False) -> str:
-        try:
+        with _writing_turns(where):
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except Exception as error:
-            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-            raise LoraSuiteError(f"{where}: the tokenizer's chat template cannot write it ({first})") from None
         return text
+
+
+@contextmanager
+def _writing_turns(where: str) -> Iterator[None]:
+    """Turns what a chat template raises into one line that names the record."""
+    try:
+        yield
+    except Exception as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise LoraSuiteError(f"{where}: the tokenizer's chat template cannot write it ({first})") from None
 
 
 def _string(fields: Mapping[str, Any], name: str, where: str) -> str:

@@ -105,6 +105,8 @@ def _write(
     trust_remote_code: bool,
     report: Report | None,
 ) -> list[str]:
+    from transformers import GenerationConfig
+
     from .aligned_states import LoadedModel
 
     loaded = LoadedModel(model.folder, "OLD", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -116,6 +118,16 @@ def _write(
         raise LoraSuiteError(f"{model.folder}: its tokenizer has neither BOS nor EOS, with which a text could begin")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or tokens + 1
+    # Of what the folder says about generation (penalties, other warpings) only where a text ends.
+    loaded.model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=TEMPERATURE,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=min(tokens, context - 1),
+        pad_token_id=pad,
+        eos_token_id=loaded.model.generation_config.eos_token_id,
+    )
     texts: list[str] = []
     written = empty = 0
     devices = [device] if device.type == "cuda" else []
@@ -124,16 +136,7 @@ def _write(
         while len(texts) < count if count is not None else written < (size or 0):
             wanted = _BATCH if count is None else min(_BATCH, count - len(texts))
             prompt = torch.full((wanted, 1), start, device=device)
-            rows = (loaded.peft or loaded.model).generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=TEMPERATURE,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=min(tokens, context - 1),
-                pad_token_id=pad,
-            )
+            rows = (loaded.peft or loaded.model).generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
             new = tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
             # A character the last token cuts in two decodes to U+FFFD.
             new = [text.rstrip("\ufffd") for text in new]

@@ -436,6 +436,13 @@ def test_self_written_text_is_seeded_and_kept(planted: Pair, tmp_path: Path, mon
     first = write(0)
     assert write(1) != first
     shutil.rmtree(tmp_path / "lorasuite-fast")
+    # The text is a sample of the model's predictions, whatever its folder wants of a conversation.
+    penalised = tmp_path / "old"
+    shutil.copytree(planted.root / "old", penalised)
+    config = json.loads((penalised / "generation_config.json").read_text())
+    config |= {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2}
+    (penalised / "generation_config.json").write_text(json.dumps(config))
+    old = Checkpoint(penalised, "old")
     assert write(0) == first
     monkeypatch.setattr("lorasuite_fast.aligned_states.LoadedModel", None)
     assert write(0) == first

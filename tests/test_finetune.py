@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, finetune, migrate
 from lorasuite_fast import finetuning as finetuning_module
+from lorasuite_fast.adapter import trained_config
 from lorasuite_fast.aligned_states import LoadedModel
 from lorasuite_fast.cli import app
 from lorasuite_fast.finetuning import sample_batches
@@ -634,6 +635,61 @@ def test_a_run_that_learns_next_to_nothing_has_not_diverged(root: Path, tmp_path
         assert result.end_loss == pytest.approx(result.start_loss, rel=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_the_draws_of_dropout_are_no_divergence(root: Path, tmp_path: Path, seed: int) -> None:
+    result = run(root, tmp_path / "out", adapter="dropped", learning_rate=1e-12, steps=1, seed=seed)
+    assert not result.diverged
+    # Nothing has been learned before the only loss: what differs was drawn.
+    assert result.end_loss != result.start_loss
+
+
+def test_loss_traded_for_closeness_is_no_divergence(root: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"retain": general_text(tmp_path), "adapter": "trained", "steps": 12}
+    result = run(root, tmp_path / "out", retain_weight=30.0, learning_rate=2e-3, **options)
+    assert result.end_loss > result.start_loss * 1.001
+    assert result.retained_kl < result.start_retained_kl
+    assert not result.diverged
+
+
+@pytest.mark.parametrize("count", [4, 20])
+def test_a_batch_larger_than_the_data_retains_no_more_than_it_reads(root: Path, tmp_path: Path, count: int) -> None:
+    made: list[int] = []
+
+    class Spy(finetuning_module._Batches):
+        def __init__(self, samples: Any, batches: Any, kept: Any = None) -> None:
+            super().__init__(samples, batches, kept)
+            if kept is not None:
+                rows, steps = kept
+                made.append(sum(len(rows[i].ids) for i in steps[0]))
+
+    data = records(count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetuning_module, "_Batches", Spy)
+        run(root, tmp_path / "out", data=data, batch=64, steps=1, retain=general_text(tmp_path))
+    samples = load_samples(data, AutoTokenizer.from_pretrained(root / "model"), max_tokens=48).samples
+    assert made[0] <= sum(len(sample.ids) for sample in samples) + 48
+
+
+def test_what_peft_holds_as_sets_is_written_in_order(root: Path, tmp_path: Path) -> None:
+    """Python draws the order of a set of strings anew for every process."""
+    run(root, tmp_path / "out", adapter=None, steps=1, roles=["q", "k", "v", "o", "gate"])
+    wanted = json.loads((tmp_path / "out/adapter_config.json").read_text())["target_modules"]
+    assert wanted == sorted(wanted)
+    config = {"target_modules": ["v_proj", "k_proj"], "modules_to_save": None, "exclude_modules": ["b", "a"]}
+    found = json.loads(trained_config(config, "base"))
+    assert (found["target_modules"], found["exclude_modules"]) == (["k_proj", "v_proj"], ["a", "b"])
+    assert found["base_model_name_or_path"] == "base"
+    assert json.loads(trained_config({"target_modules": "all-linear"}, "base"))["target_modules"] == "all-linear"
+
+
+def test_a_template_that_marks_answers_and_refuses_a_turn_is_one_error(root: Path) -> None:
+    template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}" + MARKED_CHAT
+    make, _ = maker(root, template, template="chat", completion_only=True)
+    turns = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+    with pytest.raises(LoraSuiteError, match=r"here: the tokenizer's chat template cannot write it \(no system turn\)"):
+        make({"messages": turns}, "here")
+
+
 def test_a_start_that_gives_nan_is_refused_and_leaves_nothing(root: Path, tmp_path: Path) -> None:
     (tmp_path / "start").mkdir()
     tensors = {name: torch.full_like(tensor, math.nan) for name, tensor in weights(root / "adapter").items()}
@@ -782,6 +838,32 @@ def test_the_data_are_read_before_a_migration_starts(root: Path, tmp_path: Path)
     with pytest.raises(LoraSuiteError, match="record 1 has the fields none"):
         migrate(root / "model", root / "new", root / "adapter", tmp_path / "out", finetune=[{}], progress=progress)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("tuning", "words"),
+    [({"learning_rate": -1.0}, "learning_rate is -1.0"), ({"validation": "no-such.jsonl"}, "no-such.jsonl"),
+     ({"retain": "no-such.txt"}, "no-such.txt")],
+)  # fmt: skip
+def test_options_of_a_fine_tuning_are_looked_at_before_a_migration_starts(
+    root: Path, tmp_path: Path, tuning: dict[str, Any], words: str
+) -> None:
+    def progress(*_: Any) -> None:
+        raise AssertionError("the migration has started")
+
+    with pytest.raises(LoraSuiteError, match=words):
+        migrate(root / "model", root / "new", root / "adapter", tmp_path / "out", finetune=records(8),
+                finetune_options=tuning, progress=progress)  # fmt: skip
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_migration_computes_its_trainings_in_the_dtype_asked_for(root: Path, tmp_path: Path) -> None:
+    result = migrate(root / "model", root / "new", root / "adapter", tmp_path / "out", examples=8, dtype="float64",
+                     device="cpu", refine=1, refine_text=general_text(tmp_path), finetune=records(8),
+                     finetune_options={"steps": 1})  # fmt: skip
+    assert result.refined is not None
+    assert result.finetuned is not None
+    assert result.refined.options["dtype"] == result.finetuned.options["dtype"] == "float64"
 
 
 def test_a_migration_that_is_refused_leaves_nothing(root: Path, tmp_path: Path) -> None:

@@ -7,15 +7,16 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, refine
+from lorasuite_fast import LoraSuiteError, refine, refinement
 from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer
 from lorasuite_fast.alignment import Alignment
 from lorasuite_fast.checkpoint import Checkpoint
@@ -72,6 +73,10 @@ def run(root: Path, out: Path, **options: Any) -> Any:
         "device": "cpu",
     }  # fmt: skip
     return refine(root / "old", root / "adapter", root / "new", None, out, **(defaults | options))
+
+
+def exact(folder: Path) -> Any:
+    return LoadedModel(folder, "M", device=CPU, dtype=torch.float64).model
 
 
 def dense_targets(root: Path, new: str, some: list[str]) -> list[tuple[Tensor, Tensor]]:
@@ -395,10 +400,100 @@ def test_a_diverging_run_keeps_the_start_and_says_so(root: Path, tmp_path: Path,
     )  # fmt: skip
     assert result.kept_start
     assert result.chosen_step == 0
-    assert "kept" in result.summary
+    assert result.stopped == "diverged"
+    assert "diverged" in result.summary
+    assert "Infinity" not in json.dumps(result.as_dict())
+    assert "NaN" not in json.dumps(result.as_dict())
     assert result.agreement == result.start_agreement > 0.3
     start, out = (load_file(f / "adapter_model.safetensors") for f in (root / "refined", tmp_path / "out"))
     assert all(torch.equal(start[k], out[k]) for k in start)
+
+
+def test_a_run_cut_off_behind_its_early_stop_only_writes_its_result(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Falls too slowly to gain anything after a while.
+    options: dict[str, Any] = {"steps": 60, "patience": 1, "eval_every": 2, "learning_rate": 0.1}
+    whole = run(root, tmp_path / "whole", **options)
+    assert whole.stopped == "patience"
+    assert whole.steps < 60
+    assert whole.steps == whole.chosen_step + 2
+    with monkeypatch.context() as patch:
+        patch.setattr(refinement, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(root, tmp_path / "cut", **options)
+    cut = run(root, tmp_path / "cut", **options)
+    assert (cut.steps, cut.chosen_step, cut.stopped) == (whole.steps, whole.chosen_step, "patience")
+    assert cut.evaluations == whole.evaluations
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_the_next_token_loss_is_that_of_a_plain_recount(root: Path, tmp_path: Path) -> None:
+    """Of the first step, whose adapter does nothing yet: the bare model's on the batch's texts."""
+    some = texts(8)
+    result = run(root, tmp_path / "out", text=some, steps=1, eval_every=1, kl_weight=0.0, next_token_weight=1.0,
+                 batch_bytes=10**6)  # fmt: skip
+    model, tokenizer = exact(root / "new"), load_tokenizer(root / "new", "NEW")
+    alignment = Alignment(load_tokenizer(root / "old", "OLD"), tokenizer)
+    aligned = [alignment.align(text, 64) for text in some]
+    held, _ = refinement._split(SimpleNamespace(aligned=aligned), 0)  # type: ignore[arg-type]
+    nats: list[float] = []
+    for n, row in enumerate(aligned):
+        assert row is not None
+        if n not in held:
+            with torch.no_grad():
+                log_probs = model(torch.tensor([row.ids_n])).logits[0].log_softmax(-1)
+            nats += [-float(log_probs[p, token]) for p, token in enumerate(row.ids_n[1:])]
+    assert result.evaluations[1].next_token == pytest.approx(sum(nats) / len(nats), abs=1e-5)
+    assert result.evaluations[1].kl is None
+
+
+def test_recomputed_activations_change_nothing(root: Path, tmp_path: Path) -> None:
+    for name, recomputed in (("plain", False), ("recomputed", True)):
+        run(root, tmp_path / name, steps=3, gradient_checkpointing=recomputed)
+    plain, other = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("plain", "recomputed"))
+    for name, tensor in plain.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_a_shuffled_teacher_agrees_less(root: Path, tmp_path: Path, refined: Any) -> None:
+    shuffled = run(root, tmp_path / "out", control="shuffled")
+    assert shuffled.agreement < refined.agreement / 2
+
+
+def test_no_text_stands_on_both_sides_of_the_split(root: Path, tmp_path: Path) -> None:
+    result = run(root, tmp_path / "out", text=[*texts(40), *texts(40)], steps=1)
+    assert result.teacher.texts == 40
+    # Nor is everything held out where one text is most of it.
+    sizes = [torch.tensor([10])] * 9 + [torch.tensor([10_000])]
+    for seed in range(20):
+        held, others = refinement._split(SimpleNamespace(aligned=[SimpleNamespace(ends=e) for e in sizes]), seed)  # type: ignore[arg-type]
+        assert len(others) >= 5
+        assert sorted(held + others) == list(range(10))
+
+
+def test_a_start_in_the_name_of_another_model_is_trained_without_its_embeddings(root: Path, tmp_path: Path) -> None:
+    start = random_adapter(root / "new", tmp_path / "start", targets=["o_proj"], rank=2, alpha=6, seed=4)
+    config = json.loads((start / "adapter_config.json").read_text())
+    (start / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(root / "old")}))
+    refine(root / "old", root / "adapter", root / "new", start, tmp_path / "out", text=texts(80), steps=1, device="cpu")
+    assert all("lora_" in name for name in load_file(tmp_path / "out/adapter_model.safetensors"))
+
+
+def test_a_start_that_is_missing_or_broken_is_refused_and_nothing_is_left(root: Path, tmp_path: Path) -> None:
+    broken = random_adapter(root / "new", tmp_path / "broken", targets=["o_proj"], rank=2, alpha=6, seed=4)
+    tensors = {n: torch.full_like(t, math.nan) for n, t in load_file(broken / "adapter_model.safetensors").items()}
+    save_file(tensors, broken / "adapter_model.safetensors", metadata={"format": "pt"})
+    phases: list[str] = []
+    for start, words in ((tmp_path / "none", "adapter_config.json cannot be read"), (broken, "NaN or infinity")):
+        with pytest.raises(LoraSuiteError, match=words):
+            refine(root / "old", root / "adapter", root / "new", start, tmp_path / "out", text=texts(80), steps=1,
+                   device="cpu", progress=lambda name, *_: phases.append(name))  # fmt: skip
+        assert phases == []
+    with pytest.raises(LoraSuiteError):
+        run(root, tmp_path / "out", text=["the sea"] * 9)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
 
 
 def test_a_start_among_further_modules_computes_the_same_function(root: Path, tmp_path: Path) -> None:
