@@ -440,6 +440,7 @@ def finetune(
         loaded = LoadedModel(
             checkpoint.folder, "MODEL", device=run_device, dtype=run_dtype, trust_remote_code=trust_remote_code
         )
+        checkpoint.tensors.check_same()
         loaded.check_ids([sample.ids for part in (training, held_out, kept) for sample in part.samples])
         if start is None:
             _new_adapter(loaded, checkpoint.family, new, seed)

@@ -606,6 +606,9 @@ def refine(
                 seed=seed,
                 trust_remote_code=trust_remote_code,
             )
+            # Each model is opened more than once, and must be the same one every time.
+            for model in (checkpoint_o, checkpoint_n):
+                model.tensors.check_same()
         release_memory()
         budget = step_budget(targets.facts.bytes, batch_bytes) if steps == "auto" else int(steps)
         started = {"start": digests[1], "steps": budget}
@@ -842,6 +845,7 @@ def _train(
         model = _new_peft(loaded, new, start, options["roles"], options["rank"], options["alpha"], options["seed"]).to(
             device
         )
+        new.tensors.check_same()
         # Another name would be looked up at every checkpoint, and the embeddings saved besides if it is unlike NEW.
         model.peft_config["default"].base_model_name_or_path = new.name
         if retained:

@@ -110,6 +110,8 @@ def _write(
     from .aligned_states import LoadedModel
 
     loaded = LoadedModel(model.folder, "OLD", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+    # The text is kept under what was read of these files.
+    model.tensors.check_same()
     if adapter is not None:
         loaded.attach(adapter)
     tokenizer: Any = model.tokenizer(trust_remote_code=trust_remote_code)

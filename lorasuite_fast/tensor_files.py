@@ -167,7 +167,7 @@ class _File:
         except OSError:
             same = False
         if not same:
-            raise LoraSuiteError(f"{self.path}: was replaced while it was being opened; run again")
+            raise LoraSuiteError(f"{self.path}: was replaced while it was being read; run again")
 
     def advise(self, option: int, start: int, stop: int) -> None:
         start -= start % mmap.PAGESIZE
@@ -259,6 +259,12 @@ class TensorFiles:
             if entry.file not in self._open:
                 self._open[entry.file] = _File(entry.file)
             return self._open[entry.file]
+
+    def check_same(self) -> None:
+        """Raises LoraSuiteError if a file that was opened has changed or been replaced since."""
+        for file in list(self._open.values()):
+            file.check_unchanged()
+            file.check_name()
 
     def view(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU."""
