@@ -54,9 +54,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "change": {"imitation": 0.0},
     "next": {"imitation": 0.0, "next_token_weight": 0.3},
     "long": {"steps": 2 * STEPS},
+    "more": {"steps": 2 * STEPS},
     "kept": {"retain": "shipped"},
 }
-"""Words in the name of a refined row, and the options of `refine` they change."""
+"""Words in the name of a refined row, and the options of `refine` they change; `more` also reads twice the text."""
+MORE = 2
 HEADLINE = (
     "paper",
     "distill-general",
@@ -197,9 +199,9 @@ class Case:
             return Stage(self.name(row), (*models, *((f"{first}/full",) if self.seed else ())), self.full)
         if row == "full-again":
             return Stage(self.name(row), models, self.full_again)
-        if row == "text":
-            return Stage(self.name(row), adapter, self.write)
-        text = (self.name("text"),) if row.startswith("refined") or "self" in row else ()
+        if row in ("text", "text-more"):
+            return Stage(self.name(row), adapter, partial(self.write, MORE if row == "text-more" else 1))
+        text = (self.name("text-more" if "more" in row else "text"),) if "refined" in row or "self" in row else ()
         return Stage(self.name(row), adapter + text, partial(self.carry, row))
 
     def score(self, folder: Path) -> dict[str, float]:
@@ -247,13 +249,13 @@ class Case:
         recipe = replace(self.pair.full, seed=self.pair.full.seed + self.seed)
         return self.lab.adapt(self.pair, self.domain, "new", recipe, self.bench.folder(self.name("full-again")))
 
-    def write(self) -> dict[str, Any]:
-        """Text the old model writes with its adapter."""
+    def write(self, times: int = 1) -> dict[str, Any]:
+        """Text the old model writes with its adapter: a number of times the pair's size."""
         with measured() as cost:
             texts = self_written(
                 Checkpoint(self.old, "old"),
                 self.adapter,
-                size=self.pair.self_bytes,
+                size=times * self.pair.self_bytes,
                 seed=self.seed,
                 tokens=256,
                 device=torch.device("cpu"),
@@ -262,11 +264,12 @@ class Case:
 
     def text(self, kind: str, size: int | None = None) -> tuple[list[str], dict[str, Any]]:
         """Texts of a kind, `size` bytes at most, and what writing them cost."""
-        if kind == "self":
-            written = self.bench.get(self.name("text"))
+        if kind in ("self", "more"):
+            name, times = ("text", 1) if kind == "self" else ("text-more", MORE)
+            written = self.bench.get(self.name(name))
             if "texts" not in written:
                 # The report's figures are without them.
-                written = self.bench.put(self.name("text"), self.write() | written)
+                written = self.bench.put(self.name(name), self.write(times) | written)
             texts = written["texts"]
             cost = {key: written[key] for key in ("seconds", "cpu_seconds", "peak_memory") if key in written}
         else:
@@ -287,7 +290,7 @@ class Case:
         """A row without labels: its adapter, its bits per byte and what it cost."""
         method, *words = row.split("-")
         control = "shuffled-labels" if "labels" in words else "shuffled" if "shuffled" in words else "none"
-        kind = next((word for word in ("general", "self", "domain") if word in words), "self")
+        kind = next((word for word in ("general", "self", "domain", "more") if word in words), "self")
         out = self.bench.folder(self.name(row))
         if method == "refined":
             variant = {k: v for word, options in VARIANTS.items() if word in words for k, v in options.items()}
@@ -461,7 +464,7 @@ class Case:
         }
 
 
-WHOLE_GRID = tuple(f"demo/bible/0/few-{start}{words}" for start in ("nothing-mlp", "refined") for words in ("", RETAIN))
+WHOLE_GRID = tuple(f"demo/bible/0/few-{row}" for row in ("nothing-mlp", "refined", f"refined{RETAIN}"))
 """Rows whose fine-tuning is searched over the whole grid, those of the floors; the others by halving."""
 
 
@@ -553,7 +556,7 @@ def stages(bench: Bench) -> list[Stage]:
             rows = ("refined-change", "refined-change-shuffled", "refined-next", "refined-next-shuffled")
             add(*case, seed, (*rows, "few-refined-next", *(f"verify-{row}" for row in (*rows, "few-refined-next"))))
     for seed in SEEDS:
-        add(*demo, seed, ("full-again",))
+        add(*demo, seed, ("full-again", "text-more", "refined-more", "refined-more-shuffled"))
     add("demo", "code", 0, (*basis, *HEADLINE, *few, *few_others, *checked))
     return found
 

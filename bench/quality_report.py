@@ -30,6 +30,7 @@ ROWS = {
     "refined-kept": ("refined, general text retained", "self-written"),
     "refined-attention": ("refined, attention alone", "self-written"),
     "refined-long": ("refined, twice the steps", "self-written"),
+    "refined-more": ("refined, twice the text and steps", "self-written"),
     "refined-change": ("refined, the change alone", "self-written"),
     "refined-next": ("refined, the change and next tokens", "self-written"),
     "refined-next-general": ("refined, the change and next tokens", "general"),
@@ -54,7 +55,7 @@ STARTS = {
     "few-refined-next-attention": "refined, the change and next tokens, attention alone, self-written",
     "few-refined-next-long": "refined, the change and next tokens, twice the steps, self-written",
 }
-HEADLINES = ("paper", "distill-general", "distill-self", "distill-domain", "refined", "refined-kept",
+HEADLINES = ("paper", "distill-general", "distill-self", "distill-domain", "refined", "refined-kept", "refined-more",
              "refined-attention", "refined-change", "refined-next")  # fmt: skip
 DROPPED = ("texts", "evaluations", "phases", "gains", "explained", "teacher")
 
@@ -135,7 +136,9 @@ class Rows:
             row = row.removeprefix("verify-")
             share = self.share(pair, domain, int(seed), row)
             if share is not None and "gain_share" in figures:
-                found.append({"pair": pair, "domain": domain, "seed": int(seed), "row": row, "share": share} | figures)
+                # An adapter that changes nothing has no cosine.
+                told = {c: figures[c] or 0.0 for c in COLUMNS}
+                found.append({"pair": pair, "domain": domain, "seed": int(seed), "row": row, "share": share} | told)
         return found
 
 
@@ -281,8 +284,9 @@ def floors(rows: Rows) -> list[str]:
         line("closed form, general text, % of LoRA(full)'s gain", "≥ 12", rows.shares(*case, "distill-general"),
              lambda v: v >= 0.12)
     )  # fmt: skip
-    variants = {"": "", "-kept": ", general text retained", "-change": ", the change alone",
-                "-next": ", the change and next tokens", "-attention": ", attention alone"}  # fmt: skip
+    variants = {"": "", "-kept": ", general text retained",
+                "-change": ", the change alone", "-next": ", the change and next tokens",
+                "-attention": ", attention alone"}  # fmt: skip
     for words, also in variants.items():
         row, what = f"refined{words}", f"refined, self-written text{also}"
         if words and not rows.shares(*case, row):
@@ -293,8 +297,8 @@ def floors(rows: Rows) -> list[str]:
         )
         bits = rows.bits(*case, row, "general_test")
         lines.append(forgetting(what, bits))
-    further = {"": "", "-retain": ", general text retained", "-next": ", the change and next tokens",
-               "-attention": ", attention alone"}  # fmt: skip
+    further = {"": "", "-retain": ", general text retained",
+               "-next": ", the change and next tokens", "-attention": ", attention alone"}  # fmt: skip
     for words, also in further.items():
         row, what = f"few-refined{words}", f"refined, then 100 labelled samples{also}"
         if words and not rows.shares(*case, row):
@@ -303,6 +307,9 @@ def floors(rows: Rows) -> list[str]:
         lines.append(
             line(f"{what}, over LoRA(100) at its best, points", "≥ 10", leads(rows, *case, row), lambda v: v >= 0.10)
         )
+        same = over(rows, *case, row, ["few-nothing"])
+        what_ = f"{what}, over LoRA(100) of LoRA(full)'s modules, points"
+        lines.append(line(what_, "≥ 10", same, lambda v: v >= 0.10))
         if words == "-retain":
             lead = over(rows, *case, row, ["few-nothing-mlp-retain"])
             lines.append(line(f"{what}, over LoRA(100) that retains it too, points", "–", lead, lambda _: True))
@@ -581,20 +588,19 @@ ROW_NOTES = [
     "fine-tuning are chosen on validation text with seed 0, among {3e-4, 1e-3, 3e-3, 1e-2, 3e-2} and {3, 6, 15}",
     "by halving (every rate at 3 epochs, the two best at 6, the better of these at 15), and reused by the other",
     "seeds; LoRA(100) gets the same search. For the floors, LoRA(100) and the refined start on the demo pair's bible,",
-    "every setting was tried. Linear schedule, no warm-up, batches of 16. Seconds of the closed",
+    "every setting was tried. LoRA(100)'s best there, 15 epochs at 3e-3, is one that halving misses: with what halving",
+    "finds it reached 82.6 %, 1.3 points less, and the lead over it was that much larger. So much of a lead is how well",
+    "the other side was tuned, and the small pairs' are no better known than by halving.",
+    "Linear schedule, no warm-up, batches of 16. Seconds of the closed",
     "form and of the refinement hold the writing of the text, which is done once for all of them. Tokens are",
     "those read by old / new in the closed form and those trained on elsewhere. Peak memory is the process's,",
     "which holds the texts of the benchmark besides. CPU seconds include a share of the evaluation where the",
     "row's own were not recorded. Where general text is retained, a step of the training also reads as many tokens",
     "of the general text shipped with the package, which is none of the texts tested on.",
     "",
-    "Some rows are older than the others and from other machines, so that their seconds do not compare: of the demo",
-    "and neox pairs those of the change and next tokens and LoRA(100) with the attention alone; of the demo pair",
-    "also LoRA(100) without retained text, the change alone, least squares, the last layer alone, the closed form on",
-    "domain text, and seeds 1 and 2 of Eq. (3) and the closed form; of neox's bible what starts from Eq. (3) and from",
-    "the closed form. The demo pair is shipped; neox's models came out the same to the fourth digit of their bits per",
-    "byte, but adapters trained on them anew differ by up to 0.02 (LoRA(full) on code), which shifts the older shares",
-    "there by up to a point. llama-deep's models came out a little different, and none of its older rows is kept.",
+    "Some rows of the demo pair are older than the others and from other machines, so that their seconds do not",
+    "compare: most of those of the change and next tokens, and seeds 1 and 2 of the change alone. Every row of this",
+    "pair, which is shipped, that was measured again on another machine came out the same to the fourth digit.",
 ]
 TRADE_NOTES = [
     "After the fine-tuning on 100 labelled samples, seed 0, every setting of the search. A lead over LoRA(100) that",
