@@ -84,12 +84,12 @@ def load_examples(source: str | os.PathLike[str] | None, count: int, seed: int) 
         text = read_text(path)
         examples = _json_lines(text, where) if path.suffix == ".jsonl" else cut_text(text)
     if count < MIN_EXAMPLES:
-        raise LoraSuiteError(f"--examples {count}: CKA needs at least {MIN_EXAMPLES}")
+        raise LoraSuiteError(f"--examples {count}: at least {MIN_EXAMPLES} are needed")
     held, examples = len(examples), list(dict.fromkeys(examples))
     if len(examples) < MIN_EXAMPLES:
         different = f", {len(examples)} of them different" if held > len(examples) else ""
         raise LoraSuiteError(
-            f"{where}: holds {held} examples{different}; CKA needs at least {MIN_EXAMPLES} different ones"
+            f"{where}: holds {held} examples{different}; at least {MIN_EXAMPLES} different ones are needed"
         )
     if len(examples) > count:
         chosen = sorted(random.Random(seed).sample(range(len(examples)), count))

@@ -346,13 +346,13 @@ def _print_layers(console: Console, result: Migration) -> None:
     console.print(table)
 
 
-def _steps(text: str) -> int | str:
+def _steps(option: str, text: str) -> int | str:
     if text == "auto":
         return text
     try:
         return int(text)
     except ValueError:
-        raise LoraSuiteError(f"--refine {text}: expected auto or a number of steps, 0 for none") from None
+        raise LoraSuiteError(f"{option} {text}: expected auto or a number of steps") from None
 
 
 def _kept(text: str) -> int | str | None:
@@ -509,7 +509,7 @@ def migrate(
             settings=_settings(rank, distill_layers, seed),
             fill=fill,
             fill_share=fill_share,
-            refine=_steps(refine) if refine is not None else _default_refinement(device),
+            refine=_steps("--refine", refine) if refine is not None else _default_refinement(device),
             refine_text=refine_text,
             finetune=finetune,
             finetune_options={
@@ -810,7 +810,7 @@ def refine(
             out,
             text=text,
             text_bytes=text_bytes,
-            steps=_steps(steps),
+            steps=_steps("--steps", steps),
             learning_rate=learning_rate,
             rank=rank,
             roles=None if roles is None else [role.strip() for role in roles.split(",")],

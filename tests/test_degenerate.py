@@ -177,7 +177,7 @@ def test_one_shared_token_fewer_than_the_old_width_is_refused(pair: tuple[Path, 
 def test_repeats_of_one_calibration_example_count_once(pair: tuple[Path, Path], tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text(f"{json.dumps({'text': 'the same words again'})}\n" * 40)
-    with pytest.raises(LoraSuiteError, match="holds 40 examples, 1 of them different; CKA needs at least 4 different"):
+    with pytest.raises(LoraSuiteError, match="holds 40 examples, 1 of them different; at least 4 different"):
         TransferPlan.build(*pair, calibration=text, examples=8)
 
 
