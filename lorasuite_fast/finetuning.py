@@ -41,7 +41,7 @@ from .result import Migration
 from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, named_text, summed_shift
 from .samples import Data, Sample, Samples, load_samples, padded
 from .self_text import adapter_digest
-from .work import Work, clean_up, remove_work
+from .work import Work, clean_up, remove_work, unless_unusable
 
 EPOCHS, BATCH, LEARNING_RATE, MAX_TOKENS = 3, 16, 1e-3, 256
 RANK = 32
@@ -466,27 +466,18 @@ def finetune(
                 f"fine-tuning: {budget} steps of {batch} samples, from {len(training.samples):,} samples with "
                 f"{tokens:,} tokens to learn"
             )
-        try:
-            with writing(work.folder):
-                course = _train(
-                    work.folder,
-                    loaded,
-                    start,
-                    training.samples,
-                    held_out.samples,
-                    kept.samples,
-                    clock,
-                    options,
-                    gradient_checkpointing,
-                )
-        except WriteError:
-            raise
-        except LoraSuiteError:
-            # The start itself is broken: there is nothing to go on from.
-            work.discard()
-            with suppress(OSError):
-                folder.rmdir()
-            raise
+        with unless_unusable(work, folder), writing(work.folder):
+            course = _train(
+                work.folder,
+                loaded,
+                start,
+                training.samples,
+                held_out.samples,
+                kept.samples,
+                clock,
+                options,
+                gradient_checkpointing,
+            )
         summary = _summary(course, budget, len(training.samples))
         steps_taken = section(
             "Fine-tuning on labelled data",
@@ -729,7 +720,9 @@ def _train(
     objective = None if end is None else end + weight * (shift or 0.0)
     tolerance = _DRAWN if loaded.peft.peft_config["default"].lora_dropout else _ROUNDING
     last = folder / "trainer" / f"checkpoint-{steps}"
-    diverged = _divergence(trainer.diverged_at, first + weight * (first_shift or 0.0), objective, tolerance, last)
+    before = first + weight * (first_shift or 0.0)
+    what = "loss with its retained part" if kept else "loss"
+    diverged = _divergence(trainer.diverged_at, what, before, objective, tolerance, last)
     if diverged is not None:
         chosen = 0
     elif evaluations:
@@ -747,16 +740,16 @@ def _last_third(steps: int) -> list[int]:
     return [third[n * len(third) // count] for n in range(count)]
 
 
-def _divergence(at: int | None, first: float, end: float | None, tolerance: float, last: Path) -> str | None:
+def _divergence(at: int | None, what: str, first: float, end: float | None, tolerance: float, last: Path) -> str | None:
     """In what way a run diverged, None if it did not. `last` is the folder of its last state.
 
     Args:
-        first, end: what is minimised, before and in the last third of the steps. tolerance: as a share of `first`.
+        what: is minimised. first, end: its mean before and in the last third. tolerance: as a share of `first`.
     """
     if at is not None:
         return f"the loss was NaN or infinite at step {at}"
     if end is not None and end > first * (1 + tolerance):
-        return f"the mean loss of the last third was {end:.3f}, above the start's {first:.3f}"
+        return f"the mean {what} of the last third was {end:.3f}, above the start's {first:.3f}"
     broken = broken_tensor(last / WEIGHTS)
     return f"{broken} holds NaN or infinity at the end" if broken else None
 

@@ -17,8 +17,8 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from .adapter import CONFIG, WEIGHTS, broken_tensor, by_module, read_adapter, tr
 from .aligned_states import LoadedModel, load_tokenizer
 from .calibration import load_examples, whole_characters
 from .checkpoint import Checkpoint
-from .errors import LoraSuiteError, WriteError
+from .errors import LoraSuiteError
 from .families import ROLES, Family
 from .json_files import finite, read_json
 from .memory import parse_memory
@@ -44,7 +44,7 @@ from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_batch, kep
 from .samples import Sample, Samples
 from .self_text import adapter_digest, self_written
 from .teacher import Target, Targets, TeacherFacts, divergence, write_targets
-from .work import Work, clean_up, remove_work
+from .work import Work, clean_up, remove_work, unless_unusable
 
 SELF_TEXT_BYTES = 600_000
 """Bytes of text the old model writes where no text is given."""
@@ -589,7 +589,7 @@ def refine(
     works: list[Work] = []
     try:
         works.append(Work(kept / f"targets-{key}", teaching))
-        with _unless_unusable(works[0], folder):
+        with unless_unusable(works[0], folder):
             targets = write_targets(
                 works[0],
                 old,
@@ -622,7 +622,7 @@ def refine(
                 f"{'text the old model wrote' if source == 'self' else 'text'} with {facts.positions:,} positions"
             )
         # What an interrupted run has trained stays, whatever this one was asked besides.
-        with nullcontext() if resumed else _unless_unusable(works[1], folder), writing(works[1].folder):
+        with nullcontext() if resumed else unless_unusable(works[1], folder), writing(works[1].folder):
             course = _train(
                 works[1].folder,
                 checkpoint_o,
@@ -700,20 +700,6 @@ def refine(
     )
     write_report(result, report)
     return result
-
-
-@contextmanager
-def _unless_unusable(work: Work, folder: Path) -> Iterator[None]:
-    """Removes a part of the work where its input turns out not to be usable: there is nothing to go on with."""
-    try:
-        yield
-    except WriteError:
-        raise
-    except LoraSuiteError:
-        work.discard()
-        with suppress(OSError):
-            folder.rmdir()
-        raise
 
 
 def _check(

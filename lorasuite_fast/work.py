@@ -8,7 +8,8 @@ import json
 import os
 import shutil
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,20 @@ class Work:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+@contextmanager
+def unless_unusable(work: Work, folder: Path) -> Iterator[None]:
+    """Removes a part of the work in a folder, and the folder if that was all, where its input cannot be used."""
+    try:
+        yield
+    except WriteError:
+        raise
+    except LoraSuiteError:
+        work.discard()
+        with suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def _short(value: Any) -> str:
