@@ -16,8 +16,8 @@ from torch import Tensor
 from .errors import LoraSuiteError
 from .families import Family, Projection, Shape, family_of, shape_of
 from .json_files import read_json
+from .pretrained import INDEX, SINGLE, check_weights_name, load_tokenizer
 from .tensor_files import TensorFiles
-from .vocabulary import check_ids
 
 _SAMPLE_BYTES = 256
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
@@ -25,8 +25,6 @@ _SNAPSHOT_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", 
 _TEMPLATES = "additional_chat_templates"
 _READ_FILES = [*_SNAPSHOT_FILES, "*.md", _TEMPLATES]
 _HUB_REPO = re.compile(r"(models|datasets|spaces)--.+")
-_IMPLEMENTATIONS = tuple(f"{under}{of}_implementation" for under in ("", "_") for of in ("attn", "experts"))
-_MOST_LABELS = 1 << 16
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -104,30 +102,6 @@ def _link_roots(folder: Path) -> list[Path]:
     return roots
 
 
-def check_config(config: Any, where: Path, *, trust_remote_code: bool) -> None:
-    """Refuses what transformers would fetch, compile or allocate at a config's word.
-
-    Raises:
-        LoraSuiteError: it, or a config inside it, chooses an attention that may be fetched from the hub as code (and
-            `trust_remote_code` is off), or more labels than memory is for.
-    """
-    if not isinstance(config, dict):
-        return
-    for key in () if trust_remote_code else _IMPLEMENTATIONS:
-        chosen = config.get(key)
-        for value in chosen.values() if isinstance(chosen, dict) else [chosen]:
-            if not (value is None or value in ("eager", "sdpa")):
-                raise LoraSuiteError(
-                    f"{where}: {key} is {value!r}, for which transformers may fetch or compile code; take it out, or "
-                    "pass --trust-remote-code"
-                )
-    labels = config.get("num_labels")
-    if isinstance(labels, int) and labels > _MOST_LABELS:
-        raise LoraSuiteError(f"{where}: num_labels is {labels}; more than {_MOST_LABELS} are not read")
-    for inner in config.values():
-        check_config(inner, where, trust_remote_code=trust_remote_code)
-
-
 class Checkpoint:
     """A model folder: config, sizes, family row, tensors and tokenizer.
 
@@ -150,6 +124,7 @@ class Checkpoint:
         self.family: Family = family_of(self.config, str(self.folder))
         self.shape: Shape = shape_of(self.config, self.family, str(self.folder))
         self._check_config()
+        check_weights_name(self.config, self.folder)
         self.tensors = TensorFiles(self._files(), mapped=mapped)
         # Some files are of the transformer alone, and lack its prefix.
         whole = f"{self.family.prefix}{self.family.embedding}.weight" in self.tensors.entries
@@ -158,8 +133,7 @@ class Checkpoint:
         self._check_tensors()
 
     def _files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
+        index, single = self.folder / INDEX, self.folder / SINGLE
         if single.exists():
             return [single]
         if index.exists():
@@ -327,26 +301,7 @@ class Checkpoint:
 
     def tokenizer(self, *, trust_remote_code: bool = False) -> Any:
         """The folder's tokenizer through transformers. Raises LoraSuiteError if there is none."""
-        from transformers import AutoTokenizer
-
-        if not any((self.folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise LoraSuiteError(f"{self.folder}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
-        check_ids(self.folder)
-        # transformers reads the config for it.
-        check_config(self.config, self.folder / "config.json", trust_remote_code=trust_remote_code)
-        try:
-            found = AutoTokenizer.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-            # Some of what is wrong with one shows only when it is used.
-            found("a b")
-            return found
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            # A panic inside `tokenizers` is no Exception.
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise LoraSuiteError(f"{self.folder}: its tokenizer cannot be loaded ({first})") from None
+        return load_tokenizer(self.folder, trust_remote_code=trust_remote_code)
 
     def __repr__(self) -> str:
         s = self.shape

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoint, check_config
+from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
 from .loader import Layer, stream_layers
 from .phases import release_memory
+from .pretrained import load_config, loading
 
 MICRO_BATCH = 16
 """Examples that pass through a layer together, where nothing else is asked for."""
@@ -27,18 +28,12 @@ LayerProgress = Callable[[int, int], None]
 
 def _empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    check_config(checkpoint.config, checkpoint.folder / "config.json", trust_remote_code=trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
-        )
-        with init_empty_weights(include_buffers=False):
-            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoraSuiteError(f"{checkpoint.folder}: transformers cannot build this model ({first})") from None
+    config = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+    what = f"{checkpoint.folder}: transformers cannot build this model"
+    with loading(what, trust_remote_code=trust_remote_code), init_empty_weights(include_buffers=False):
+        model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
     return model.eval()
 
 
