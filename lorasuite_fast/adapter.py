@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +13,28 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from .adapter_config import (
+    ALLOCATION,
+    check_adapter_config,
+    check_number,
+    check_targets,
+    cleared,
+    pattern_value,
+)
+from .adapter_config import CONFIG as CONFIG
+from .adapter_config import WEIGHTS as WEIGHTS
 from .checkpoint import Checkpoint, check_links
 from .errors import LoraSuiteError
 from .families import FAMILIES, Family, Shape
 from .json_files import read_json
+from .peft_check import check_loads, skeleton
 from .projection import Factors, balanced
 from .tensor_files import TensorFiles
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<which>A|B|E|magnitude_vector)(\.weight)?")
 _PARTS = {"LORA": {"A", "B"}, "DORA": {"A", "B", "magnitude_vector"}, "ADALORA": {"A", "B", "E"}}
-_ALLOCATION = ("target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step")
-_PLAIN_INITS = (True, False, None, "gaussian", "eva")
-_UNSUPPORTED = {
-    "fan_in_fan_out": "adapters with fan_in_fan_out",
-    "lora_bias": "adapters with lora_bias",
-    "modules_to_save": "adapters that save whole modules (modules_to_save)",
-    "trainable_token_indices": "adapters with trainable tokens",
-    "target_parameters": "adapters on bare parameters (target_parameters)",
-    "layer_replication": "adapters with layer_replication",
-    "alora_invocation_tokens": "activated LoRA",
-    "use_qalora": "QALoRA adapters",
-    "megatron_config": "Megatron adapters, for which PEFT imports a module the file names,",
-}
-_FLAGS = ("use_dora", "use_rslora", "inference_mode")
 _MOST_RANK = 4
 """Times the longer side of a weight. More than the side itself is of no use, but was trained by somebody."""
-_MOST_PATTERNS, _MOST_CHARACTERS, _MOST_QUANTIFIERS = 4096, 1000, 8
-_REPEATS = 64
-_MOST_TRIES = _REPEATS**3
-"""Of all patterns on one module. Trying them on the modules of the largest models then takes a second."""
-_TOKENS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?:|\(\?|\{[\d,]*\}|.", re.DOTALL)
-_COUNTED, _REFERENCE = re.compile(r"\{[\d,]*\}"), re.compile(r"\\[1-9]")
 
 
 @dataclass(frozen=True)
@@ -94,109 +81,6 @@ class Adapter:
         return name if isinstance(name, str) and name else None
 
 
-@lru_cache(maxsize=2 * _MOST_PATTERNS)
-def _compiled(pattern: str) -> re.Pattern[str]:
-    """PEFT's rule: a pattern stands for the modules whose path, or an ending of it, it matches."""
-    return re.compile(rf"(.*\.)?({pattern})$")
-
-
-def _pattern_value(patterns: dict[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches."""
-    return next((value for pattern, value in patterns.items() if _compiled(pattern).match(module)), default)
-
-
-def _tries(pattern: str) -> float:
-    """How many ways there may be to match a pattern with a module's path, which Python tries one by one.
-
-    64 for every quantifier and as many as there are alternatives for every group, multiplied. What could multiply them
-    by itself (a quantified group) or cannot be told from the text (look-around, references) counts as infinite.
-    """
-    if len(pattern) > _MOST_CHARACTERS:
-        return math.inf
-    tokens = _TOKENS.findall(pattern)
-    quantified = [n for n, token in enumerate(tokens) if token in ("*", "+", "?") or _COUNTED.fullmatch(token)]
-    if any(token == "(?" or _REFERENCE.fullmatch(token) for token in tokens):
-        return math.inf
-    if len(quantified) > _MOST_QUANTIFIERS or any(n and tokens[n - 1] == ")" for n in quantified):
-        return math.inf
-    groups, bars = sum(token in ("(", "(?:") for token in tokens), tokens.count("|")
-    return float(_REPEATS ** len(quantified) * (bars + 1) ** min(bars, groups + 1, _MOST_QUANTIFIERS))
-
-
-def _check_patterns(patterns: dict[str, Any], key: str, where: Path) -> None:
-    """Refuses what is no regex, and patterns that together could take long to try on every module."""
-    total = 0.0
-    for pattern in patterns:
-        total += _tries(pattern)
-        if total > _MOST_TRIES:
-            raise LoraSuiteError(
-                f"{where}: {key} has the pattern {pattern[:80]!r}, which may take very long to match; name the "
-                "modules, or write it with fewer quantifiers and alternatives, and none behind a group"
-            )
-        try:
-            _compiled(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise LoraSuiteError(f"{where}: {key} has the pattern {pattern!r}, which is no regex ({error})") from None
-
-
-def _number(value: Any, name: str, where: Path) -> float:
-    number = None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        # A whole number may be longer than a float can hold.
-        with suppress(OverflowError):
-            number = float(value)
-    if number is None or not math.isfinite(number):
-        raise LoraSuiteError(f"{where}: {name} must be a number, found {value!r}")
-    return number
-
-
-def _check_rank(value: Any, name: str, where: Path) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise LoraSuiteError(f"{where}: rank {name} is {value!r}; it must be a positive integer")
-    return value
-
-
-def _check_config(config: dict[str, Any], where: Path) -> None:
-    kind = config.get("peft_type")
-    if kind not in ("LORA", "ADALORA"):
-        raise LoraSuiteError(f"{where}: peft_type is {kind!r}; only LORA and ADALORA adapters can be migrated")
-    for key, what in _UNSUPPORTED.items():
-        if config.get(key):
-            raise LoraSuiteError(f"{where}: {what} are not supported ({key} is set)")
-    if config.get("bias", "none") != "none":
-        raise LoraSuiteError(f"{where}: adapters that train biases are not supported (bias is {config['bias']!r})")
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        raise LoraSuiteError(
-            f"{where}: init_lora_weights {config['init_lora_weights']!r} changes the base weights; save the adapter "
-            "with PEFT's path_initial_model_for_weight_conversion first"
-        )
-    for key in _FLAGS:
-        if not isinstance(config.get(key), bool | None):
-            raise LoraSuiteError(f"{where}: {key} must be true or false, found {config[key]!r}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise LoraSuiteError(f"{where}: {key} must be an object, found {patterns!r}")
-        if len(patterns) > _MOST_PATTERNS:
-            raise LoraSuiteError(f"{where}: {key} has {len(patterns)} patterns, more than the {_MOST_PATTERNS} read")
-        if (kind, key) == ("ADALORA", "rank_pattern"):
-            # Full names, each with a list of what is kept.
-            continue
-        _check_patterns(patterns, key, where)
-        for pattern, value in patterns.items():
-            if key == "rank_pattern":
-                _check_rank(value, f"of {pattern!r}", where)
-            else:
-                _number(value, f"alpha of {pattern!r}", where)
-    name = "init_r" if kind == "ADALORA" else "r"
-    _check_rank(config.get(name), name, where)
-    _number(config.get(name), name, where)
-    _number(config.get("lora_alpha"), "lora_alpha", where)
-    dropout = config.get("lora_dropout")
-    if dropout is not None and not 0 <= _number(dropout, "lora_dropout", where) <= 1:
-        raise LoraSuiteError(f"{where}: lora_dropout is {config['lora_dropout']!r}; it must be a share from 0 to 1")
-
-
 def _place_of(module: str, family: Family, where: Path) -> tuple[int, str]:
     """Layer, and module path inside it."""
     match = re.fullmatch(re.escape(f"{family.prefix}{family.layers}.") + r"(0|[1-9][0-9]{0,5})\.(.+)", module)
@@ -226,7 +110,7 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
         raise LoraSuiteError(f"ADAPTER {source}: no such folder")
     check_links(folder)
     config = read_json(folder / CONFIG)
-    _check_config(config, folder / CONFIG)
+    check_adapter_config(config, folder / CONFIG)
     if not (folder / WEIGHTS).exists():
         pickles = [p.name for p in folder.glob("adapter_model.*")]
         hint = f"; {pickles[0]} is never opened, save it with safe_serialization=True" if pickles else ""
@@ -270,10 +154,11 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
             rows = family.rows(role, shape)
             updates[layer, role] = update if rows is None else _with_rows(update, rows)
     files.close()
+    check_targets(config, list(found), folder / WEIGHTS)
     if not updates:
         raise LoraSuiteError(f"{folder / WEIGHTS}: every rank is pruned; there is nothing to migrate")
     if kind == "ADALORA":
-        config = {name: value for name, value in config.items() if name not in _ALLOCATION}
+        config = {name: value for name, value in config.items() if name not in ALLOCATION}
         largest = max(updates.values(), key=lambda update: update.rank)
         config |= {"peft_type": "LORA", "r": largest.rank, "lora_alpha": largest.alpha, "rank_pattern": {}}
     return Adapter(str(folder), config, dict(sorted(updates.items())))
@@ -287,15 +172,15 @@ def _update_of(module: str, parts: dict[str, Tensor], config: dict[str, Any], ki
         kept = next((mask for name, mask in patterns.items() if f"{module}." in f"{name}."), None)
         if kept is not None and (not isinstance(kept, list) or sum(map(bool, kept)) != rank):
             raise LoraSuiteError(f"{folder / WEIGHTS}: {module} has rank {rank}, unlike the rank_pattern of {CONFIG}")
-        alpha = _number(config.get("lora_alpha"), "lora_alpha", where)
+        alpha = check_number(config.get("lora_alpha"), "lora_alpha", where)
         # As PEFT has it: the rank the training began with, and a small number against division by zero.
         scale = (alpha if alpha > 0 else rank) / (config["init_r"] + 1e-5)
         return Update(Factors(parts["B"] * parts["E"].T, parts["A"]), scale * rank, rslora=False)
-    declared = _number(_pattern_value(patterns, module, config["r"]), "rank", where)
+    declared = check_number(pattern_value(patterns, module, config["r"]), "rank", where)
     if declared != rank:
         raise LoraSuiteError(f"{folder / WEIGHTS}: {module} has rank {rank}, {CONFIG} gives it {declared:g}")
-    alpha = _number(
-        _pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha")), "lora_alpha", where
+    alpha = check_number(
+        pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha")), "lora_alpha", where
     )
     rslora = bool(config.get("use_rslora"))
     return Update(Factors(parts["B"], parts["A"]), alpha, rslora, parts.get("magnitude_vector"))
@@ -321,7 +206,7 @@ def trained_config(config: dict[str, Any], base: str) -> bytes:
         if isinstance(config.get(name), list)
     }
     named = {"base_model_name_or_path": base, "inference_mode": True, "revision": None}
-    return (json.dumps(config | ordered | named, indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(cleared(config) | ordered | named, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _with_rows(update: Update, rows: Tensor) -> Update:
@@ -339,6 +224,12 @@ def _check_shapes(
     module: str, shapes: dict[str, tuple[int, ...]], sizes: tuple[int, int], where: Path, base: str
 ) -> None:
     (out, into), b, a = sizes, shapes["B"], shapes["A"]
+    for which, shape in (("B", b), ("A", a)):
+        if shape == (0,):
+            raise LoraSuiteError(
+                f"{where}: {module} has a lora_{which} that is empty [0]: the file was saved without gathering its "
+                "parts; gather them when it is saved (ZeRO-3: stage3_gather_16bit_weights_on_model_save)"
+            )
     fits = len(b) == 2 and len(a) == 2 and b[0] == out and a[1] == into and b[1] == a[0]
     if not fits:
         raise LoraSuiteError(
@@ -414,7 +305,7 @@ def _merged(parts: dict[str, Update], family: Family, shape: Shape) -> Update:
 
 
 def adapter_files(
-    updates: dict[tuple[int, str], Update], source: Adapter, new_family: str, new_layers: int, new_name: str
+    updates: dict[tuple[int, str], Update], source: Adapter, new_family: str, new_shape: Shape, new_name: str
 ) -> dict[str, bytes]:
     """The files of a PEFT LoRA folder for the new model, as bytes.
 
@@ -424,7 +315,7 @@ def adapter_files(
         updates: by (layer, module), as `by_module` gives them.
 
     Raises:
-        LoraSuiteError: if a factor holds NaN or infinity.
+        LoraSuiteError: if a factor holds NaN or infinity, or PEFT would not load the result.
     """
     family = FAMILIES[new_family]
     modules = {key: f"{family.layer(key[0])}.{key[1]}" for key in updates}
@@ -438,7 +329,7 @@ def adapter_files(
             if not torch.isfinite(tensor).all():
                 raise LoraSuiteError(f"the migrated {name} holds NaN or infinity; nothing was written")
             tensors[name] = tensor.contiguous()
-    config = dict(source.config)
+    config = cleared(source.config)
     config |= {
         "base_model_name_or_path": new_name,
         "revision": None,
@@ -446,11 +337,13 @@ def adapter_files(
         "init_lora_weights": True,
         "exclude_modules": None,
     }
-    config |= _targets(updates, modules, family, new_layers) | _ranks(updates, modules, source)
-    return {
+    config |= _targets(updates, modules, family, new_shape.L) | _ranks(updates, modules, source)
+    files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
         WEIGHTS: save(tensors, metadata={"format": "pt"}),
     }
+    check_loads(files, skeleton(family, new_shape), new_name)
+    return files
 
 
 def _targets(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from . import pretrained
+from .adapter_config import check_imports
 from .alignment import TokenEnds
 from .checkpoint import resolve_folder
 from .errors import LoraSuiteError
@@ -126,7 +127,7 @@ class LoadedModel:
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
         folder = resolve_folder(adapter, what=f"{self.what}_ADAPTER")
-        read_json(folder / "adapter_config.json")
+        check_imports(read_json(folder / "adapter_config.json"), folder / "adapter_config.json")
         weights = folder / "adapter_model.safetensors"
         if not weights.exists():
             raise LoraSuiteError(f"{folder}: adapter_model.safetensors is missing; pickled adapters are never opened")

@@ -124,7 +124,7 @@ def distil_adapter(
         share=fill[1],
         seed=settings.seed,
     )
-    files = adapter_files(merged, replace(source, config=config), new.family.model_type, new.shape.L, new.name)
+    files = adapter_files(merged, replace(source, config=config), new.family.model_type, new.shape, new.name)
     cka = plan.tensors["cka"]
     layers = [
         LayerResult(

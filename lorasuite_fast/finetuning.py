@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .adapter import CONFIG, WEIGHTS, broken_tensor, trained_config
@@ -33,6 +33,7 @@ from .families import ATTENTION, ROLES, Family
 from .json_files import finite, read_json
 from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder, writing
+from .peft_check import check_loads, empty_model
 from .phases import Phase, PhaseClock, Progress
 from .plan import migrate, pick_device, pick_dtype
 from .refinement import TRAINING, last_checkpoint, step_batches
@@ -495,7 +496,8 @@ def finetune(
         card = model_card(checkpoint.name, steps_taken, start)
         config_of = course.source if start is None else start
         work.complete()
-        _write(path, course.source, config_of, checkpoint.name, card, overwrite)
+        place = empty_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+        _write(path, course.source, config_of, checkpoint.name, card, place, overwrite)
         remove_work(folder)
     finally:
         work.close()
@@ -754,13 +756,16 @@ def _divergence(at: int | None, what: str, first: float, end: float | None, tole
     return f"{broken} holds NaN or infinity at the end" if broken else None
 
 
-def _write(path: Path, weights: Path, config_of: Path, base: str, card: bytes, overwrite: bool) -> None:
-    """Puts an adapter at OUT in the name of the model, with the configuration it had."""
+def _write(
+    path: Path, weights: Path, config_of: Path, base: str, card: bytes, place: nn.Module, overwrite: bool
+) -> None:
+    """Puts an adapter at OUT in the name of the model, with its configuration, once PEFT has put it on `place`."""
     files = {
         CONFIG: trained_config(read_json(config_of / CONFIG), base),
         WEIGHTS: (weights / WEIGHTS).read_bytes(),
         CARD: card,
     }
+    check_loads(files, place, base)
     write_folder(path, files, overwrite=overwrite)
 
 

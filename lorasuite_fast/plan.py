@@ -434,7 +434,7 @@ class TransferPlan:
             )
         with clock.phase("apply", len(self.layers)) as step:
             updates, results = self._project(source, models, fill, fill_share, step)
-            files = adapter_files(updates, source, self.new.family, self.new.shape.L, self.new.name)
+            files = adapter_files(updates, source, self.new.family, self.new.shape, self.new.name)
             steps = migration_section(self, source, results, None)
             write_folder(target, files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
         return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from .adapter import CONFIG, WEIGHTS, broken_tensor, by_module, read_adapter, trained_config
@@ -37,6 +37,7 @@ from .json_files import finite, read_json
 from .memory import parse_memory
 from .model_card import CARD, model_card, section, shown
 from .output import check_output, write_folder, writing
+from .peft_check import check_loads, empty_model
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
 from .report_file import check_report, write_report
@@ -658,7 +659,8 @@ def refine(
         )
         card = model_card(checkpoint_n.name, steps_taken, start)
         works[1].complete()
-        _write(path, course.source, checkpoint_n.name, card, overwrite)
+        empty = empty_model(checkpoint_n.folder, trust_remote_code=trust_remote_code)
+        _write(path, course.source, checkpoint_n.name, card, empty, overwrite)
         if cache is None:
             works[0].discard()
         remove_work(folder)
@@ -928,13 +930,14 @@ def _train(
     )
 
 
-def _write(path: Path, source: Path, base: str, card: bytes, overwrite: bool) -> None:
-    """Puts an adapter PEFT has saved at OUT, in the name of the new model."""
+def _write(path: Path, source: Path, base: str, card: bytes, place: nn.Module, overwrite: bool) -> None:
+    """Puts an adapter PEFT has saved at OUT, in the name of the new model, once PEFT has put it on `place`."""
     files = {
         CONFIG: trained_config(read_json(source / CONFIG), base),
         WEIGHTS: (source / WEIGHTS).read_bytes(),
         CARD: card,
     }
+    check_loads(files, place, base)
     write_folder(path, files, overwrite=overwrite)
 
 

@@ -533,6 +533,9 @@ def test_an_adapter_config_is_read_exactly_when_its_update_is_defined(tmp_path: 
         # A name that matches no module changes nothing; it must be one that gives a rank or an alpha all the same.
         "rank_pattern": not value or value == {"a": 1},
         "alpha_pattern": not value or value == {"a": 1},
+        "task_type": value in (None, "CAUSAL_LM"),
+        # None leaves the choice to PEFT; any other value here names no module of the file.
+        "target_modules": value is None,
     }.get(key, True)
     if not (spelled and valid):
         refused(lambda: read(folder), str(folder))
