@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .alignment import TokenEnds
-from .calibration import cut_text, read_text, whole_characters
+from .calibration import cut_text, whole_characters
 from .errors import LoraSuiteError
 from .json_files import parse_json
+from .text_files import read_text
 from .vocabulary import _prefix
 
 Record = Mapping[str, Any] | str
