@@ -9,21 +9,10 @@ from pathlib import Path
 
 from .errors import LoraSuiteError
 from .json_files import parse_json
+from .text_files import read_text
 
 EXAMPLE_CHARACTERS = 1000
 MIN_EXAMPLES = 4
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises LoraSuiteError if it cannot be read."""
-    try:
-        return path.read_text("utf-8-sig")
-    except FileNotFoundError:
-        raise LoraSuiteError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise LoraSuiteError(f"{path}: is not UTF-8 text") from None
-    except OSError as error:
-        raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def whole_characters(text: str) -> str:
@@ -62,13 +51,16 @@ def _json_lines(text: str, where: str) -> list[str]:
     return examples
 
 
-def load_examples(source: str | os.PathLike[str] | None, count: int, seed: int) -> list[str]:
+def load_examples(source: str | os.PathLike[str] | None, count: int, seed: int, *, pipe: bool = True) -> list[str]:
     """At most `count` calibration examples: from a .jsonl or .txt file, or (None) the text shipped with the package.
 
     A .jsonl file holds one example a line in the field `text`; a .txt file is cut at line ends into examples of about
     1,000 characters. An example that is there before counts once: its repeats would be tokens CKA has seen, and would
     stand on both sides of a split into fitted and held-out texts. Where there are more than `count`, a sample seeded by
     `seed` is taken, in the order of the file.
+
+    Args:
+        pipe: read a pipe, too; see `read_text`.
 
     Raises:
         LoraSuiteError: an unreadable or unknown file, or fewer than 4 examples, the least the unbiased CKA needs.
@@ -81,7 +73,7 @@ def load_examples(source: str | os.PathLike[str] | None, count: int, seed: int) 
         where = str(path)
         if path.suffix not in (".jsonl", ".txt"):
             raise LoraSuiteError(f"{path}: calibration text must be a .jsonl (field `text`) or a .txt file")
-        text = read_text(path)
+        text = read_text(path, pipe=pipe)
         examples = _json_lines(text, where) if path.suffix == ".jsonl" else cut_text(text)
     if count < MIN_EXAMPLES:
         raise LoraSuiteError(f"--examples {count}: at least {MIN_EXAMPLES} are needed")

@@ -195,6 +195,7 @@ class _PlainProgress:
         self._write(f"{phase}: {done} of {total}, {done / elapsed:.1f}/s{left}", err=True)
 
 
+_MOST_TEMPLATE = 1 << 20
 _OUT_OF_MEMORY = (
     "out of memory; OUT is what it was, or complete. Free some, or pass --memory, where the command has it; "
     "what is finished is kept, and the same command goes on from there"
@@ -1049,9 +1050,11 @@ def _print_diagnosis(console: Console, found: Diagnosis) -> None:
 def _template(name: str) -> str:
     if name in ("alpaca", "chat"):
         return name
+    from .text_files import read_text
+
     try:
-        return Path(name).expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return read_text(Path(name).expanduser(), most=_MOST_TEMPLATE)
+    except LoraSuiteError as error:
         raise LoraSuiteError(f"--template {name}: is neither alpaca nor chat nor a text file ({error})") from None
 
 

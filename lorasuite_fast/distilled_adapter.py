@@ -57,6 +57,7 @@ def distil_adapter(
     folder: Path,
     memory: int | None = None,
     fill: tuple[str, float] = ("none", SHARE),
+    text_given: bool = False,
     trust_remote_code: bool = False,
 ) -> DistilledAdapter:
     """Distils an adapter with a plan's options. The result is a plain LoRA, whatever kind the source is.
@@ -64,7 +65,8 @@ def distil_adapter(
     Args:
         folder: of the work, which an interrupted run leaves. memory: bytes that may be resident; see `distill`.
         fill: as `fill_layers` has it, with the share, for the layers that are not fitted.
-        text: "shipped", "self", or a .jsonl or .txt file.
+        text: "shipped", "self", or a .jsonl or .txt file. text_given: it is the caller's, who may pass a pipe; a plan,
+            which may come from anyone, may name a regular file alone.
 
     Raises:
         LoraSuiteError: text that cannot be used, models that share too little.
@@ -87,7 +89,7 @@ def distil_adapter(
                 report=step,
             )
     else:
-        texts = load_examples(None if text == "shipped" else text, TEXTS, settings.seed)
+        texts = load_examples(None if text == "shipped" else text, TEXTS, settings.seed, pipe=text_given)
     tokenizers = old.tokenizer(trust_remote_code=trust_remote_code), new.tokenizer(trust_remote_code=trust_remote_code)
     work = Work(folder, _identity(models, source, texts, settings, device, dtype))
     with work:

@@ -42,6 +42,7 @@ from .result import Migration
 from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, named_text, summed_shift
 from .samples import Data, Sample, Samples, load_samples, padded
 from .self_text import adapter_digest
+from .text_files import refuse_pipe
 from .work import Work, clean_up, remove_work, unless_unusable
 
 EPOCHS, BATCH, LEARNING_RATE, MAX_TOKENS = 3, 16, 1e-3, 256
@@ -807,6 +808,8 @@ def migrate_and_finetune(
 ) -> Migration:
     """`plan.migrate` with `options`, then `finetune` of what it wrote with `tuning`; the data are read first."""
     begin = time.perf_counter()
+    for text in (data, tuning.get("validation"), tuning.get("retain")):
+        refuse_pipe(text)
     clean_up(out, finetuning_folder(out), TRAINING)
     check_output(out, overwrite=overwrite)
     _check(**{name: tuning.get(name, default) for name, default in _CHECKED.items()})

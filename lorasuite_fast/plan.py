@@ -36,6 +36,7 @@ from .report_file import check_report, write_report
 from .result import LayerResult, Migration
 from .similarity import MEASURES
 from .tensor_files import read_header
+from .text_files import refuse_pipe
 from .work import Work, clean_up, work_folder
 
 if TYPE_CHECKING:
@@ -413,6 +414,7 @@ class TransferPlan:
                     folder=place / _DISTILLATION,
                     memory=memory,
                     fill=(fill, fill_share),
+                    text_given=text is not None,
                     trust_remote_code=trust_remote_code,
                 )
             finally:
@@ -489,6 +491,8 @@ class TransferPlan:
         models = cache(lambda: self.check_models(old, new))
         if old is not None or new is not None:
             models()
+        if len(adapters) > 1:
+            refuse_pipe(options.get("text"))
         options |= {"models": models, "memory": None if memory is None else parse_memory(memory)}
         target = Path(folder).expanduser()
         names = [Path(adapter).expanduser().resolve().name for adapter in adapters]
@@ -742,6 +746,8 @@ def migrate(
     start = time.perf_counter()
     if refine != "auto" and (isinstance(refine, str) or refine < 0):
         raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
+    if options.get("method", "auto") in ("auto", "distill"):
+        refuse_pipe(options.get("calibration"))
     clean_up(out)
     if refine:
         from .refinement import TRAINING, refinement_folder

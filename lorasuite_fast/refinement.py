@@ -493,7 +493,7 @@ def refine(
             such text too, and less of it arrives. retain_weight: of that divergence beside the losses.
         batch_bytes: of text a step reads. max_tokens: of each text, for each model.
         top_k: most probable tokens kept of each target, the rest as one; None keeps all shared tokens, "auto" so many
-            that 2 % of the divergence is lost at most.
+            that 2 % of the divergence is lost at most, but not all where their targets would exceed 8 GiB.
         eval_every: steps between evaluations, each a checkpoint. patience: evaluations without a better one after which
             to stop; None never stops.
         dtype: auto is bfloat16 on a GPU that has it, else float32; the adapter is float32 always.

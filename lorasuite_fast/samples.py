@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from .alignment import TokenEnds
-from .calibration import cut_text, read_text, whole_characters
+from .calibration import cut_text, whole_characters
 from .errors import LoraSuiteError
 from .json_files import parse_json
+from .text_files import read_text
 from .vocabulary import _prefix
 
 Record = Mapping[str, Any] | str
@@ -297,10 +298,15 @@ class SampleMaker:
         return self._by_prefixes(messages, where)
 
     def _by_prefixes(self, messages: list[dict[str, Any]], where: str) -> tuple[list[int], list[bool]]:
-        """The assistant's turns told from what the template writes before and behind each of them."""
+        """The assistant's turns told from what the template writes before and behind each of them.
+
+        Each takes writing all turns before it once more, so that turns behind the cut-off length are not looked at.
+        """
         assert self._ends is not None
         whole = self._render(messages, where)
-        spans = []
+        ids, ends = self._ends(whole)
+        limit = ends[min(len(ends), self._max_tokens) - 1] if ends else 0
+        spans: list[tuple[int, int]] = []
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
@@ -311,16 +317,34 @@ class SampleMaker:
                     f"{where}: the tokenizer's chat template writes turn {n + 1} differently when others follow, so "
                     "the assistant's turns cannot be told apart; leave completion_only off, or give one turn a record"
                 )
-            spans.append(tuple(len(text.encode("utf-8", "surrogatepass")) for text in (before, behind)))
-        ids, ends = self._ends(whole)
-        starts = [0, *ends[:-1]]
-        pairs = zip(starts, ends, strict=True)
-        return ids, [any(start < last and end > first for first, last in spans) for start, end in pairs]
+            first, last = (len(text.encode("utf-8", "surrogatepass")) for text in (before, behind))
+            spans.append((first, last))
+            if last >= limit:
+                break
+        return ids, _reaching_into(spans, ends)
 
     def _render(self, messages: list[dict[str, Any]], where: str, generation: bool = False) -> str:
         with _writing_turns(where):
             text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        return text
+        # The template, too, may hold half a surrogate pair.
+        return whole_characters(text)
+
+
+def _reaching_into(spans: list[tuple[int, int]], ends: list[int]) -> list[bool]:
+    """Which tokens, by where they end, reach into one of the spans."""
+    apart: list[tuple[int, int]] = []
+    for first, last in sorted(spans):
+        if apart and first < apart[-1][1]:
+            apart[-1] = apart[-1][0], max(last, apart[-1][1])
+        else:
+            apart.append((first, last))
+    found, at, start = [], 0, 0
+    for end in ends:
+        while at < len(apart) and apart[at][1] <= start:
+            at += 1
+        found.append(at < len(apart) and end > apart[at][0])
+        start = end
+    return found
 
 
 @contextmanager
@@ -346,7 +370,17 @@ def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     for n, turn in enumerate(value, 1):
         if not isinstance(turn, Mapping) or not all(isinstance(turn.get(k), str) for k in ("role", "content")):
             raise LoraSuiteError(f"{where}: turn {n} of its messages has no role and content as strings")
-    return [{**turn, "content": whole_characters(turn["content"])} for turn in value]
+    turns: list[dict[str, Any]] = _whole(value)
+    return turns
+
+
+def _whole(value: Any) -> Any:
+    """A turn may hold strings in any depth and under any name, and a chat template may write each of them."""
+    if isinstance(value, str):
+        return whole_characters(value)
+    if isinstance(value, Mapping):
+        return {_whole(key): _whole(part) for key, part in value.items()}
+    return [_whole(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def load_samples(

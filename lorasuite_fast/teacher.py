@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch.nn import functional
 
 from .aligned_states import Head, LoadedModel, load_tokenizer, read_sizes
 from .alignment import AlignedText, Alignment
-from .errors import LoraSuiteError
+from .errors import LoraSuiteError, WriteError
 from .phases import PhaseClock, release_memory
 from .work import Work
 
@@ -38,6 +39,9 @@ _KEPT = (64, 128, 256, 512, 1024)
 """Numbers of tokens from which `auto` chooses."""
 _LOST = 0.02
 """Share of the divergence that `auto` lets the truncation lose."""
+_MOST_AUTO = 8 << 30
+"""Bytes of targets beyond which `auto` keeps no more than the largest of _KEPT, whatever the truncation loses."""
+_LESS = "lower top_k or pass less text, choose another folder (cache)"
 _LEAST_TEXTS = 8
 _LEAST_POSITIONS = 64
 
@@ -172,12 +176,13 @@ def write_targets(
 
     Args:
         top_k: tokens kept of each target; None keeps all, "auto" so many that, on the first texts, the divergence loses
-            no more than _LOST. max_tokens: of each text, for each model. imitation: see `target`.
+            no more than _LOST, and all only where they take no more than _MOST_AUTO. max_tokens: of each text, for each
+            model. imitation: see `target`.
         shuffled: a control: what the old model says at a position, without its adapter and with it, is what it says at
             another one, of any text.
 
     Raises:
-        LoraSuiteError: models, adapter or text that cannot be used, or too few common positions.
+        LoraSuiteError: models, adapter or text that cannot be used, too few common positions, or too little free space.
     """
     with clock.phase("align", len(texts)) as report:
         V_o, V_n = (
@@ -202,6 +207,10 @@ def write_targets(
     work.start()
     found = work.load("facts")
     if found is None:
+        if not (work.folder / "old-before-00000.safetensors").exists():
+            least = _KEPT[0] if isinstance(top_k, str) else top_k or len(tokens_n)
+            size = positions * _bytes_each(min(least, len(tokens_n)), len(tokens_n))
+            _check_room(work, size, "the targets", _LESS, LoraSuiteError)
         _old_passes(work, old, old_adapter, aligned, tokens_o, clock, device, dtype, trust_remote_code)
         release_memory()
         k, sums = _new_pass(
@@ -260,17 +269,26 @@ def _old_passes(
                 model = LoadedModel(old, "OLD", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
             if n == 1:
                 model.attach(adapter)
-            heads = work.folder / f"old-{name}-head.safetensors"
+            headed = work.load(f"old-{name}-head") is not None
             for c, part in _chunks(aligned):
-                if work.load(f"old-{name}-{c:05d}") is None or not heads.exists():
+                if work.load(f"old-{name}-{c:05d}") is None or not headed:
                     states = model.states(
                         [a.ids_o for a in part], [a.positions_o for a in part], tokens, layers=[], sample=tokens[:0]
                     )
-                    head = states.head
-                    bias = {} if head.bias is None else {"bias": head.bias}
+                    if c == n == 0:
+                        row = states.last.shape[1] * states.last.element_size()
+                        rows = len(tokens) + sum(len(a.ends) for a in aligned)
+                        _check_room(work, 2 * rows * row, "the old model's states", "pass less text", LoraSuiteError)
                     work.save(f"old-{name}-{c:05d}", {"last": states.last})
-                    work.save(f"old-{name}-head", {"weight": head.weight} | bias, scale=head.scale, cap=head.cap)
+                    if not headed:
+                        _save_head(work, name, states.head)
+                        headed = True
                 report(min(len(aligned), (c + 1) * CHUNK))
+
+
+def _save_head(work: Work, name: str, head: Head) -> None:
+    bias = {} if head.bias is None else {"bias": head.bias}
+    work.save(f"old-{name}-head", {"weight": head.weight} | bias, scale=head.scale, cap=head.cap)
 
 
 def _saved_head(work: Work, name: str, device: torch.device) -> Head:
@@ -297,6 +315,7 @@ def _new_pass(
 ) -> tuple[int, list[float]]:
     """Writes the targets; returns k and the sums over positions of the rest's mass, the divergence and the kept one."""
     totals = [0.0, 0.0, 0.0]
+    positions = sum(len(a.ends) for a in aligned)
     k = len(tokens) if top_k is None or isinstance(top_k, str) else min(top_k, len(tokens))
     with clock.phase("targets", len(aligned)) as report:
         model = LoadedModel(new, "NEW", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -321,8 +340,10 @@ def _new_pass(
                 n = len(states.last)
                 order = torch.arange(n) if generator is None else torch.randperm(n, generator=generator)
                 sides = [(states.last, head), *((x[order], h) for x, h in zip(last, heads, strict=True))]
-                if c == 0 and top_k == "auto":
-                    k = _enough(sides, imitation, device)
+                if c == 0:
+                    if top_k == "auto":
+                        k = _bounded(_enough(sides, imitation, device), positions, len(tokens))
+                    _check_room(work, positions * _bytes_each(k, len(tokens)), "the targets", _LESS)
                 tensors, sums = _chunk_targets(sides, k, imitation, device)
                 work.save(f"target-{c:05d}", tensors, sums=sums, k=k)
             else:
@@ -330,6 +351,28 @@ def _new_pass(
             totals = [a + b for a, b in zip(totals, sums, strict=True)]
             report(min(len(aligned), (c + 1) * CHUNK))
     return k, totals
+
+
+def _small(shared: int) -> torch.dtype:
+    """The smallest integer that numbers the shared tokens."""
+    return torch.int16 if shared <= torch.iinfo(torch.int16).max else torch.int32
+
+
+def _bytes_each(k: int, shared: int) -> int:
+    """Bytes of one position's target: float16 of each token kept, its number where not all are, and the rest's mass."""
+    return k * (2 + (_small(shared).itemsize if k < shared else 0)) + 4
+
+
+def _bounded(k: int, positions: int, shared: int) -> int:
+    """What `auto` keeps in place of k, if all targets together would be too large."""
+    return k if k < shared or positions * _bytes_each(k, shared) <= _MOST_AUTO else min(k, _KEPT[-1])
+
+
+def _check_room(work: Work, needed: int, what: str, action: str, error: type[LoraSuiteError] = WriteError) -> None:
+    """Raises `error` if the disk has too little room; of a WriteError, what is finished is kept."""
+    free = shutil.disk_usage(work.folder).free
+    if needed > free:
+        raise error(f"{work.folder}: {what} take {needed:,} bytes, and {free:,} are free; {action}, or free some")
 
 
 _Sides = list[tuple[Tensor, Head]]
@@ -372,7 +415,7 @@ def _chunk_targets(
         "log_probs": torch.cat([p.log_probs.half().cpu() for p in parts]),
         "log_rest": torch.cat([p.log_rest.cpu() for p in parts]),
     }
-    small = torch.int16 if len(sides[0][1].weight) <= torch.iinfo(torch.int16).max else torch.int32
+    small = _small(len(sides[0][1].weight))
     if parts[0].index is not None:
         tensors["index"] = torch.cat([p.index.to(small).cpu() for p in parts if p.index is not None])
     return tensors, sums.tolist()

@@ -18,7 +18,7 @@ from lorasuite_kernels import StreamingCKA
 from .aligned_states import LoadedModel, States, load_tokenizer, read_sizes
 from .alignment import Alignment, TokenEnds
 from .base_fit import BaseFit, TokenRows, base_fit, depth_pairs, prediction, token_rows
-from .calibration import MIN_EXAMPLES, load_examples, read_text, whole_characters
+from .calibration import MIN_EXAMPLES, load_examples, whole_characters
 from .checkpoint import Checkpoint
 from .effect import NEGLIGIBLE_KL, EffectSums, effect_sums, resamples, statistics
 from .errors import LoraSuiteError
@@ -27,6 +27,7 @@ from .mapping import map_layers
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
 from .report_file import check_report, write_report
+from .text_files import read_text
 
 CARRIED_SHARE = 0.8
 """Explained share from which on a change counts as carried."""

@@ -5,11 +5,13 @@ Byte-level BPE writes " the" as `Ġthe`, SentencePiece as `▁the`; comparing st
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ from .json_files import parse_json
 _SPACE = "\u2581"
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _MOST_BYTES, _MOST_ID = 256 << 20, 1 << 24
+_MOST_IN_FRONT = 64
+"""Special tokens a tokenizer may add to a text."""
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -205,7 +209,7 @@ def common_ids(old: Any, new: Any, texts: list[str], max_tokens: int) -> tuple[l
     prefix_old, prefix_new = _prefix(old), _prefix(new)
     for text in texts:
         ids = old(text, add_special_tokens=False, verbose=False)["input_ids"]
-        pairs = [pair for i in ids for pair in pieces(keys_old[i][0])][:max_tokens]
+        pairs = list(islice((pair for i in ids for pair in pieces(keys_old[i][0])), max_tokens))
         if pairs:
             rows_old.append(prefix_old + [i for i, _ in pairs])
             rows_new.append(prefix_new + [i for _, i in pairs])
@@ -213,31 +217,49 @@ def common_ids(old: Any, new: Any, texts: list[str], max_tokens: int) -> tuple[l
 
 
 def _prefix(tokenizer: Any) -> list[int]:
-    """The special tokens a tokenizer puts in front of a text."""
+    """The special tokens a tokenizer puts in front of a text.
+
+    Raises:
+        LoraSuiteError: more than _MOST_IN_FRONT of them, which no limit of a text's tokens counts.
+    """
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full: list[int] = tokenizer("a")["input_ids"]
-    starts = [n for n in range(len(full)) if full[n : n + len(plain)] == plain]
-    return full[: starts[0]] if starts else []
+    if len(full) > len(plain) + _MOST_IN_FRONT:
+        raise LoraSuiteError(
+            f"{tokenizer.name_or_path}: its tokenizer adds {len(full) - len(plain)} special tokens to every text, more "
+            f"than {_MOST_IN_FRONT}; fetch or save it again"
+        )
+    start = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0)
+    return full[:start]
 
 
 def trained_rows(table: Tensor, rows: Tensor, chunk: int = 8192) -> Tensor:
     """(s,) bool: which of the given rows hold something of their own, being neither zero nor equal to an earlier one.
 
-    Rows are first told apart by two fixed random projections in float64, and those that agree are compared in full.
+    Rows are first told apart by two fixed random projections in float64, and those that agree by a hash of all they
+    hold: whoever makes a table can let as many of its rows agree in the projections as they like.
     """
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(table.shape[1], 2, dtype=torch.float64, generator=generator)
     keys = torch.cat([table[part].double() @ probe for part in rows.split(chunk)]) if len(rows) else probe[:0]
     keep = (keys != 0).any(1)
-    first: dict[tuple[float, ...], list[int]] = {}
-    for position, key in enumerate(map(tuple, keys.tolist())):
-        if not keep[position]:
+    same: dict[tuple[float, ...], list[int]] = {}
+    for position in keep.nonzero().flatten().tolist():
+        same.setdefault(tuple(keys[position].tolist()), []).append(position)
+    for positions in same.values():
+        if len(positions) == 1:
             continue
-        seen = first.setdefault(key, [])
-        if any(torch.equal(table[rows[position]], table[rows[other]]) for other in seen):
-            keep[position] = False
-        seen.append(position)
+        seen: set[bytes] = set()
+        for position in positions:
+            found = _row_digest(table[rows[position]])
+            keep[position] = found not in seen
+            seen.add(found)
     return keep
+
+
+def _row_digest(row: Tensor) -> bytes:
+    """One for rows that are equal; -0 equals 0."""
+    return hashlib.sha256((row.double() + 0.0).cpu().numpy().tobytes()).digest()
 
 
 def drop_untrained(shared: SharedTokens, e_o: Tensor, e_n: Tensor) -> SharedTokens:

@@ -29,7 +29,7 @@ from lorasuite_fast.aligned_states import LoadedModel
 from lorasuite_fast.cli import app
 from lorasuite_fast.finetuning import sample_batches
 from lorasuite_fast.refinement import step_batches
-from lorasuite_fast.samples import SampleMaker, load_samples, prompt, read_records
+from lorasuite_fast.samples import SampleMaker, _reaching_into, load_samples, prompt, read_records
 
 from planted import plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -387,6 +387,40 @@ def test_of_messages_the_turns_of_the_assistant_count(root: Path, template: str)
     whole, _ = maker(root, template)[0]({"messages": [{"role": r, "content": c} for r, c in turns]}, "here")
     assert whole.ids == sample.ids
     assert whole.counted == [False] + [True] * (len(whole.ids) - 1)
+
+
+def test_turns_behind_the_cut_off_are_not_written_again(root: Path) -> None:
+    turns = [{"role": r, "content": str(n)} for n in range(300) for r in ("user", "assistant")]
+    make, tokenizer = maker(root, CHAT, completion_only=True, max_tokens=100)
+    written: list[int] = []
+    plain = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = lambda messages, **more: written.append(len(messages)) or plain(messages, **more)
+    sample, cut = make({"messages": turns}, "here")
+    long, _ = maker(root, CHAT, completion_only=True, max_tokens=10**6)[0]({"messages": turns}, "here")
+    assert cut
+    assert (sample.ids, sample.counted) == (long.ids[:100], long.counted[:100])
+    assert sorted(written)[-1] == 600
+    assert sum(written) < 600 + 2 * 40 * 40
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_tokens_reach_into_spans_as_all_pairs_say(seed: int) -> None:
+    rng = random.Random(seed)
+    cuts = sorted(rng.choices(range(12), k=8))
+    spans = list(zip(cuts[::2], cuts[1::2], strict=True))
+    ends = sorted(rng.choices(range(14), k=9))
+    starts = [0, *ends[:-1]]
+    wanted = [any(s < last and e > first for first, last in spans) for s, e in zip(starts, ends, strict=True)]
+    assert _reaching_into(spans, ends) == wanted
+
+
+def test_half_a_surrogate_pair_in_any_part_of_a_turn_is_read(root: Path) -> None:
+    named = "{% for m in messages %}<{{ m.role }} {{ m.name }} {{ m.calls[0].id }}>{{ m.content }}\ud800{% endfor %}"
+    for only in (False, True):
+        make, tokenizer = maker(root, named, completion_only=only)
+        turn = {"role": "assistant", "content": "c\udfff", "name": "n\ud8ff", "calls": [{"id": "i\udc00"}]}
+        sample, _ = make({"messages": [turn]}, "here")
+        assert tokenizer.decode(sample.ids) == "<assistant n\ufffd i\ufffd>c\ufffd\ufffd"
 
 
 def test_the_chat_template_can_word_instructions(root: Path) -> None:

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, refine, refinement
+from lorasuite_fast import LoraSuiteError, refine, refinement, teacher
 from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer
 from lorasuite_fast.alignment import Alignment
 from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.cli import app
+from lorasuite_fast.errors import WriteError
 from lorasuite_fast.phases import PhaseClock
 from lorasuite_fast.refinement import _Batches, step_batches, step_budget
 from lorasuite_fast.samples import load_samples
@@ -134,6 +135,53 @@ def test_auto_keeps_as_many_tokens_as_two_percent_of_the_divergence_asks_for(roo
     assert facts.as_dict()["truncation"] <= 0.025
     fewer = {64: 32, 128: 64}.get(facts.k, 128)
     assert taught(root, tmp_path / "fewer", "new", fewer).facts.as_dict()["truncation"] > 0.015
+
+
+def test_the_heads_of_the_old_model_are_written_once(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[str] = []
+    save = Work.save
+    monkeypatch.setattr(Work, "save", lambda self, name, *a, **k: saved.append(name) or save(self, name, *a, **k))
+    taught(root, tmp_path / "work", "new", 16)
+    assert len([name for name in saved if name.startswith("target-")]) == 2
+    assert sorted(name for name in saved if name.endswith("head")) == ["old-after-head", "old-before-head"]
+
+
+def test_auto_keeps_no_more_than_fits(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher, "_LOST", 0)
+    whole = taught(root, tmp_path / "whole", "new", "auto").facts
+    assert whole.k == whole.shared
+    monkeypatch.setattr(teacher, "_MOST_AUTO", whole.positions * (2 * whole.shared + 4) - 1)
+    monkeypatch.setattr(teacher, "_KEPT", (32, 64))
+    assert taught(root, tmp_path / "bounded", "new", "auto").facts.k == 64
+
+
+@pytest.mark.parametrize("top_k", [16, None, "auto"])
+def test_targets_that_find_no_room_are_not_begun(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, top_k: int | str | None
+) -> None:
+    free = shutil.disk_usage(tmp_path)._replace(free=10_000)
+    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(LoraSuiteError, match=r"the targets take [\d,]+ bytes, and 10,000 are free; lower top_k"):
+        run(root, tmp_path / "out", top_k=top_k)
+    assert not any(tmp_path.iterdir())
+
+
+def test_what_is_there_stays_where_the_targets_chosen_find_no_room(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(teacher, "_LOST", 0)
+    monkeypatch.setattr(teacher, "_KEPT", (1,))
+    whole = taught(root, tmp_path / "whole", "new", None).facts
+    size = whole.positions * (2 * whole.shared + 4)
+    monkeypatch.setattr(teacher.shutil, "disk_usage", lambda path: free._replace(free=size - 1))
+    with pytest.raises(WriteError, match=rf"the targets take {size:,} bytes, and {size - 1:,} are free; lower top_k"):
+        run(root, tmp_path / "out", top_k="auto")
+    monkeypatch.undo()
+    assert list(tmp_path.glob(".out.refine/targets-*/old-after-00001.safetensors"))
+    assert run(root, tmp_path / "out", top_k="auto").teacher.positions == whole.positions
 
 
 def random_rows(seed: int, n: int = 40, s: int = 90) -> tuple[Tensor, ...]:

@@ -7,10 +7,20 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from lorasuite_fast import LoraSuiteError
 from lorasuite_fast.transfer import Stream, fit_transfer
-from lorasuite_fast.vocabulary import SharedTokens, common_ids, drop_untrained, shared_tokens, token_bytes
+from lorasuite_fast.vocabulary import (
+    SharedTokens,
+    _prefix,
+    common_ids,
+    drop_untrained,
+    shared_tokens,
+    token_bytes,
+    trained_rows,
+)
 
 from planted import tiny_tokenizer
 
@@ -87,6 +97,47 @@ def test_untrained_rows_are_left_out() -> None:
     kept = drop_untrained(shared, table, other)
     assert kept.old.tolist() == [0, 2, 4, 5]
     assert kept.dropped == 4
+
+
+class Counted(torch.Tensor):
+    """A table that counts how often a single row of it is taken."""
+
+    taken = 0
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        rows = self.as_subclass(torch.Tensor)[index]
+        Counted.taken += rows.dim() == 1
+        return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_that_agree_in_both_projections_are_looked_at_once_each(dtype: torch.dtype) -> None:
+    """Beside 1, entries of 1e-30 and less are lost in a projection; every row stands there twice."""
+    n = 600
+    table = torch.zeros(n, 6, dtype=dtype)
+    table[:, 0] = 1
+    table[:, 1] = torch.arange(n) // 2 * 1e-33
+    table[0, 5] = -0.0
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    Counted.taken = 0
+    found = trained_rows(table.as_subclass(Counted), order)
+    values = [int(i) // 2 for i in order]
+    assert found.tolist() == [value not in values[:at] for at, value in enumerate(values)]
+    assert Counted.taken <= n
+
+
+def test_a_tokenizer_that_puts_any_number_of_tokens_in_front_is_refused() -> None:
+    tokenizer = tiny_tokenizer(400, "bytelevel", 1)
+    name = tokenizer.eos_token
+    for count, fine in ((64, True), (65, False), (20_000, False)):
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{name} " * count + "$A", special_tokens=[(name, tokenizer.eos_token_id)]
+        )
+        if fine:
+            assert _prefix(tokenizer) == [tokenizer.eos_token_id] * count
+        else:
+            with pytest.raises(LoraSuiteError, match=f"adds {count} special tokens to every text, more than 64; fetch"):
+                common_ids(tokenizer, tokenizer, ["a text"], 4)
 
 
 def test_untrained_rows_do_not_bend_the_transfer_matrix() -> None:
