@@ -140,6 +140,39 @@ def test_a_tokenizer_that_rewrites_the_text_is_followed_by_its_offsets() -> None
     assert ends == [len("Café".encode()), len("Café is".encode()), len("Café is never".encode()), len(text.encode())]
 
 
+def by_characters(vocab: list[str], normalizer: normalizers.Normalizer | None = None) -> PreTrainedTokenizerFast:
+    """Every character is one token, of the text as the normalizer leaves it."""
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(vocab)}, unk_token="[unk]"))
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[unk]")
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_an_offset_the_first_token_cut_off_also_ends_at_is_no_position(swap: bool) -> None:
+    """The ligature is f and i to one tokenizer, both of which end where it ends: after f it has been read in part."""
+    split = by_characters(["[unk]", "f", "i", "x"], normalizers.NFKD())
+    whole = by_characters(["[unk]", "\ufb01", "x"])
+    assert TokenEnds(split)("\ufb01x") == ([1, 2, 3], [3, 3, 4])
+    alignment = Alignment(whole, split) if swap else Alignment(split, whole)
+    assert alignment.align("\ufb01x", 1) is None
+    aligned = alignment.align("\ufb01x", 2)
+    assert aligned is not None
+    assert aligned.ends.tolist() == [3]
+    assert (aligned.positions_o.tolist(), aligned.positions_n.tolist()) == (([0], [1]) if swap else ([1], [0]))
+
+
+@pytest.mark.parametrize("front", ["</s>", "x</s>"])
+def test_the_space_put_behind_a_special_token_reads_nothing(front: str) -> None:
+    """Were it taken to read what follows, all bytes of the character would end where it ends."""
+    tokenizer = tiny_tokenizer(700, "sentencepiece", 2)
+    text = f"{front}\U0001f600"
+    ids, ends = TokenEnds(tokenizer)(text)
+    assert tokenizer.convert_ids_to_tokens(ids)[-5:] == ["\u2581", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
+    assert ends[-5:] == [len(front) + n for n in range(5)]
+
+
 @pytest.mark.parametrize(
     "text", ["cafe\u0301 is", "\u1112\u1161\u11ab\u1112\u1161", "e\u0323\u0301x", "\u09c7\u09be", "a\u0301"]
 )

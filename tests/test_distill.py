@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from planted_families import config_of, random_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -75,9 +76,16 @@ def make_planted(root: Path) -> Pair:
     return Pair(root, planted, model)
 
 
-def make_unrelated(root: Path) -> Pair:
-    for name, seed, d, layers, vocab in (("old", 0, 32, 3, 420), ("new", 1, 48, 4, 480)):
-        save_folder(tiny_model("llama", seed, d=d, layers=layers, vocab=vocab), tiny_tokenizer(vocab), root / name)
+def make_unrelated(root: Path, family: str = "llama") -> Pair:
+    """A Llama, and an unrelated model of a family."""
+    if family == "llama":
+        new = tiny_model("llama", 1, d=48, layers=4, vocab=480)
+    else:
+        kv_heads = 4 if family == "gpt_neox" else 2
+        sizes = {"d": 48, "layers": 4, "heads": 4, "kv_heads": kv_heads, "head_dim": 12, "f": 48, "vocab": 480}
+        new = random_model(config_of(family, **sizes), 1)
+    save_folder(tiny_model("llama", 0, d=32, layers=3, vocab=420), tiny_tokenizer(420), root / "old")
+    save_folder(new, tiny_tokenizer(480), root / "new")
     random_adapter(root / "old", root / "adapter", targets=ATTENTION, rank=RANK, alpha=8, seed=0, size=0.3)
     return Pair(root)
 
@@ -171,6 +179,26 @@ def test_an_update_in_front_of_a_norm_with_tiny_gains_leaves_the_projection_audi
     assert (t - u * gain).square().sum() < t.square().sum()
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Where a family's new model keeps what its dense fit needs; modules named inside a layer."""
+
+    backbone: str = "model"
+    norm: str = "norm"
+    o: str = "self_attn.o_proj"
+    down: str = "mlp.down_proj"
+    after: tuple[str, str] | None = None
+    offset: float = 0.0
+    centred: bool = False
+
+
+PARTS = {
+    "llama": Parts(),
+    "gemma2": Parts(after=("post_attention_layernorm", "post_feedforward_layernorm"), offset=1.0),
+    "gpt_neox": Parts("gpt_neox", "final_layer_norm", "attention.dense", "mlp.dense_4h_to_h", centred=True),
+}
+
+
 class Dense:
     """Everything the last layer's fit needs, from whole transformers models in float64, all positions in memory."""
 
@@ -187,70 +215,99 @@ class Dense:
         self.adapted = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(root / "old", dtype=torch.float64), root / "adapter"
         ).to(torch.float64)
+        self.parts = PARTS[new.family.model_type]
 
     @torch.no_grad()
     def read(self, model: Any, side: str, modules: tuple[str, ...] = ()) -> dict[str, Tensor]:
         """At the aligned positions of all texts: the state behind the last layer, what the head reads, and the inputs
-        of the named modules."""
-        backbone = model.get_submodule("base_model.model.model") if side == "adapted" else model.model
-        kept: dict[str, list[Tensor]] = {name: [] for name in ("state", "last", *modules)}
+        of the named modules and, under "from " and their name, their outputs."""
+        parts = self.parts if side == "new" else PARTS["llama"]
+        backbone = model.get_submodule("base_model.model.model" if side == "adapted" else parts.backbone)
+        kept: dict[str, list[Tensor]] = {
+            name: [] for name in ("state", "last", *modules, *(f"from {m}" for m in modules))
+        }
         seen: dict[str, Tensor] = {}
-        handles = [backbone.norm.register_forward_pre_hook(lambda _, i: seen.update(state=i[0]))]
+        norm = backbone.get_submodule(parts.norm)
+        handles = [norm.register_forward_pre_hook(lambda _, i: seen.update(state=i[0]))]
         for name in modules:
             module = backbone.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(lambda _, i, name=name: seen.update({name: i[0]})))
+            handles.append(
+                module.register_forward_hook(lambda _, i, o, name=name: seen.update({name: i[0], f"from {name}": o}))
+            )
         for text in self.aligned:
             new = side == "new"
             ids, at = (text.ids_n, text.positions_n) if new else (text.ids_o, text.positions_o)
             seen["last"] = backbone(torch.tensor([ids])).last_hidden_state
-            for name, parts in kept.items():
-                parts.append(seen[name][0, at])
+            for name, rows in kept.items():
+                rows.append(seen[name][0, at])
         for handle in handles:
             handle.remove()
-        return {name: torch.cat(parts) for name, parts in kept.items()}
+        return {name: torch.cat(rows) for name, rows in kept.items()}
 
     @property
     def held(self) -> Tensor:
         return torch.cat([torch.full((len(a.ends),), n % 10 == 9) for n, a in enumerate(self.aligned)])
 
     def target(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The target at every position, the new model's state behind its last layer, and the metric's root."""
+        """The target at every position, the new model's state behind its last layer, and the metric."""
         held = self.held
         before, after = self.read(self.old, "old")["last"], self.read(self.adapted, "adapted")["last"]
         rows_o = self.old.lm_head.weight.detach()[self.tokens.old]
-        rows_n = (self.new.lm_head.weight * self.new.model.norm.weight).detach()[self.tokens.new]
+        backbone, parts = self.new.get_submodule(self.parts.backbone), self.parts
+        gain = backbone.get_submodule(parts.norm).weight.detach() + parts.offset
+        rows_n = (self.new.get_output_embeddings().weight.detach() * gain)[self.tokens.new]
+        if parts.centred:
+            rows_n = rows_n - rows_n.mean(1, keepdim=True)
         w = sum((x[~held] @ rows_o.T).softmax(-1).sum(0) for x in (before, after))
         w = w / w.sum()
         rows_o, rows_n = rows_o - w @ rows_o, rows_n - w @ rows_n
         metric = rows_n.T @ (w[:, None] * rows_n)
         eye = torch.eye(len(metric), dtype=torch.float64)
         U = torch.linalg.inv(metric + 1e-2 * metric.diagonal().mean() * eye) @ rows_n.T @ (w[:, None] * rows_o)
-        root = torch.linalg.cholesky(metric + 1e-3 * metric.diagonal().mean() * eye).T
         base = self.read(self.new, "new")["state"]
-        size = (base.square().mean(-1, keepdim=True) + self.new.config.rms_norm_eps).sqrt()
-        return size * ((after - before) @ U.T), base, root
+        eps = self.new.config.layer_norm_eps if parts.centred else self.new.config.rms_norm_eps
+        spread = base.var(-1, correction=0, keepdim=True) if parts.centred else base.square().mean(-1, keepdim=True)
+        return (spread + eps).sqrt() * ((after - before) @ U.T), base, metric
+
+    def behind_norm(self, layer: str, norm: str, metric: Tensor) -> tuple[Tensor, Tensor]:
+        """P and N of a projection that a norm follows: what to ask of it for a change behind the norm."""
+        backbone = self.new.get_submodule(self.parts.backbone)
+        gain = backbone.get_submodule(f"{layer}.{norm}").weight.detach() + self.parts.offset
+        G = torch.diag(gain)
+        N = G @ metric @ G
+        N = N + 0.1 * N.diagonal().mean() * torch.eye(len(N), dtype=torch.float64)
+        return torch.linalg.inv(N) @ G @ metric, N
 
     def updates(self) -> dict[str, Tensor]:
         """B A of the last new layer's output projections."""
-        held = self.held
-        target, base, root = self.target()
-        layer = f"layers.{len(self.new.model.layers) - 1}"
-        names = {"o": f"{layer}.self_attn.o_proj", "down": f"{layer}.mlp.down_proj"}
+        held, parts = self.held, self.parts
+        target, base, output_metric = self.target()
+        backbone = self.new.get_submodule(parts.backbone)
+        layer = f"layers.{self.new.config.num_hidden_layers - 1}"
         found: dict[str, Tensor] = {}
-        for role, name in names.items():
+        for n, (role, inside) in enumerate((("o", parts.o), ("down", parts.down))):
+            name, metric = f"{layer}.{inside}", output_metric
             now = self.read(self.new, "new", (name,))
-            left = target - (now["state"] - base)
-            found[role] = dense_reduced_rank(now[name][~held], left[~held], RANK, RIDGE, root)
+            x, left = now[name], target - (now["state"] - base)
+            if parts.after:
+                x = x / (now[f"from {name}"].square().mean(-1, keepdim=True) + self.new.config.rms_norm_eps).sqrt()
+                P, metric = self.behind_norm(layer, parts.after[n], metric)
+                left = left @ P.T
+            root = torch.linalg.cholesky(metric + 1e-3 * metric.diagonal().mean() * torch.eye(len(metric))).T
+            found[role] = dense_reduced_rank(x[~held], left[~held], RANK, RIDGE, root)
             with torch.no_grad():
-                self.new.model.get_submodule(name).weight += found[role]
+                backbone.get_submodule(name).weight += found[role]
         return found
 
 
-def test_the_streamed_fit_equals_a_dense_float64_one(unrelated: Pair) -> None:
+@pytest.mark.parametrize("family", PARTS)
+def test_the_streamed_fit_equals_a_dense_float64_one(family: str, unrelated: Pair, tmp_path: Path) -> None:
+    """Also through the norms behind the projections of Gemma 2, and those of GPT-NeoX, which centre."""
+    pair = unrelated if family == "llama" else make_unrelated(tmp_path, family)
     # So few that every position counts for the tokens' weights; with more they are taken from a sample.
-    found = unrelated.distil(Settings(layers=1, micro_batch=7), load_examples(None, 40, 0))
+    found = pair.distil(Settings(layers=1, micro_batch=7), load_examples(None, 40, 0))
     assert found.positions - found.held_positions <= 4096
-    wanted = Dense(unrelated.root).updates()
+    wanted = Dense(pair.root).updates()
     assert set(found.fitted) == {(3, "o"), (3, "down")}
     for role, update in wanted.items():
         factors = found.fitted[3, role]

@@ -79,6 +79,17 @@ def test_a_singular_gram_gives_the_solution_of_least_norm() -> None:
     assert torch.allclose(found, torch.linalg.pinv(x, rtol=1e-8) @ y, atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_a_ridge_is_a_share_of_the_rows_mean_square(size: float) -> None:
+    """The same tables at another size have the same solution."""
+    generator = torch.Generator().manual_seed(4)
+    x, y = (size * torch.randn(60, d, generator=generator, dtype=torch.float64) for d in (6, 4))
+    ridge = 0.3 * x.square().sum(0).mean()
+    stacked = torch.cat([x, ridge.sqrt() * torch.eye(6, dtype=torch.float64)])
+    wanted = torch.linalg.lstsq(stacked, torch.cat([y, torch.zeros(6, 4, dtype=torch.float64)])).solution
+    torch.testing.assert_close(solve_normal(x.T @ x, x.T @ y, 0.3)[0], wanted)
+
+
 def test_fewer_shared_tokens_than_the_old_width_are_refused() -> None:
     e_o, e_n, shared = tables(3, 24, 24, 36, 1.0)
     fit_transfer(Stream(e_o), Stream(e_n), shared)

@@ -69,6 +69,19 @@ def test_special_tokens_pair_by_role_and_never_with_text() -> None:
     assert list(zip(shared.old.tolist(), shared.new.tolist(), strict=True)) == [(0, 0), (2, 2)]
 
 
+@pytest.mark.parametrize("role", ["bos_token", "eos_token", "unk_token", "pad_token"])
+def test_a_special_token_of_either_role_pairs_with_that_role_s_other_spelling(role: str) -> None:
+    old, new = byte_level(["<a>", "x"], **{role: "<a>"}), byte_level(["x", "<b>", "<a>"], **{role: "<b>"})
+    shared = shared_tokens(old, new)
+    assert list(zip(shared.old.tolist(), shared.new.tolist(), strict=True)) == [(0, 1), (1, 0)]
+
+
+def test_a_token_of_two_roles_has_the_first_of_them() -> None:
+    both = byte_level(["<end>", "x"], eos_token="<end>", pad_token="<end>")
+    assert token_bytes(both)["role", "eos_token"] == 0
+    assert ("role", "pad_token") not in token_bytes(both)
+
+
 def test_added_text_tokens_are_taken_literally() -> None:
     tokenizer = byte_level(["a", "b"])
     tokenizer.add_tokens([AddedToken("ÿé x", normalized=False)])
