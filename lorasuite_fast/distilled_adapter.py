@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, by_module
 from .build import SELF, files_identity
 from .calibration import load_examples
+from .candidates import Candidate
 from .checkpoint import Checkpoint
 from .distillation import Distilled, Settings, distill
 from .errors import LoraSuiteError
@@ -57,6 +59,7 @@ def distil_adapter(
     folder: Path,
     memory: int | None = None,
     fill: tuple[str, float] = ("none", SHARE),
+    others: Mapping[str, Candidate] | None = None,
     trust_remote_code: bool = False,
 ) -> DistilledAdapter:
     """Distils an adapter with a plan's options. The result is a plain LoRA, whatever kind the source is.
@@ -64,7 +67,7 @@ def distil_adapter(
     Args:
         folder: of the work, which an interrupted run leaves. memory: bytes that may be resident; see `distill`.
         fill: as `fill_layers` has it, with the share, for the layers that are not fitted.
-        text: "shipped", "self", or a .jsonl or .txt file.
+        text: "shipped", "self", or a .jsonl or .txt file. others: adapters to judge on the same held-out text.
 
     Raises:
         LoraSuiteError: text that cannot be used, models that share too little.
@@ -103,6 +106,7 @@ def distil_adapter(
             dtype=dtype,
             memory=memory,
             work=work,
+            others={name: candidate.updates for name, candidate in (others or {}).items()},
             trust_remote_code=trust_remote_code,
         )
     dtype = next(iter(source.updates.values())).factors.a.dtype
