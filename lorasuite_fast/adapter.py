@@ -259,10 +259,28 @@ def _check_values(module: str, parts: dict[str, Tensor], kind: str, where: Path)
             raise LoraSuiteError(f"{where}: {name} holds NaN or infinity; train or save it again")
 
 
+def by_role(updates: dict[tuple[int, str], Update], family: Family, shape: Shape) -> dict[tuple[int, str], Update]:
+    """Updates by (layer, role) instead of (layer, module), as `read_adapter` gives them."""
+    found = {}
+    for (layer, module), update in updates.items():
+        for role in family.sharing(module):
+            rows = family.rows(role, shape)
+            found[layer, role] = update if rows is None else _with_rows(update, rows)
+    return found
+
+
 def by_module(
-    updates: dict[tuple[int, str], Update], family: Family, shape: Shape, dtype: torch.dtype
+    updates: dict[tuple[int, str], Update],
+    family: Family,
+    shape: Shape,
+    dtype: torch.dtype,
+    *,
+    balance: bool = True,
 ) -> dict[tuple[int, str], Update]:
-    """Updates by (layer, module) instead of (layer, role), with the factors an SVD would give, in `dtype`.
+    """Updates by (layer, module) instead of (layer, role), in `dtype`.
+
+    Args:
+        balance: give them the factors an SVD would give, instead of their own.
 
     Updates of one fused module become one. It keeps their rank where they read alike (one A, as from a fused old
     module); else it has the sum of their ranks, and is no less exact.
@@ -276,7 +294,7 @@ def by_module(
         if family.rows(role, shape) is not None:
             update = _merged(found, family, shape)
         # Zero updates keep their A: with both factors zero, nothing could be trained from them.
-        factors = balanced(update.factors)[0] if update.factors.b.any() else update.factors
+        factors = balanced(update.factors)[0] if balance and update.factors.b.any() else update.factors
         merged[layer, module] = replace(update, factors=Factors(factors.b.to(dtype), factors.a.to(dtype)))
     return merged
 

@@ -21,10 +21,13 @@ from lorasuite_kernels import Gram
 
 from ._version import __version__
 from .calibration import MIN_EXAMPLES, load_examples
+from .candidates import applicable
 from .checkpoint import Checkpoint
+from .copying import check_copy
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, MLP
 from .hidden_states import LayerStream, padded, pooled_layers
+from .kinship import WeightDistance, comparable, kinship, weight_distance
 from .loader import Layer, stream_layers
 from .mapping import map_layers
 from .memory import Demand, Limits
@@ -143,6 +146,8 @@ class Built:
     limits: Limits
     method: str
     roles: tuple[str, ...]
+    candidates: tuple[str, ...] = ()
+    """The methods `apply` is to judge; none where the method was asked for, or needs no measurement."""
 
 
 def choose_method(asked: str, r2: float | None, r2_back: float | None, layer_r2: float) -> tuple[str, str]:
@@ -173,6 +178,8 @@ def build(
     inputs: Inputs, options: Options, clock: PhaseClock, ranks: Ranks, folder: Path | None
 ) -> tuple[Built, Work | None]:
     """The whole recipe. The work folder, if one is given, is left for the caller to discard once the plan is saved."""
+    if options.method == "copy":
+        check_copy(inputs.old, inputs.new, options.roles)
     limits = _limits(inputs, options)
     work = None
     if folder is not None:
@@ -198,6 +205,11 @@ def build(
 def _steps(
     inputs: Inputs, options: Options, limits: Limits, clock: PhaseClock, ranks: Ranks, work: Work | None
 ) -> Built:
+    weights: WeightDistance | None = None
+    if comparable(inputs.old, inputs.new):
+        with clock.phase("weights", 1) as step:
+            weights = ranks.share(weight_distance(inputs.old, inputs.new) if ranks.first else None)
+            step(1)
     with clock.phase("transfer matrix", 1, limits.predicted["transfer matrix"]) as step:
         carried = ranks.share(_transfer(inputs, options, limits, work) if ranks.first else None)
         step(1)
@@ -213,6 +225,12 @@ def _steps(
         layer_r2 = {j: _layer_r2(old.sample[i], new.sample[j], carried.W_h) for j, i in mapping.items()}
         step(1)
     method, reason = choose_method(options.method, carried.r2, carried.r2_back, min(layer_r2.values()))
+    if weights is not None and weights.near and options.method == AUTO and options.transfer == "embedding":
+        far = max(weights.distances.values())
+        method, reason = "copy", f"the weights of the two models differ by at most {far:.2%} (a copy needs no more)"
+    measured = options.method == AUTO and method == "distill"
+    families, shapes = (inputs.old.family, inputs.new.family), (inputs.old.shape, inputs.new.shape)
+    candidates = applicable(families, shapes, options.roles) if measured else ()
     options = replace(options, method=method, roles=_roles(inputs, options.roles, method))
     phase = "heads and projections"
     with clock.phase(phase, len(mapping), limits.predicted[phase]) as step:
@@ -231,8 +249,15 @@ def _steps(
         "r2_back": carried.r2_back,
         "layer_r2": {str(j): r2 for j, r2 in layer_r2.items()},
         "method_reason": reason,
+        "kinship": kinship(
+            weights, (carried.r2, carried.r2_back), same_depth=shapes[0].L == shapes[1].L, same=_equal(weights)
+        ).as_dict(),
     }
-    return Built(mapping, tensors, facts, len(inputs.ids[0]), limits, method, options.roles)
+    return Built(mapping, tensors, facts, len(inputs.ids[0]), limits, method, options.roles, candidates)
+
+
+def _equal(weights: WeightDistance | None) -> bool:
+    return weights is not None and weights.same_config and not any(weights.distances.values())
 
 
 def _roles(inputs: Inputs, asked: tuple[str, ...], method: str) -> tuple[str, ...]:

@@ -95,8 +95,8 @@ TransferKind = Annotated[
     _option(METHOD, "KIND", "Transfer matrix: embedding (fitted), identity [embedding]"),
 ]
 MethodName = Annotated[
-    Literal["auto", "lstsq", "distill", "paper"],
-    _option(METHOD, "METHOD", "auto, lstsq (exact or not at all), distill, paper [auto]"),
+    Literal["auto", "copy", "lstsq", "distill", "paper"],
+    _option(METHOD, "METHOD", "auto (measures), copy, lstsq, distill, paper [auto]"),
 ]
 Rank = Annotated[int | None, _option(METHOD, "N", "Of the result, with distill [the adapter's]", min=1)]
 Fill = Annotated[str, _option(METHOD, "KIND", "New layers without a partner: none, zero, nearest [none]")]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .adapter import Adapter
+from .adapter import Adapter, Update
 from .aligned_states import Head, States
 from .alignment import AlignedText, Alignment
 from .checkpoint import Checkpoint
@@ -113,6 +113,8 @@ class Distilled:
     gains: dict[float, float] = field(default_factory=dict)
     """KL share on held-out texts by gain."""
     text: str = ""
+    others: dict[str, dict[str, tuple[float, float, float]]] = field(default_factory=dict)
+    """Agreement of other adapters on the same held-out texts, by name; without those that give NaN or infinity."""
 
     @property
     def updates(self) -> dict[tuple[int, str], Factors]:
@@ -483,6 +485,7 @@ def distill(
     dtype: torch.dtype,
     memory: int | None = None,
     work: Work | None = None,
+    others: Mapping[str, Mapping[tuple[int, str], Update]] | None = None,
     trust_remote_code: bool = False,
 ) -> Distilled:
     """Carries an adapter's effect from the old to the new model, from unlabelled text.
@@ -493,6 +496,7 @@ def distill(
             micro-batch, and whether the states between layers lie in files, follow from it.
         work: keeps what is finished, and those files; needed with `memory`. With an interrupted run's, the old model's
             pass and the fitted layers are not computed again.
+        others: further adapters of the new model, each as updates by (layer, role), to judge on the held-out texts.
 
     Raises:
         LoraSuiteError: too little text, models that share too few tokens, NaN or infinity in a forward pass, a budget
@@ -541,6 +545,15 @@ def distill(
         gains, gain = _kl_shares(divergences), _best_gain(divergences)
         ends = torch.cat(list(found[0.0])), _rows_by_gain(found, _gains_by_others(divergences)[text])
         agreement, old_kl = _agreement(heads, sides, ends, text, device, settings.seed, limits.scratch.elements // 2)
+        bare = ends[0]
+        del found, ends
+    judged: dict[str, dict[str, tuple[float, float, float]]] = {}
+    if others:
+        with clock.phase("candidates' agreement", new.shape.L, limits.predicted["held-out agreement"]) as step:
+            for name, rows in states_with(h, others, run, step):
+                if torch.isfinite(rows).all():
+                    elements = limits.scratch.elements // 2
+                    judged[name], _ = _agreement(heads, sides, (bare, rows), text, device, settings.seed, elements)
     return Distilled(
         fitted=fit.updates,
         gain=gain,
@@ -554,6 +567,7 @@ def distill(
         tokens=(sum(map(len, o.ids)), sum(map(len, n.ids))),
         settings=settings,
         gains=gains,
+        others=judged,
     )
 
 
@@ -648,16 +662,7 @@ def _old_states(
     stream = side.stream(run, "old")
     before, after = stream.hidden, run.shelf("old-adapted", stream.hidden)
     for layer in stream:
-        here = {role: u for (i, role), u in source.updates.items() if i == layer.index}
-        factors = {
-            role: Factors(u.factors.b.float().to(side.device) * u.scale, u.factors.a.float().to(side.device))
-            for role, u in here.items()
-        }
-        scales = {
-            role: stored_factors(side.model, layer.index, role, u)
-            for role, u in here.items()
-            if u.magnitude is not None
-        }
+        factors, scales = _on_layer(side, layer.index, source.updates)
         _run(layer, before)
         with updated(layer.module, side.model, factors, scales):
             _run(layer, after)
@@ -908,6 +913,39 @@ def _new_states(side: _Side, fit: _Fit, start: int, run: _Run, step: Any) -> dic
         gain: run.shelf(f"last-{gain}", (side.last(side.take(n, h)).cpu() for n, h in enumerate(states)))
         for gain, states in hidden.items()
     }
+
+
+def states_with(
+    side: _Side, adapters: Mapping[str, Mapping[tuple[int, str], Update]], run: _Run, step: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """What the new head reads at the aligned positions with each of several adapters, (positions, d_n), by name.
+
+    One pass carries them all, so that each layer's weights are read once.
+    """
+    stream = side.stream(run, "candidates")
+    hidden = {name: run.shelf(f"candidate-{name}", stream.hidden) for name in adapters}
+    stream.hidden = []
+    for layer in stream:
+        for name, updates in adapters.items():
+            factors, scales = _on_layer(side, layer.index, updates)
+            with updated(layer.module, side.model, factors, scales):
+                _run(layer, hidden[name])
+        step(layer.index + 1)
+    for name, states in hidden.items():
+        yield name, torch.cat([side.last(side.take(n, h)).cpu() for n, h in enumerate(states)])
+
+
+def _on_layer(
+    side: _Side, index: int, updates: Mapping[tuple[int, str], Update]
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """One layer's factors by role, their scale in them, and DoRA's factors on the outputs."""
+    here = {role: u for (i, role), u in updates.items() if i == index}
+    factors = {
+        role: Factors(u.factors.b.float().to(side.device) * u.scale, u.factors.a.float().to(side.device))
+        for role, u in here.items()
+    }
+    scales = {role: stored_factors(side.model, index, role, u) for role, u in here.items() if u.magnitude is not None}
+    return factors, scales
 
 
 def _divergences(

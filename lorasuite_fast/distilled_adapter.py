@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, by_module
 from .build import SELF, files_identity
 from .calibration import load_examples
+from .candidates import Candidate
 from .checkpoint import Checkpoint
 from .distillation import Distilled, Settings, distill
 from .errors import LoraSuiteError
@@ -58,6 +60,7 @@ def distil_adapter(
     memory: int | None = None,
     fill: tuple[str, float] = ("none", SHARE),
     text_given: bool = False,
+    others: Mapping[str, Candidate] | None = None,
     trust_remote_code: bool = False,
 ) -> DistilledAdapter:
     """Distils an adapter with a plan's options. The result is a plain LoRA, whatever kind the source is.
@@ -66,7 +69,7 @@ def distil_adapter(
         folder: of the work, which an interrupted run leaves. memory: bytes that may be resident; see `distill`.
         fill: as `fill_layers` has it, with the share, for the layers that are not fitted.
         text: "shipped", "self", or a .jsonl or .txt file. text_given: it is the caller's, who may pass a pipe; a plan,
-            which may come from anyone, may name a regular file alone.
+            which may come from anyone, may name a regular file alone. others: adapters to judge on the same held-out text.
 
     Raises:
         LoraSuiteError: text that cannot be used, models that share too little.
@@ -105,6 +108,7 @@ def distil_adapter(
             dtype=dtype,
             memory=memory,
             work=work,
+            others={name: candidate.updates for name, candidate in (others or {}).items()},
             trust_remote_code=trust_remote_code,
         )
     dtype = next(iter(source.updates.values())).factors.a.dtype

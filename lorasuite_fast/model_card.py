@@ -14,9 +14,11 @@ from ._version import __version__
 from .build import EXACT_R2
 from .errors import LoraSuiteError
 from .json_files import read_json
+from .kinship import plan_kinship
 
 if TYPE_CHECKING:
     from .adapter import Adapter
+    from .choice import Choice
     from .distillation import Distilled
     from .plan import TransferPlan
     from .result import LayerResult
@@ -122,7 +124,11 @@ model = PeftModel.from_pretrained(model, "path/to/this/adapter")
 
 
 def migration_section(
-    plan: TransferPlan, source: Adapter, layers: Sequence[LayerResult], distilled: Distilled | None
+    plan: TransferPlan,
+    source: Adapter,
+    layers: Sequence[LayerResult],
+    distilled: Distilled | None,
+    choice: Choice | None = None,
 ) -> str:
     """What a migration did: method and why, fit, agreement, and a table of layers."""
     facts, options = plan.facts, plan.options
@@ -137,6 +143,7 @@ def migration_section(
             f"{number(facts['r2'], 4)} old to new, {number(facts['r2_back'], 4)} new to old"
         ),
         "shared tokens": f"{facts['shared_tokens']:,}",
+        "relatives": plan_kinship(facts) or "–",
     }
     if distilled is not None:
         share, content = distilled.agreement["kl_share"], distilled.agreement["content_kl_share"]
@@ -146,6 +153,16 @@ def migration_section(
             "held-out positions": f"{distilled.held_positions:,} of {distilled.positions:,}",
             "gain": f"{distilled.gain:g}",
         }
+    if choice is not None:
+        rows["candidates, by what depends on the text in their agreement on held-out text"] = choice.table
+    if choice is not None and distilled is None:
+        judged = choice.agreement[choice.chosen]
+        rows |= {
+            "agreement with the old adapter on held-out text (1: the same change, 0: none)": _interval(
+                judged["kl_share"]
+            ),
+            "of which depends on the text": _interval(judged["content_kl_share"]),
+        }
     lines = ["", "| new layer | old layer | similarity | heads | explained | relative size of the update |"]
     lines.append("|---|---|---|---|---|---|")
     for layer in layers:
@@ -153,16 +170,25 @@ def migration_section(
         old = "–" if layer.old_layer is None else layer.old_layer
         figures = " | ".join(map(number, (layer.cka, layer.head_similarity, layer.explained)))
         lines.append(f"| {layer.new_layer} | {old} | {figures} | {sizes} |")
-    return section("Migration", _verdict(plan, distilled), rows) + "\n".join(lines) + "\n\n"
+    return section("Migration", _verdict(plan, distilled, choice), rows) + "\n".join(lines) + "\n\n"
 
 
-def _verdict(plan: TransferPlan, distilled: Distilled | None) -> str:
+def _verdict(plan: TransferPlan, distilled: Distilled | None, choice: Choice | None) -> str:
+    if distilled is None and choice is not None:
+        if choice.warning:
+            return f"**Warning:** {choice.warning}."
+        share = choice.agreement[choice.chosen]["kl_share"][0]
+        return f"Part of the adapter's effect arrived: {share:.0%} on held-out text."
     if distilled is not None:
         if distilled.warning:
             return f"**Warning:** {distilled.warning}."
         return f"Part of the adapter's effect arrived: {distilled.agreement['kl_share'][0]:.0%} on held-out text."
+    if plan.exact and plan.options["method"] == "copy":
+        return "The new model's weights are the old one's: the adapter is what it was."
     if plan.exact:
         return "A linear map carries one model onto the other: the adapter should arrive whole."
+    if plan.options["method"] == "copy":
+        return "The adapter was copied. What it still does was not measured: run `lorasuite-fast verify`."
     fits = plan.linear_fits
     if not fits or min(fits) >= EXACT_R2:
         return "What arrived was not measured: run `lorasuite-fast verify`."

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,11 +21,15 @@ from torch import Tensor
 from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, by_module, check_base, read_adapter
 from .build import AUTO, EXACT_R2, Inputs, Options, build
+from .candidates import Candidate, weight_candidates
 from .checkpoint import Checkpoint
+from .choice import Choice, choose
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
 from .fill import SHARE, fill_layers
+from .identical import identity_facts, identity_tensors, returned_files, same_tensors, same_weights, update_sizes
 from .json_files import parse_unique
+from .kinship import SAME, Kinship
 from .memory import Limits, parse_memory
 from .model_card import CARD, migration_section, model_card
 from .output import check_output, write_file, write_folder
@@ -41,6 +46,7 @@ from .work import Work, clean_up, work_folder
 
 if TYPE_CHECKING:
     from .distillation import Settings
+    from .distilled_adapter import DistilledAdapter
     from .samples import Data
 
 FORMAT = "lorasuite-fast plan"
@@ -128,9 +134,11 @@ class TransferPlan:
             layers: cka (the most similar ones), first, medium or last. heads: hungarian or identity. transfer:
                 embedding or identity.
             similarity: of layers: cka, mean-cca, squared-cca, pwcca or procrustes (`similarity.layer_similarity`).
-            method: lstsq (exact wherever the new model computes the old function), distill (fits the adapter's effect
-                on text, at `apply`), paper (Eq. 3 of LoRASuite) or auto: lstsq where it is exact (R² of at least 0.999,
-                of both transfer matrices on held-out tokens and of W_h on the layers' states), distill elsewhere.
+            method: copy (the adapter as it is, between layers of the same shapes), lstsq (exact wherever the new model
+                computes the old function), distill (fits the adapter's effect on text, at `apply`), paper (Eq. 3 of
+                LoRASuite) or auto: copy where the weights differ by at most 1 %, lstsq where it is exact (R² of at
+                least 0.999, of both transfer matrices on held-out tokens and of W_h on the layers' states), elsewhere
+                whichever of them agrees best with the old adapter on held-out text, at `apply`.
             roles: projections to plan for, of q, k, v, o, gate, up, down; the MLP costs several times the rest.
             device: auto, cpu or cuda. dtype: of the forward passes and the per-layer products; auto is float32.
             ridge: regularises the transfer matrix, as a share of the normal equations' mean diagonal.
@@ -145,20 +153,20 @@ class TransferPlan:
         Raises:
             LoraSuiteError: for input that cannot be used; the message names it and says what to do.
         """
-        options = Options(
+        options = make_options(
             calibration=calibration,
             examples=examples,
-            layers=_check_choice("layer mapping", layers, ("cka", "first", "medium", "last")),
-            similarity=_check_choice("similarity", similarity, MEASURES),
-            heads=_check_choice("head mapping", heads, ("hungarian", "identity")),
-            transfer=_check_choice("transfer", transfer, ("embedding", "identity")),
-            method=_check_choice("method", method, (AUTO, *METHODS)),
-            roles=tuple(_check_choice("role", role, ROLES) for role in roles),
-            device=pick_device(device),
-            dtype=pick_dtype(dtype),
+            layers=layers,
+            similarity=similarity,
+            heads=heads,
+            transfer=transfer,
+            method=method,
+            roles=roles,
+            device=device,
+            dtype=dtype,
             seed=seed,
             ridge=ridge,
-            memory=None if memory is None else parse_memory(memory),
+            memory=memory,
             mapped=mapped,
             trust_remote_code=trust_remote_code,
         )
@@ -169,7 +177,9 @@ class TransferPlan:
             records = ModelRecord.of(inputs.old), ModelRecord.of(inputs.new)
             step(2)
         built, unfinished = build(inputs, options, clock, ranks or Ranks(), None if work is None else Path(work))
-        found = {"examples": built.examples, "method": built.method, "roles": list(built.roles)}
+        found: dict[str, Any] = {"examples": built.examples, "method": built.method, "roles": list(built.roles)}
+        if built.candidates:
+            found["candidates"] = list(built.candidates)
         chosen = options.as_dict() | found
         plan = cls(*records, chosen, built.mapping, built.tensors, built.facts, clock.phases, built.limits)
         plan._work.append(unfinished)
@@ -454,14 +464,26 @@ class TransferPlan:
     ) -> Migration:
         from .distilled_adapter import distil_adapter
 
-        result = distil_adapter(self, models, source, text, settings, clock, **options)
+        others: dict[str, Candidate] = {}
+        left_out: dict[str, str] = {}
+        # A rank and a number of layers are distill's alone.
+        if "candidates" in self.options and (settings is None or settings.rank is settings.layers is None):
+            with clock.phase("candidates", len(self.layers)) as step:
+                others, left_out = weight_candidates(self, models, source, options["fill"], options["memory"], step)
+        result = distil_adapter(self, models, source, text, settings, clock, others=others, **options)
+        chosen, choice = _chosen(self, result, others, left_out)
         with clock.phase("write", 1), result.work:
-            steps = migration_section(self, source, result.layers, result.distilled)
+            distilled = None if chosen.options["method"] != "distill" else result.distilled
+            best = others.get(chosen.options["method"], result)
+            steps = migration_section(chosen, source, best.layers, distilled, choice)
             result.work.complete()
-            write_folder(target, result.files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
+            write_folder(target, best.files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
             result.work.discard()
+        unused = [] if distilled is not None else _unused(source, self)
         phases = [*self.phases, *clock.phases]
-        return Migration(self, source.where, str(target), result.layers, phases, [], distilled=result.distilled)
+        return Migration(
+            chosen, source.where, str(target), best.layers, phases, unused, distilled=distilled, choice=choice
+        )
 
     def apply_all(
         self,
@@ -519,6 +541,7 @@ class TransferPlan:
     ) -> tuple[dict[tuple[int, str], Update], list[LayerResult]]:
         """Updates by (new layer, module), and what came of each layer."""
         method = METHODS[self.options["method"]]
+        copied = method.name == "copy"
         W_h, S = self.tensors["W_h"], self.tensors["S"]
         updates: dict[tuple[int, str], Update] = {}
         magnitudes: dict[tuple[int, str], Tensor] = {}
@@ -539,7 +562,8 @@ class TransferPlan:
                 if source.dora:
                     from .magnitude import carry_factors, stored_factors
 
-                    magnitudes[j, role] = carry_factors(layer, role, stored_factors(models()[0], i, role, update))
+                    scaled = stored_factors(models()[0], i, role, update)
+                    magnitudes[j, role] = scaled if copied else carry_factors(layer, role, scaled)
                 size = abs(update.scale) * update_norm(carried)
                 norm = float(layer.tensors[f"{role}.norm"])
                 sizes[role] = size / norm if norm else 0.0
@@ -551,7 +575,7 @@ class TransferPlan:
         family, shape = FAMILIES[self.new.family], self.new.shape
         rank, alpha = int(source.config["r"]), float(source.config["lora_alpha"])
         merged = fill_layers(
-            by_module(updates, family, shape, dtype),
+            by_module(updates, family, shape, dtype, balance=not copied),
             family,
             shape,
             fill,
@@ -589,7 +613,10 @@ class TransferPlan:
 
     @property
     def exact(self) -> bool:
-        """Whether a linear map fits both ways so well that least squares carry an adapter as it is."""
+        """Whether an adapter arrives whole: the weights are the same, or a linear map fits both ways and least squares
+        carry it."""
+        if self.options["method"] == "copy" and self.facts.get("kinship", {}).get("kind") == SAME:
+            return True
         both = self.facts.get("r2") is not None and self.facts.get("r2_back") is not None
         return self.options["method"] == "lstsq" and both and min(self.linear_fits) >= EXACT_R2
 
@@ -669,6 +696,22 @@ class _Prefixed(dict[str, Tensor]):
         return self._tensors[f"{self._prefix}{name}"]
 
 
+def _chosen(
+    plan: TransferPlan, result: DistilledAdapter, others: dict[str, Candidate], left_out: dict[str, str]
+) -> tuple[TransferPlan, Choice | None]:
+    """The plan as the best candidate carried it out, and how that was chosen; None where there was no choice."""
+    if not others:
+        return plan, None
+    judged = result.distilled.others
+    broken = {name: "it gives NaN or infinity on the text" for name in others if name not in judged}
+    choice = choose(judged | {"distill": result.distilled.agreement}, left_out | broken)
+    reason = f"{plan.facts['method_reason']}; measured on held-out text: {choice.table}"
+    options = plan.options | {"method": choice.chosen}
+    if choice.chosen != "distill":
+        del options["candidates"]
+    return replace(plan, options=options, facts=plan.facts | {"method_reason": reason}), choice
+
+
 def _unused(source: Adapter, plan: TransferPlan) -> list[int]:
     """Old layers the adapter updates that no new layer continues."""
     return sorted({layer for layer, _ in source.updates} - set(plan.layers.values()))
@@ -678,6 +721,44 @@ def _check_choice(what: str, value: str, known: Iterable[str]) -> str:
     if value not in known:
         raise LoraSuiteError(f"{what} {value!r} is not one of {', '.join(known)}")
     return value
+
+
+def make_options(
+    *,
+    calibration: str | os.PathLike[str] | None = None,
+    examples: int = 64,
+    layers: str = "cka",
+    similarity: str = "cka",
+    heads: str = "hungarian",
+    transfer: str = "embedding",
+    method: str = AUTO,
+    roles: Iterable[str] = ROLES,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    ridge: float = 0.0,
+    memory: str | int | None = None,
+    mapped: bool = True,
+    trust_remote_code: bool = False,
+) -> Options:
+    """The checked options of `TransferPlan.build`, which says what they are. Raises LoraSuiteError for others."""
+    return Options(
+        calibration=calibration,
+        examples=examples,
+        layers=_check_choice("layer mapping", layers, ("cka", "first", "medium", "last")),
+        similarity=_check_choice("similarity", similarity, MEASURES),
+        heads=_check_choice("head mapping", heads, ("hungarian", "identity")),
+        transfer=_check_choice("transfer", transfer, ("embedding", "identity")),
+        method=_check_choice("method", method, (AUTO, *METHODS)),
+        roles=tuple(_check_choice("role", role, ROLES) for role in roles),
+        device=pick_device(device),
+        dtype=pick_dtype(dtype),
+        seed=seed,
+        ridge=ridge,
+        memory=None if memory is None else parse_memory(memory),
+        mapped=mapped,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -694,6 +775,51 @@ def pick_dtype(name: str) -> torch.dtype:
         return torch.float32
     _check_choice("dtype", name, ("auto", *_DTYPES))
     return _DTYPES[name]
+
+
+def give_back(
+    old: Checkpoint,
+    new: str | os.PathLike[str],
+    source: Adapter,
+    out: Path,
+    options: dict[str, Any],
+    *,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Migration | None:
+    """The adapter as it is, written to `out`, where NEW is OLD, a copy of it, or OLD in another dtype; else None.
+
+    Args:
+        options: of `TransferPlan.build`; a method or transfer matrix asked for is not passed over.
+    """
+    known = signature(make_options).parameters
+    chosen = make_options(**{key: value for key, value in options.items() if key in known} | {"roles": source.roles})
+    if chosen.method != AUTO or chosen.transfer != "embedding":
+        return None
+    successor, clock = Checkpoint(new, "new", mapped=chosen.mapped), PhaseClock(progress)
+    if not same_tensors(old, successor):
+        return None
+    with clock.phase("weights", 1) as step:
+        same = same_weights(old, successor)
+        step(1)
+    if not same:
+        return None
+    shape = successor.shape
+    facts = identity_facts(shape.V, shape.d) | {"kinship": Kinship(SAME, None).as_dict()}
+    facts["method_reason"] = "the new model's weights are the old one's, so that the adapter is given back as it is"
+    plan = TransferPlan(
+        ModelRecord.of(old),
+        ModelRecord.of(successor),
+        chosen.as_dict() | {"method": "copy", "examples": 0},
+        {layer: layer for layer in range(shape.L)},
+        identity_tensors(successor, source.roles),
+        facts,
+    )
+    results = update_sizes(source, successor)
+    steps = migration_section(plan, source, results, None)
+    files = returned_files(source, successor.name)
+    write_folder(out, files | {CARD: model_card(successor.name, steps)}, overwrite=overwrite)
+    return Migration(plan, source.where, str(out), results, clock.phases, [])
 
 
 def migrate(
@@ -757,6 +883,12 @@ def migrate(
     model = Checkpoint(old, "old")
     source = read_adapter(adapter, model.family, model.shape, model.name)
     check_base(source, model.fingerprint(), model.name)
+    if refine in (0, AUTO) and (settings is None or settings.rank is settings.layers is None):
+        given = give_back(model, new, source, path, options, overwrite=overwrite, progress=progress)
+        if given is not None:
+            given = given.with_seconds(time.perf_counter() - start)
+            write_report(given, report)
+            return given
     options.setdefault("work", work_folder(out))
     plan = TransferPlan.build(old, new, roles=source.roles, progress=progress, **options)
     if refine == "auto" and plan.exact:
@@ -786,7 +918,7 @@ def migrate(
         from .refinement import refine as run
 
         # Such a start is trained as it is.
-        keeps_dora = source.dora and plan.options["method"] != "distill"
+        keeps_dora = source.dora and result.plan.options["method"] != "distill"
         refined = run(
             old,
             adapter,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import LoraSuiteError
 from .families import ATTENTION, FAMILIES, MLP, ROLES, Family, Shape
+from .kinship import is_kinship
 from .projection import METHODS
 from .similarity import MEASURES
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS, _MOST_WIDTH = 10_000, 1 << 31
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
-_OPTIONAL = ("similarity", "layer_r2", "method_reason")
+_OPTIONAL = ("similarity", "layer_r2", "method_reason", "kinship")
 """What plans of earlier releases do not say."""
 _CHOICES: dict[str, tuple[str, ...]] = {
     "layers": ("cka", "first", "medium", "last"),
@@ -115,6 +116,11 @@ def _check_options(options: dict[str, Any], refuse: Any) -> None:
     all_known = isinstance(roles, list) and all(role in ROLES for role in roles)
     if not roles or not all_known or len(set(roles)) < len(roles):
         refuse(f"was built for the unknown roles {roles!r}")
+    candidates = options.get("candidates", ["distill"])
+    if not isinstance(candidates, list) or candidates != [name for name in METHODS if name in candidates]:
+        refuse(f"was built with the unknown candidates {candidates!r}")
+    if "candidates" in options and not (options["method"] == "distill" == candidates[-1]):
+        refuse(f"its candidates {candidates!r} are not those of its method {options['method']}")
     wrong = [name for name in ("seed", "examples", "max_tokens") if not _is_int(options.get(name))]
     wrong += [] if _is_finite(options.get("ridge")) else ["ridge"]
     wrong += [] if _is_text(options.get("calibration")) else ["calibration"]
@@ -132,6 +138,7 @@ def _check_facts(facts: dict[str, Any], refuse: Any) -> None:
             isinstance(value, dict) and all(_LAYER.fullmatch(j) and _is_finite(r2) for j, r2 in value.items())
         ),
         "method_reason": _is_text,
+        "kinship": is_kinship,
     }
     for name, right in kinds.items():
         if name not in facts and name in _OPTIONAL:
@@ -147,7 +154,7 @@ def _expected(plan: TransferPlan, families: tuple[Family, Family]) -> dict[str, 
     layer: dict[str, tuple[int, ...]] = {}
     roles = plan.options["roles"]
     lstsq = plan.options["method"] == "lstsq"
-    if plan.options["method"] != "distill" and set(roles) & set(ATTENTION):
+    if plan.options["method"] in ("lstsq", "paper") and set(roles) & set(ATTENTION):
         layer |= {"heads.similarity": (old.H, new.H), "heads.match": (new.H,)}
         layer |= {f"{role}.blocks": (new.H, old.h, new.h) for role in roles if role in ATTENTION}
     if lstsq and set(roles) & set(MLP):

@@ -306,6 +306,19 @@ class LeastSquares:
         return x[match.clamp_min(0)] * (scale * (match >= 0))[:, None]
 
 
+class Copy:
+    """Takes every update as it is, for models whose layers have the same shapes (`copying.check_copy`)."""
+
+    name = "copy"
+    needs_text = False
+
+    def build(self, pair: Pair, roles: tuple[str, ...]) -> dict[str, Tensor]:
+        return {}
+
+    def project(self, layer: PlannedLayer, role: str, update: Factors) -> Factors:
+        return update
+
+
 class Distill:
     """Carries nothing layer by layer: what an adapter does is fitted anew from text (`distillation.distill`)."""
 
@@ -319,7 +332,7 @@ class Distill:
         raise NotImplementedError("distill fits a whole adapter at once")
 
 
-METHODS: dict[str, Method] = {method.name: method for method in (LeastSquares(), Paper(), Distill())}
+METHODS: dict[str, Method] = {method.name: method for method in (Copy(), LeastSquares(), Paper(), Distill())}
 
 
 def whiten(m: Tensor, heads: int) -> Tensor:

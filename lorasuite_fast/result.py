@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .phases import Phase
 
 if TYPE_CHECKING:
+    from .choice import Choice
     from .distillation import Distilled
     from .finetuning import Finetuning
     from .plan import TransferPlan
@@ -53,6 +54,8 @@ class Migration:
     distilled: Distilled | None = None
     refined: Refinement | None = None
     finetuned: Finetuning | None = None
+    choice: Choice | None = None
+    """How `auto` chose among the candidates, where it measured them."""
 
     @property
     def warning(self) -> str | None:
@@ -61,7 +64,9 @@ class Migration:
             return self.finetuned.summary.rstrip(".") if self.finetuned.kept_start else None
         if self.refined is not None:
             return None if self.refined.agreement > 0 else self.refined.summary.rstrip(".")
-        return None if self.distilled is None else self.distilled.warning
+        if self.distilled is not None:
+            return self.distilled.warning
+        return None if self.choice is None else self.choice.warning
 
     def with_seconds(self, seconds: float) -> Migration:
         return replace(self, seconds=seconds)
@@ -86,6 +91,7 @@ class Migration:
             "unused_old_layers": self.unused_old_layers,
             "phases": [phase.as_dict() for phase in self.phases],
             "seconds": self.seconds,
+            "choice": None if self.choice is None else self.choice.as_dict(),
             "distillation": None if self.distilled is None else self.distilled.as_dict(),
             "refinement": None if self.refined is None else self.refined.as_dict(),
             "finetuning": None if self.finetuned is None else self.finetuned.as_dict(),

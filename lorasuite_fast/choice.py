@@ -1,0 +1,75 @@
+"""Which of several candidates is written: the one that agrees best with the old adapter on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+Figures = dict[str, tuple[float, float, float]]
+"""`Distilled.agreement`: each figure with its 95 % interval."""
+
+FIGURE = "content_kl_share"
+"""What candidates are compared by: what depends on the text in the share of the divergence that is taken away."""
+WHOLE = "kl_share"
+TIE = 0.005
+"""Candidates whose figures differ by less are equally good."""
+ORDER = ("copy", "lstsq", "paper", "distill")
+"""The simplest first."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The candidates of one adapter and what they were judged by.
+
+    Attributes:
+        agreement: candidate -> its figures on held-out text. left_out: candidate -> why it could not be judged.
+        chosen: the one that was written.
+    """
+
+    agreement: dict[str, Figures]
+    left_out: dict[str, str]
+    chosen: str
+
+    @property
+    def table(self) -> str:
+        """The candidates' figures in one line."""
+        figures = " · ".join(f"{name} {figures[FIGURE][0]:.2f}" for name, figures in self.agreement.items())
+        return f"{figures} → {self.chosen}"
+
+    @property
+    def warning(self) -> str | None:
+        """A sentence for the user where the chosen candidate cannot be trusted."""
+        figures = self.agreement[self.chosen]
+        if not figures[WHOLE][1] > 0:
+            return (
+                "on held-out text the migrated adapter agrees with the old one no better than no adapter at all; do "
+                "not use it without measuring"
+            )
+        if not figures[FIGURE][1] > 0:
+            return (
+                "on held-out text the migrated adapter only shifts the new model's predictions by a constant; what the "
+                "old adapter does depending on the text was not carried"
+            )
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for results and reports."""
+        return asdict(self) | {"table": self.table}
+
+
+def choose(agreement: Mapping[str, Figures], left_out: Mapping[str, str]) -> Choice:
+    """The candidate of the best content figure; of candidates that tie, the simplest.
+
+    A figure counts where its whole interval is above 0. Where no candidate's content does, the whole agreement decides;
+    where that does not either, it is distill, which scales its update to nothing rather than do harm.
+    """
+    judged = {name: agreement[name] for name in ORDER if name in agreement}
+    chosen = _best(judged, FIGURE) or _best(judged, WHOLE) or "distill"
+    return Choice(judged, dict(left_out), chosen)
+
+
+def _best(judged: Mapping[str, Figures], figure: str) -> str | None:
+    values = {name: figures[figure][0] for name, figures in judged.items() if figures[figure][1] > 0}
+    best = max(values.values(), default=0.0)
+    return next((name for name, value in values.items() if value >= best - TIE), None)
