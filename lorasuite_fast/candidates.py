@@ -94,7 +94,7 @@ def _candidate(
 ) -> Candidate:
     updates, layers = plan._project(source, lambda: models, *fill, lambda _: None)
     new = models[1]
-    files = adapter_files(updates, source, new.family.model_type, new.shape.L, new.name)
+    files = adapter_files(updates, source, new.family.model_type, new.shape, new.name)
     return Candidate(files, by_role(updates, new.family, new.shape), layers)
 
 

@@ -69,7 +69,7 @@ def distil_adapter(
         folder: of the work, which an interrupted run leaves. memory: bytes that may be resident; see `distill`.
         fill: as `fill_layers` has it, with the share, for the layers that are not fitted.
         text: "shipped", "self", or a .jsonl or .txt file. text_given: it is the caller's, who may pass a pipe; a plan,
-            which may come from anyone, may name a regular file alone. others: adapters to judge on the same held-out text.
+            which may come from anyone, may name a regular file alone. others: adapters to judge on the same text.
 
     Raises:
         LoraSuiteError: text that cannot be used, models that share too little.
