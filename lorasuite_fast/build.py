@@ -26,6 +26,7 @@ from .checkpoint import Checkpoint
 from .copying import check_copy
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, MLP
+from .head_fit import head_r2
 from .hidden_states import LayerStream, padded, pooled_layers
 from .kinship import WeightDistance, comparable, kinship, weight_distance
 from .loader import Layer, stream_layers
@@ -225,6 +226,10 @@ def _steps(
         layer_r2 = {j: _layer_r2(old.sample[i], new.sample[j], carried.W_h) for j, i in mapping.items()}
         step(1)
     method, reason = choose_method(options.method, carried.r2, carried.r2_back, min(layer_r2.values()))
+    head = head_r2(inputs.old, inputs.new, inputs.tokenizers, carried.W_h) if method == "lstsq" else None
+    if options.method == AUTO and head is not None and head < EXACT_R2:
+        method = "distill"
+        reason = f"the models are linear images of one another up to their heads, which are not (R² {head:.4f})"
     if weights is not None and weights.near and options.method == AUTO and options.transfer == "embedding":
         far = max(weights.distances.values())
         method, reason = "copy", f"the weights of the two models differ by at most {far:.2%} (a copy needs no more)"
@@ -247,6 +252,7 @@ def _steps(
         "embedding_factor": carried.factor,
         "r2": carried.r2,
         "r2_back": carried.r2_back,
+        "head_r2": head,
         "layer_r2": {str(j): r2 for j, r2 in layer_r2.items()},
         "method_reason": reason,
         "kinship": kinship(

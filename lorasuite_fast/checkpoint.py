@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import LoraSuiteError
 from .families import Family, Projection, Shape, family_of, shape_of
 from .json_files import read_json
+from .notices import notice
 from .pretrained import INDEX, SINGLE, check_weights_name, load_tokenizer
 from .tensor_files import TensorFiles
 
@@ -25,6 +26,8 @@ _SNAPSHOT_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", 
 _TEMPLATES = "additional_chat_templates"
 _READ_FILES = [*_SNAPSHOT_FILES, "*.md", _TEMPLATES]
 _HUB_REPO = re.compile(r"(models|datasets|spaces)--.+")
+_ROWS = 4096
+"""Of a table that are compared at once."""
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -126,6 +129,7 @@ class Checkpoint:
         self._check_config()
         check_weights_name(self.config, self.folder)
         self.tensors = TensorFiles(self._files(), mapped=mapped)
+        self._same_head: bool | None = None
         # Some files are of the transformer alone, and lack its prefix.
         whole = f"{self.family.prefix}{self.family.embedding}.weight" in self.tensors.entries
         bare = f"{self.family.embedding}.weight" in self.tensors.entries
@@ -234,6 +238,12 @@ class Checkpoint:
                     f"{found.file}: tensor {name} is {found.dtype} {list(found.shape)}, config.json makes it "
                     f"{list(shape)} of a floating dtype"
                 )
+        if not self.tied and not any(f"{head}.weight" in entries for head in self.family.head):
+            raise LoraSuiteError(
+                f"{self.folder}: tensor {self.family.head[0]}.weight is missing, and config.json does not tie the head "
+                "to the embedding, so that transformers would use a random one; set tie_word_embeddings to true if it "
+                "is tied, or fetch the model again"
+            )
         optional = set(heads)
         optional |= {f"{self.layer(i)}.{name}" for i in range(self.shape.L) for name in self.family.optional}
         for name in entries:
@@ -256,12 +266,35 @@ class Checkpoint:
         """What the names of a layer's tensors begin with, as they are stored."""
         return f"{self.prefix}{self.family.layers}.{i}"
 
+    @property
+    def tied(self) -> bool:
+        """Whether config.json, or its family's default, ties the head to the embedding."""
+        return bool(self.config.get("tie_word_embeddings", self.family.tied))
+
     def head(self, kind: str = "weight") -> str | None:
-        """Name of the head's stored weight or bias; None where it is tied to the embedding, or has none."""
-        if kind == "weight" and self.config.get("tie_word_embeddings", False):
-            return None
+        """Name of the head's stored weight or bias; None where it is tied to the embedding, or has none.
+
+        A stored weight that is not the embedding is the head even where config.json ties the two, as in transformers.
+        """
         names = (f"{head}.{kind}" for head in self.family.head)
-        return next((name for name in names if name in self.tensors.entries), None)
+        stored = next((name for name in names if name in self.tensors.entries), None)
+        return None if kind == "weight" and stored is not None and self.tied and self._is_embedding(stored) else stored
+
+    def _is_embedding(self, name: str) -> bool:
+        """Whether a stored table equals the embedding; where it does not, a notice says so."""
+        if self._same_head is None:
+            tables = [self.tensors.view(n) for n in (name, self.embedding_name)]
+            chunks = range(0, len(tables[0]), _ROWS)
+            self._same_head = all(
+                torch.equal(*(table[start : start + _ROWS].float() for table in tables)) for start in chunks
+            )
+            self.tensors.release([name, self.embedding_name])
+            if not self._same_head:
+                notice(
+                    f"{self.folder}: config.json ties the head to the embedding, but the files hold another ({name}), "
+                    "which is used, as in transformers"
+                )
+        return self._same_head
 
     def module(self, layer: int, role: str) -> str:
         """Full module path of a projection, as PEFT and transformers name it."""

@@ -44,7 +44,8 @@ class Family:
 
     Attributes:
         prefix: of the transformer's own modules in the causal language model.
-        head: names the head goes by, if it is not tied to the embedding.
+        head: names the head goes by, if it is not tied to the embedding. tied: whether it is, where config.json does
+            not say.
         fused: layout of the rows of a fused q, k, v weight: None, "blocks" (per head its q, k and v) or "stacked" (all
             of q, all of k, all of v; likewise gate and up).
         layer_norm: norms subtract the mean and have a bias (LayerNorm), instead of RMSNorm.
@@ -67,6 +68,7 @@ class Family:
     layers: str = "layers"
     final_norm: str = "norm"
     head: tuple[str, ...] = ("lm_head",)
+    tied: bool = False
     fused: str | None = None
     layer_norm: bool = False
     gain_offset: float = 0.0
@@ -172,7 +174,7 @@ def _fused_projections(attention: str, bias: str | bool) -> dict[str, Projection
 
 
 _HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
-_GEMMA: dict[str, Any] = {"gain_offset": 1.0, "scaled_embedding": True, "head_dim": 256}
+_GEMMA: dict[str, Any] = {"gain_offset": 1.0, "scaled_embedding": True, "head_dim": 256, "tied": True}
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -208,6 +210,7 @@ FAMILIES: dict[str, Family] = {
             embedding="word_embeddings",
             layers="h",
             final_norm="ln_f",
+            tied=True,
             fused="blocks",
             layer_norm=True,
             epsilon="layer_norm_epsilon",

@@ -622,9 +622,9 @@ class TransferPlan:
 
     @property
     def linear_fits(self) -> list[float]:
-        """R² of the linear maps between the models, as far as the plan holds them: both ways on held-out tokens, and
-        of every mapped layer's states."""
-        tables = [self.facts.get("r2"), self.facts.get("r2_back")]
+        """R² of the linear maps between the models, as far as the plan holds them: both ways on held-out tokens, of
+        the heads, and of every mapped layer's states."""
+        tables = [self.facts.get(name) for name in ("r2", "r2_back", "head_r2")]
         return [r2 for r2 in [*tables, *self.facts.get("layer_r2", {}).values()] if r2 is not None]
 
     def tensor_bytes(self) -> dict[str, int]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS, _MOST_WIDTH = 10_000, 1 << 31
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
-_OPTIONAL = ("similarity", "layer_r2", "method_reason", "kinship")
+_OPTIONAL = ("similarity", "layer_r2", "head_r2", "method_reason", "kinship")
 """What plans of earlier releases do not say."""
 _CHOICES: dict[str, tuple[str, ...]] = {
     "layers": ("cka", "first", "medium", "last"),
@@ -133,7 +133,7 @@ def _check_facts(facts: dict[str, Any], refuse: Any) -> None:
         "same_vocabulary": lambda value: isinstance(value, bool),
         **dict.fromkeys(("shared_tokens", "untrained_tokens", "rank"), lambda value: _is_int(value) and value >= 0),
         **dict.fromkeys(("rms_ratio", "embedding_factor"), lambda value: _is_finite(value) and value > 0),
-        **dict.fromkeys(("r2", "r2_back"), lambda value: value is None or _is_finite(value)),
+        **dict.fromkeys(("r2", "r2_back", "head_r2"), lambda value: value is None or _is_finite(value)),
         "layer_r2": lambda value: (
             isinstance(value, dict) and all(_LAYER.fullmatch(j) and _is_finite(r2) for j, r2 in value.items())
         ),
