@@ -49,7 +49,18 @@ _ENVIRONMENT = {
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_VERBOSITY": "error",
 }
-_SELECTION = ("-m", "not real and not gpu", "-k", "not interpreter", "-x", "-q", "-p", "no:cacheprovider", "-p", "no:unraisableexception")
+_SELECTION = (
+    "-m",
+    "not real and not gpu",
+    "-k",
+    "not interpreter",
+    "-x",
+    "-q",
+    "-p",
+    "no:cacheprovider",
+    "-p",
+    "no:unraisableexception",
+)
 _HYPOTHESIS = ("-p", "_hypothesis_pytestplugin", "--hypothesis-seed=0")
 
 
@@ -98,7 +109,7 @@ def import_once() -> None:
     import hypothesis  # noqa: F401
     import peft  # noqa: F401
     import pytest  # noqa: F401
-    import scipy.optimize  # noqa: F401
+    import scipy.optimize
     import scipy.sparse.csgraph  # noqa: F401
     import transformers.trainer  # noqa: F401
     import typer.testing  # noqa: F401
