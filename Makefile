@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 TOOLS := .venv-tools
 PROSE := $(VENV)/.prose
 
-.PHONY: demo test lint bench demo-pair quality reproduce docs dist sbom audit clean
+.PHONY: demo test lint mutate bench demo-pair quality reproduce docs dist sbom audit clean
 
 demo: $(READY)
 	$(BIN)/python bench/demo.py
@@ -18,6 +18,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Changes lines one at a time and looks whether a test notices; about half an hour, less where outcomes are kept.
+mutate: $(READY)
+	$(BIN)/python bench/mutate.py
 
 bench: $(READY)
 	$(BIN)/python bench/startup.py

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from kernel_paths import DTYPES, GPU, INTERPRETER, PATHS, TWIN, assert_no_worse, few, on, running
 from torch import Tensor
 
-from lorasuite_kernels import StreamingCKA, cka, gram, hsic
+from lorasuite_kernels import StreamingCKA, cka, full_gram, gram, hsic
 from lorasuite_kernels.configs import PACKED_TILE
 
 CASES = [pytest.param(TWIN, d) for d in [*DTYPES, torch.float64]] + [
@@ -190,6 +190,25 @@ def test_empty_and_single_dimensions_are_defined(path: str) -> None:
         assert not cka(*on(path, same, x[:, :4])).any()
 
 
+@pytest.mark.parametrize("m", [300, 700])
+def test_triangles_of_many_tiles_unpack_to_the_whole_matrix_and_give_its_hsic(m: int) -> None:
+    """Three rows of tiles, and more tiles than are read at a time."""
+    x, y = stack(2, m, 3, 5, torch.float64), stack(1, m, 4, 6, torch.float64)
+    packed = gram(x), gram(y)
+    centred = x - x.mean(1, keepdim=True)
+    torch.testing.assert_close(full_gram(packed[0]), centred @ centred.mT)
+    torch.testing.assert_close(hsic(*packed), plain_hsic(x, y))
+
+
+def test_streamed_grams_give_the_cka_of_streamed_layers() -> None:
+    batches = [(stack(2, 20, 9, s, torch.float32), stack(3, 20, 13, s + 9, torch.float32)) for s in range(2)]
+    stream = StreamingCKA(2, 3)
+    with running(TWIN):
+        for x, y in batches:
+            stream.update_grams(gram(x), gram(y))
+    torch.testing.assert_close(stream.compute().double(), oracle.cka(batches), rtol=0, atol=1e-5)
+
+
 def test_wrong_shapes_are_named() -> None:
     x = torch.randn(2, 5, 3)
     with pytest.raises(ValueError, match=r"at least 4 examples; got m = 3"):
@@ -202,6 +221,8 @@ def test_wrong_shapes_are_named() -> None:
         gram(x.long())
     with pytest.raises(ValueError, match=r"same examples"):
         hsic(gram(x), gram(x[:, :4]))
+    with pytest.raises(ValueError, match=r"at least 4 examples; got m = 3"):
+        hsic(gram(x[:, :3]), gram(x[:, :3]))
     with pytest.raises(ValueError, match=r"expected 1 and 2 layers"):
         StreamingCKA(1, 2).update(x, x)
     with pytest.raises(ValueError, match=r"cannot merge"):

@@ -163,6 +163,21 @@ def test_empty_dimensions_are_defined(path: str) -> None:
         assert not head_similarity(*zero, *nothing, heads=(1, 1), kv_heads=(1, 1)).any()
 
 
+def test_heads_wider_than_the_model_are_compared_without_cancellation() -> None:
+    """q and k of a head are nearly orthogonal: what is left of their products is far below the products themselves."""
+    generator = torch.Generator().manual_seed(0)
+    sides = []
+    for _ in range(2):
+        q = torch.randn(1, 64, generator=generator).double()
+        k = torch.randn(1, 64, generator=generator).double()
+        k = k - q * (q @ k.T) / (q @ q.T) + 1e-5 * q
+        v, o = 1e-6 * torch.randn(64, 1, generator=generator), 1e-6 * torch.randn(1, 64, generator=generator)
+        sides.append([q.T.float(), k.T.float(), v, o])
+    shape = {"heads": (1, 1), "kv_heads": (1, 1)}
+    exact = oracle.head_similarity(*sides, (1, 1), (1, 1))
+    torch.testing.assert_close(head_similarity(*sides[0], *sides[1], **shape).double(), exact, rtol=0, atol=1e-4)
+
+
 def test_wrong_shapes_are_named() -> None:
     old = attention(2, 1, 4, 8, 0, torch.float32)
     shape = {"heads": (2, 2), "kv_heads": (2, 2)}
@@ -181,6 +196,8 @@ def test_wrong_shapes_are_named() -> None:
         project_heads(left, right, x[:5], match, weight, **projection)
     with pytest.raises(ValueError, match=r"one entry per query head"):
         project_heads(left, right, x, match, weight[:1], **projection)
+    with pytest.raises(ValueError, match=r"match must be integer and old_share at least 1; got torch.float32 and 1"):
+        project_heads(left, right, x, match.float(), weight, **projection)
 
 
 @pytest.mark.parametrize("path", PATHS)

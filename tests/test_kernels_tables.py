@@ -57,7 +57,7 @@ def test_shared_gram_takes_any_strides_and_skips_what_was_not_asked(path: str) -
 
 @pytest.mark.parametrize("path", PATHS)
 def test_shared_gram_refuses_an_index_past_the_table(path: str) -> None:
-    with running(path), pytest.raises(IndexError):
+    with running(path), pytest.raises(IndexError, match=r"indices must be in 0 … 4; got 5 … 5"):
         shared_gram(*on(path, random(0, 5, 3), random(1, 5, 3), torch.tensor([5]), torch.tensor([0])))
     with running(path), pytest.raises(IndexError, match=r"indices must be in 0 … 4; got -1 … -1"):
         shared_gram(*on(path, random(0, 5, 3), random(1, 5, 3), torch.tensor([0]), torch.tensor([-1])))
@@ -120,6 +120,17 @@ def test_neuron_candidates_are_the_best_cosines(
     assert result.similarity.shape == result.indices.shape == (f_r, k)
     torch.testing.assert_close(result.similarity.double(), exact.topk(k).values, rtol=0, atol=1e-5)
     torch.testing.assert_close(result.similarity.double(), exact.gather(1, result.indices), rtol=0, atol=1e-5)
+
+
+def test_neurons_are_compared_a_part_of_the_rows_at_a_time_to_the_same_candidates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weights = [random(seed, 9, 4) for seed in range(6)]
+    whole = neuron_candidates(*weights, k=3)
+    monkeypatch.setattr("lorasuite_kernels.neurons._CHUNK_ELEMENTS", 20)
+    parts = neuron_candidates(*weights, k=3)
+    assert torch.equal(parts.indices, whole.indices)
+    torch.testing.assert_close(parts.similarity, whole.similarity)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

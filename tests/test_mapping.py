@@ -64,3 +64,18 @@ def test_a_neuron_similar_to_none_stays_alone_on_either_side() -> None:
     few, many = plain([1.0, 0.0], [0.0, 1.0]), plain([0.0, 1.0], [-1.0, 0.0], [0.0, -1.0])
     assert match_neurons(few, many).tolist() == [1, -1, -1]
     assert match_neurons(many, few).tolist() == [-1, 0]
+
+
+def test_two_fair_pairs_are_preferred_to_one_good_one_beside_a_neuron_alone() -> None:
+    """0.6 + 0.6 is more than 1.0 + 0: a poor partner is worth its cosine."""
+    old, new = plain([1.0, 0.0], [0.8, 0.6]), plain([0.8, 0.6], [0.0, -1.0], [-0.6, 0.8])
+    cosines = old[1] @ new[1].T
+    best = max(
+        itertools.permutations([*range(3), None, None], 2),
+        key=lambda picked: sum(max(0.0, float(cosines[i, j])) for i, j in enumerate(picked) if j is not None),
+    )
+    found = match_neurons(old, new).tolist()
+    total = sum(float(cosines[i, j]) for j, i in enumerate(found) if i >= 0)
+    assert total == pytest.approx(sum(float(cosines[i, j]) for i, j in enumerate(best) if j is not None))
+    weak = plain([0.1, 0.995])
+    assert match_neurons(plain([1.0, 0.0]), weak).tolist() == [0]

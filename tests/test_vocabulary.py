@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from lorasuite_fast.transfer import Stream, fit_transfer
 from lorasuite_fast.vocabulary import (
     SharedTokens,
     _prefix,
+    check_ids,
     common_ids,
     drop_untrained,
     shared_tokens,
@@ -86,6 +89,77 @@ def test_added_text_tokens_are_taken_literally() -> None:
     tokenizer = byte_level(["a", "b"])
     tokenizer.add_tokens([AddedToken("ÿé x", normalized=False)])
     assert token_bytes(tokenizer)["ÿé x".encode()] == 2
+
+
+def test_an_added_token_of_the_byte_alphabet_is_text_and_no_bytes() -> None:
+    """Ġ is a space in the vocabulary of byte-level BPE, and a letter in a token somebody added."""
+    tokenizer = byte_level(["a", "b"])
+    tokenizer.add_tokens([AddedToken("Ġé", normalized=False)])
+    assert token_bytes(tokenizer)["Ġé".encode()] == 2
+
+
+def test_a_special_token_without_a_role_is_no_text() -> None:
+    special = byte_level(["a"])
+    special.add_tokens([AddedToken("<tool>", special=True)], special_tokens=True)
+    text = byte_level(["<tool>", "a"])
+    assert token_bytes(special)["special", "<tool>"] == 1
+    assert shared_tokens(special, text).old.tolist() == [0]
+    assert shared_tokens(special, special).old.tolist() == [0, 1]
+
+
+def test_of_two_tokens_for_the_same_bytes_the_lower_id_counts() -> None:
+    tokenizer = metaspace(["x", "▁a"])
+    tokenizer.add_tokens([AddedToken(" a", normalized=False)])
+    assert token_bytes(tokenizer)[b" a"] == 1
+
+
+def test_two_tokens_of_one_id_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_level(["a", "b"])
+    monkeypatch.setattr(type(tokenizer), "get_vocab", lambda _: {"a": 0, "b": 0})
+    with pytest.raises(LoraSuiteError, match="gives the id 0 to two tokens, 'a' and 'b'"):
+        token_bytes(tokenizer)
+
+
+def pieces_of(token: str, new: list[str]) -> list[str]:
+    """How a token that only the old vocabulary has is cut for both."""
+    old = byte_level(["a", "b", "c", "d", "ab", "cd", "x"])
+    old.add_tokens([AddedToken(token, normalized=False)])
+    rows_old, rows_new = common_ids(old, byte_level(new), [token], 10)
+    found = [old.convert_ids_to_tokens(row) for row in rows_old]
+    assert [[new[i] for i in row] for row in rows_new] == found
+    return found[0]
+
+
+def test_a_token_the_new_vocabulary_lacks_is_cut_into_the_longest_pieces_both_have() -> None:
+    assert pieces_of("abcd", ["a", "b", "c", "d", "ab", "cd"]) == ["ab", "cd"]
+    assert pieces_of("xabx", ["a", "b", "ab"]) == ["ab"]
+
+
+def test_each_model_gets_the_special_tokens_of_its_own_tokenizer_in_front() -> None:
+    plain, prefixed = tiny_tokenizer(400, "bytelevel", 1), tiny_tokenizer(400, "sentencepiece", 1)
+    for old, new in ((plain, prefixed), (prefixed, plain)):
+        for tokenizer, rows in zip((old, new), common_ids(old, new, ["some text"], 4), strict=True):
+            assert (rows[0][0] == tokenizer.bos_token_id) == (tokenizer is prefixed)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", {"model": {"vocab": {"a": 0, "b": 0}}}, "has 0 twice, for 'a' and 'b'"),
+        ("tokenizer.json", {"model": {"vocab": {"a": (1 << 24) + 1}}}, "has the id 16777217, beyond"),
+        ("tokenizer.json", {"model": {"vocab": {}}, "added_tokens": [{"id": 1 << 25}]}, "has the id 33554432"),
+        ("vocab.json", {"a": 3, "b": 3}, "has 3 twice"),
+        ("added_tokens.json", {"a": 3, "b": 3}, "has 3 twice"),
+    ],
+)
+def test_files_that_give_two_tokens_one_id_or_one_beyond_any_vocabulary_are_refused(
+    name: str, content: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(LoraSuiteError, match=said):
+        check_ids(tmp_path)
+    (tmp_path / name).write_text(json.dumps({"model": {"vocab": {"a": 1 << 24, "b": 0}}, "later": 1}))
+    check_ids(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["bytelevel", "sentencepiece"])
