@@ -56,6 +56,7 @@ PLANS: dict[str, Callable[[Path], tuple[str, ...]]] = {
 """Plans to apply."""
 State = dict[str, bytes] | None
 OK, REFUSED, ABORTED, INTERRUPTED = 0, 2, 127, 130
+WEIGHTS = "adapter_model.safetensors"
 MEMORY = "out of memory"
 ROUNDING = 1e-5
 """Of a tensor's largest element: what an output of a run short of memory may differ by."""
@@ -262,10 +263,11 @@ class Laboratory:
         return end_of(start(arguments, self.log, inject), self.log)
 
     def older(self, job: Job) -> State:
-        """An output of an earlier run with other contents."""
+        """An output of an earlier run with other tensors."""
         whole = self.whole[job.name]
         assert whole is not None
-        return {name: data[: len(data) // 2] for name, data in whole.items()}
+        halved = {name: data[: len(data) // 2] for name, data in whole.items() if name in ("", WEIGHTS)}
+        return whole | halved
 
     def trial(
         self,

@@ -570,7 +570,8 @@ def plan(
 
         if ranks.first:
             clean_up(out)
-        check_output(out, overwrite=overwrite)
+        given = {"OLD": old, "NEW": new, "--calibration": calibration}
+        check_output(out, overwrite=overwrite, kind="plan", inputs=given)
         named = {"all": ROLES, "attention": ATTENTION, "mlp": MLP}
         built = TransferPlan.build(
             old,

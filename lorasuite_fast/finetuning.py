@@ -399,9 +399,10 @@ def finetune(
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     begin = time.perf_counter()
-    check_report(report)
+    inputs = {"MODEL": model, "ADAPTER": adapter, "DATA": data, "--validation": validation, "--retain": retain}
+    check_report(report, out, inputs)
     clean_up(out, finetuning_folder(out), TRAINING)
-    path = check_output(out, overwrite=overwrite)
+    path = check_output(out, overwrite=overwrite, inputs=inputs)
     _check(epochs, steps, batch, micro_batch, learning_rate, max_tokens, rank, alpha, dropout, roles, save_every)
     check_retain_weight(retain_weight)
     if adapter is not None and (rank, alpha, dropout, roles) != (None,) * 4:
@@ -414,8 +415,6 @@ def finetune(
     clock = PhaseClock(progress, run_device)
     checkpoint = Checkpoint(model, "model")
     start = None if adapter is None else resolve_folder(adapter, what="ADAPTER")
-    if start is not None and start.resolve() == path.resolve():
-        raise LoraSuiteError(f"OUT {out}: is ADAPTER itself, which is never written to; choose another path")
     with clock.phase("read data", 1):
         tokenizer = load_tokenizer(model, "MODEL", trust_remote_code=trust_remote_code)
         wording: dict[str, Any] = {"template": template, "max_tokens": max_tokens, "completion_only": completion_only}
@@ -811,7 +810,9 @@ def migrate_and_finetune(
     for text in (data, tuning.get("validation"), tuning.get("retain")):
         refuse_pipe(text)
     clean_up(out, finetuning_folder(out), TRAINING)
-    check_output(out, overwrite=overwrite)
+    given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "--finetune": data, "--retain": tuning.get("retain")}
+    further = {"--calibration": options.get("calibration"), "--refine-text": options.get("refine_text")}
+    check_output(out, overwrite=overwrite, inputs=given | further | {"--validation": tuning.get("validation")})
     _check(**{name: tuning.get(name, default) for name, default in _CHECKED.items()})
     check_retain_weight(tuning.get("retain_weight", RETAIN_WEIGHT))
     remote = options.get("trust_remote_code", False)

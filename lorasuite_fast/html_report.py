@@ -14,6 +14,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .artifacts import REPORT_MARK
 from .build import EXACT_R2
 from .finetuning import Finetuning
 from .inspection import inspect_plan
@@ -21,7 +22,6 @@ from .model_card import shown
 from .phases import Phase
 from .plan import TransferPlan
 from .refinement import Refinement
-from .report_file import GENERATOR
 from .result import Migration
 from .spectra import Spectra, migration_spectra
 from .verification import Interval, Verification
@@ -51,7 +51,7 @@ def report_html(subject: Subject) -> str:
     title, parts = _parts(subject)
     links = "".join(f'<li><a href="#{_anchor(p.title)}">{escape(p.title)}</a></li>' for p in parts)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}\n'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{REPORT_MARK}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>{_STYLE}{_PAGE_STYLE}</style></head>\n"

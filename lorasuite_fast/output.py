@@ -20,10 +20,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .artifacts import Given, Kind, check_replaceable, exists, may_go
 from .errors import LoraSuiteError, WriteError
 
 _SUFFIX = ".tmp"
-_NEW, _PREVIOUS = "new", "previous"
+_NEW, _PREVIOUS, _WORK = "new", "previous", "work"
 _AT_FDCWD = -100
 _NOREPLACE, _EXCHANGE = 1, 2
 """Flags of Linux's renameat2."""
@@ -32,27 +33,29 @@ _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def check_output(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
+def check_output(
+    out: str | os.PathLike[str], *, overwrite: bool, kind: Kind = "folder", inputs: Given | None = None
+) -> Path:
     """The output path, refused now rather than after the work if it exists or cannot be written.
 
     Temporary files that killed processes left beside it are removed first.
 
+    Args:
+        overwrite: replace what is there, as far as this program or PEFT wrote it (`artifacts`). kind: of output.
+        inputs: what the run reads, by the name a message gives it; never replaced.
+
     Raises:
-        LoraSuiteError: OUT exists and `overwrite` is off; its parent is missing or not writable.
+        LoraSuiteError: OUT exists and `overwrite` is off, or holds what is not ours; its parent is missing or not
+            writable.
     """
     path = Path(out).expanduser().absolute()
     sweep(path)
-    if (path.exists() or path.is_symlink()) and not overwrite:
-        raise _exists(path)
+    check_replaceable(path, kind, overwrite=overwrite, inputs=inputs)
     if not path.parent.is_dir():
         raise LoraSuiteError(f"OUT {out}: its parent folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise LoraSuiteError(f"OUT {out}: its parent folder {path.parent} is not writable")
     return path
-
-
-def _exists(path: Path) -> LoraSuiteError:
-    return LoraSuiteError(f"OUT {path}: exists already; choose another path or pass --overwrite")
 
 
 def _sync(path: Path) -> None:
@@ -101,7 +104,9 @@ def sweep(path: Path) -> None:
             if folder.is_symlink() or (handle := _locked(folder)) is None:
                 continue
             try:
-                _abandon(folder, path)
+                # A folder that only looks like one of these holds something else.
+                if {entry.name for entry in folder.iterdir()} <= {_NEW, _PREVIOUS, _WORK}:
+                    _abandon(folder, path)
             finally:
                 os.close(handle)
 
@@ -142,8 +147,10 @@ def _renameat2(source: Path, target: Path, flag: int) -> bool:
     raise OSError(code, os.strerror(code), str(target))
 
 
-def _place(new: Path, path: Path, *, overwrite: bool) -> None:
+def _place(new: Path, path: Path, kind: Kind, *, overwrite: bool) -> None:
     """Gives the new output its name; at no moment is there neither it nor, complete, the one it replaces.
+
+    What was replaced is looked at once more before it goes: another process may have put something else there.
 
     On file systems that cannot exchange names there are two renames; what ends the process, or fails, between them
     leaves the old one set aside, and `_abandon` puts it back.
@@ -153,29 +160,34 @@ def _place(new: Path, path: Path, *, overwrite: bool) -> None:
             return
     except FileExistsError:
         pass
-    if (path.exists() or path.is_symlink()) and not overwrite:
-        raise _exists(path)
+    check_replaceable(path, kind, overwrite=overwrite)
     try:
         if _renameat2(new, path, _EXCHANGE):
+            if not may_go(new, kind, overwrite=overwrite):
+                _renameat2(new, path, _EXCHANGE)
+                raise exists(path)
             return
     except FileNotFoundError:
         pass
-    if new.is_file() and not path.is_dir():
+    if kind != "folder":
         new.replace(path)
-    elif not (path.exists() or path.is_symlink()):
+    elif not os.path.lexists(path):
         new.rename(path)
     else:
-        path.rename(new.with_name(_PREVIOUS))
+        previous = new.with_name(_PREVIOUS)
+        path.rename(previous)
+        if not may_go(previous, kind, overwrite=overwrite):
+            raise exists(path)
         new.rename(path)
 
 
-def _write(path: Path, write: Callable[[Path], object], *, overwrite: bool) -> None:
+def _write(path: Path, write: Callable[[Path], object], kind: Kind, *, overwrite: bool) -> None:
     try:
         with beside(path) as folder:
             new = folder / _NEW
             write(new)
             _sync(new)
-            _place(new, path, overwrite=overwrite)
+            _place(new, path, kind, overwrite=overwrite)
             with suppress(OSError):
                 _sync(path.parent)
     except (OSError, SafetensorError) as error:
@@ -196,7 +208,7 @@ def writing(folder: Path) -> Iterator[None]:
         raise WriteError(f"{folder}: cannot be written ({getattr(error, 'strerror', None) or error})") from None
 
 
-def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool) -> None:
+def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool, kind: Kind = "plan") -> None:
     """Has `write` write a file to a temporary sibling, which then takes its place.
 
     Raises:
@@ -204,12 +216,11 @@ def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool) 
     """
 
     def make(new: Path) -> None:
-        if path.is_dir():
-            raise LoraSuiteError(f"OUT {path}: is a folder; this output is one file")
+        check_replaceable(path, kind, overwrite=overwrite)
         write(new)
         new.chmod(0o644)
 
-    _write(path, make, overwrite=overwrite)
+    _write(path, make, kind, overwrite=overwrite)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes | Callable[[Path], object]], *, overwrite: bool) -> None:
@@ -232,4 +243,4 @@ def write_folder(path: Path, files: Mapping[str, bytes | Callable[[Path], object
             _sync(new / name)
         new.chmod(0o755)
 
-    _write(path, make, overwrite=overwrite)
+    _write(path, make, "folder", overwrite=overwrite)

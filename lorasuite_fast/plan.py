@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, by_module, check_base, read_adapter
+from .artifacts import PLAN_FORMAT, Given
 from .build import AUTO, EXACT_R2, Inputs, Options, build
 from .candidates import Candidate, weight_candidates
 from .checkpoint import Checkpoint
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
     from .distilled_adapter import DistilledAdapter
     from .samples import Data
 
-FORMAT = "lorasuite-fast plan"
 FORMAT_VERSION = 2
 _DISTILLATION = "distill"
 """Sub-folder of the work in which a distillation lies."""
@@ -170,7 +170,7 @@ class TransferPlan:
             mapped=mapped,
             trust_remote_code=trust_remote_code,
         )
-        check_report(report)
+        check_report(report, inputs={"OLD": old, "NEW": new, "--calibration": calibration})
         clock = PhaseClock(progress, options.device)
         with clock.phase("open", 2) as step:
             inputs = Inputs.open(old, new, options)
@@ -201,9 +201,20 @@ class TransferPlan:
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Writes the plan as one safetensors file. Raises LoraSuiteError if the file exists and overwrite is off."""
-        target = check_output(path, overwrite=overwrite)
+        target = check_output(path, overwrite=overwrite, kind="plan", inputs=self._inputs())
         self._check_finite()
         write_file(target, self._write, overwrite=overwrite)
+
+    def _inputs(self, **given: object) -> dict[str, object]:
+        """What an output made from this plan must not replace, `given` before what the plan remembers."""
+        known: dict[str, object] = {
+            "OLD": self.old.name,
+            "NEW": self.new.name,
+            "the plan's text": self.options.get("calibration"),
+        }
+        if isinstance(self.tensors, _LazyTensors):
+            known["PLAN"] = self.tensors.path
+        return known | {name: value for name, value in given.items() if value is not None}
 
     def _check_finite(self) -> None:
         for name, tensor in self.tensors.items():
@@ -212,7 +223,7 @@ class TransferPlan:
 
     def _write(self, file: Path) -> None:
         header = {
-            "format": FORMAT,
+            "format": PLAN_FORMAT,
             "version": FORMAT_VERSION,
             "made_by": __version__,
             "old": asdict(self.old),
@@ -302,7 +313,7 @@ class TransferPlan:
         try:
             lazy = _LazyTensors(file)
             header = parse_unique((lazy.file.metadata() or {})["plan"])
-            if header["format"] != FORMAT:
+            if header["format"] != PLAN_FORMAT:
                 raise KeyError
         except (SafetensorError, KeyError, TypeError, ValueError, OSError):
             raise LoraSuiteError(f"PLAN {path}: is not a plan file, or is damaged; build it again") from None
@@ -383,8 +394,9 @@ class TransferPlan:
             models()
         budget = None if memory is None else parse_memory(memory)
         return self._apply(
-            adapter, out, models, text, settings, fill, fill_share, budget, trust_remote_code, overwrite, progress
-        )
+            adapter, out, models, text, settings, fill, fill_share, budget, trust_remote_code, overwrite, progress,
+            self._inputs(OLD=old, NEW=new),
+        )  # fmt: skip
 
     def _apply(
         self,
@@ -399,6 +411,7 @@ class TransferPlan:
         trust_remote_code: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
+        inputs: Given | None = None,
     ) -> Migration:
         """`apply`, with the models where they are opened once for several adapters."""
         distilled = self.options["method"] == "distill"
@@ -407,7 +420,8 @@ class TransferPlan:
         with suppress(OSError):
             # Of a process that was killed as it removed its work; what holds anything stays.
             place.rmdir()
-        target = check_output(out, overwrite=overwrite)
+        given = {"ADAPTER": adapter, "--text": text}
+        target = check_output(out, overwrite=overwrite, inputs={**(inputs or {}), **given})
         clock = PhaseClock(progress, torch.device(self.options["device"]) if distilled else None)
         source = read_adapter(adapter, FAMILIES[self.old.family], self.old.shape, self.old.name)
         check_base(source, self.old.fingerprint, self.old.name)
@@ -516,6 +530,7 @@ class TransferPlan:
         if len(adapters) > 1:
             refuse_pipe(options.get("text"))
         options |= {"models": models, "memory": None if memory is None else parse_memory(memory)}
+        options["inputs"] = self._inputs(OLD=old, NEW=new) | {f"ADAPTER {n}": a for n, a in enumerate(adapters, 1)}
         target = Path(folder).expanduser()
         names = [Path(adapter).expanduser().resolve().name for adapter in adapters]
         for name in names:
@@ -859,7 +874,9 @@ def migrate(
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
-    check_report(report)
+    given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "--calibration": options.get("calibration")}
+    inputs = given | {"--refine-text": refine_text, "--finetune": finetune}
+    check_report(report, out, inputs)
     if finetune is not None:
         from .finetuning import migrate_and_finetune
 
@@ -879,7 +896,7 @@ def migrate(
         from .refinement import TRAINING, refinement_folder
 
         clean_up(out, refinement_folder(out), TRAINING)
-    path = check_output(out, overwrite=overwrite)
+    path = check_output(out, overwrite=overwrite, inputs=inputs)
     model = Checkpoint(old, "old")
     source = read_adapter(adapter, model.family, model.shape, model.name)
     check_base(source, model.fingerprint(), model.name)

@@ -35,7 +35,7 @@ def save_folder(
     create_pr: bool = False,
 ) -> str | None:
     """`TransferPlan.save_pretrained`; `repo_id` None does not upload."""
-    target = check_output(folder, overwrite=overwrite)
+    target = check_output(folder, overwrite=overwrite, inputs=plan._inputs())
     named = _named(plan, names)
     if repo_id is not None:
         named = _publishable(named)

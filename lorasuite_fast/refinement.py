@@ -508,9 +508,11 @@ def refine(
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     begin = time.perf_counter()
-    check_report(report)
+    inputs: dict[str, object] = {"OLD": old, "OLD_ADAPTER": old_adapter, "NEW": new, "ADAPTER": adapter, "--text": text}
+    inputs |= {"--retain": retain, "--cache": cache}
+    check_report(report, out, inputs)
     clean_up(out, refinement_folder(out), TRAINING)
-    path = check_output(out, overwrite=overwrite)
+    path = check_output(out, overwrite=overwrite, inputs=inputs)
     check_retain_weight(retain_weight)
     if not 0 <= imitation <= 1:
         raise LoraSuiteError(f"imitation is {imitation}; it must be from 0 to 1")

@@ -6,32 +6,30 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .artifacts import Given
 from .errors import LoraSuiteError
 from .output import check_output, write_file
 
 if TYPE_CHECKING:
     from .html_report import Subject
 
-GENERATOR = '<meta name="generator" content="lorasuite-fast">'
-"""What tells a report from any other file."""
 
+def check_report(
+    path: str | os.PathLike[str] | None, out: str | os.PathLike[str] | None = None, inputs: Given | None = None
+) -> Path | None:
+    """The report's path, refused before any work if it cannot be written, or is there already and no report.
 
-def check_report(path: str | os.PathLike[str] | None) -> Path | None:
-    """The report's path, refused before any work if it cannot be written, or is there already and no report."""
+    Args:
+        out: the run's other output, which is not to be the same path. inputs: as `output.check_output` has them.
+    """
     if path is None:
         return None
     try:
-        target = check_output(path, overwrite=True)
+        target = check_output(path, overwrite=True, kind="report", inputs=inputs)
     except LoraSuiteError as error:
         raise LoraSuiteError(str(error).replace("OUT ", "--report ", 1)) from None
-    if target.is_dir():
-        raise LoraSuiteError(f"--report {path}: is a folder; name an HTML file in it")
-    if target.exists():
-        with target.open("rb") as file:
-            if GENERATOR.encode() not in file.read(2000):
-                raise LoraSuiteError(
-                    f"--report {path}: exists already and is no report of lorasuite-fast; choose another path"
-                )
+    if out is not None and target == Path(out).expanduser().absolute():
+        raise LoraSuiteError(f"--report {path}: is OUT as well; choose another path")
     return target
 
 
@@ -47,4 +45,4 @@ def write_report(subject: Subject, path: str | os.PathLike[str] | None) -> None:
     from .html_report import report_html
 
     html = report_html(subject)
-    write_file(target, lambda file: file.write_text(html, encoding="utf-8"), overwrite=True)
+    write_file(target, lambda file: file.write_text(html, encoding="utf-8"), overwrite=True, kind="report")

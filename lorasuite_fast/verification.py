@@ -296,7 +296,8 @@ def verify(
         LoraSuiteError: for input that cannot be used, or where the two models share no tokens or positions.
     """
     start = time.perf_counter()
-    check_report(report)
+    given = {"OLD": old, "OLD_ADAPTER": old_adapter, "NEW": new, "NEW_ADAPTER": new_adapter}
+    check_report(report, inputs=given | {"--text": text, "--labelled": labelled})
     if (old_adapter is None) != (new_adapter is None):
         raise LoraSuiteError("verify takes both adapters, or none for a pair of base models; one was given")
     if max_tokens < 2 or bootstrap < 1:

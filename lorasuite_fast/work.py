@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -23,6 +24,11 @@ from .json_files import parse_json, read_json
 from .output import beside, sweep
 
 _RUN, _COMPLETE, _LOCK = "run.json", "complete", ".lock"
+_OURS = re.compile(
+    r"\.lock|run\.json|complete|.+\.tmp|.+\.safetensors|states|trainer|start|training|distill|(\.migrated\..+|migrated)|"
+    r"targets-[0-9a-f]{16}"
+)
+"""Names of what lies in a folder of work; one that holds anything else is not removed, and not begun in."""
 _CLAIMS = 100
 """A folder is made and claimed again this often where others remove it in between."""
 _STATE_SHARE = 20
@@ -35,13 +41,31 @@ def work_folder(out: str | os.PathLike[str]) -> Path:
     return path.with_name(f".{path.name}.work")
 
 
+def foreign_work(folder: Path) -> str | None:
+    """What a folder of work holds that no run has put there; None where it holds nothing of the kind."""
+    with suppress(OSError):
+        return next((name for name in sorted(os.listdir(folder)) if not _OURS.fullmatch(name)), None)
+    return None
+
+
+def _check_foreign(folder: Path) -> None:
+    if (name := foreign_work(folder)) is not None:
+        raise LoraSuiteError(
+            f"{folder}: holds {name}, which is no work of lorasuite-fast; move it elsewhere, or choose another path"
+        )
+
+
 def clean_up(out: str | os.PathLike[str], folder: Path | None = None, part: str = "") -> None:
     """Removes work whose output was written, where the process ended before it could do so itself.
 
     Args:
         folder: where the work lies, `work_folder(out)` by default. part: sub-folder of it whose work was the last.
+
+    Raises:
+        LoraSuiteError: the folder holds what no run has put there; nothing is removed.
     """
     path, folder = Path(out).expanduser().absolute(), folder or work_folder(out)
+    _check_foreign(folder)
     for place in {folder, folder / part}:
         sweep(place)
     note = folder / part / _COMPLETE
@@ -60,8 +84,10 @@ def clean_up(out: str | os.PathLike[str], folder: Path | None = None, part: str 
 def remove_work(folder: Path) -> None:
     """Removes a folder of work: its name is free at once, so that another process may begin there as the rest goes.
 
-    Called by who holds the lock of the work in it.
+    Called by who holds the lock of the work in it. A folder in which something else lies by now stays.
     """
+    if foreign_work(folder) is not None:
+        return
     try:
         with beside(folder) as place:
             folder.rename(place / "work")
@@ -98,8 +124,8 @@ class Work:
         owner: whether this process may create the folder and claims it for itself (of several ranks only the first).
 
     Raises:
-        LoraSuiteError: the folder holds the work of another run, naming what differs; another process is at work in
-            it; it cannot be written.
+        LoraSuiteError: the folder holds the work of another run, naming what differs, or what is no work; another
+            process is at work in it; it cannot be written.
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], *, owner: bool = True) -> None:
@@ -108,6 +134,8 @@ class Work:
         self._lock: int | None = None
         self.record: dict[str, Any]
         identity = json.loads(json.dumps(identity))
+        if owner:
+            _check_foreign(folder)
         if not owner:
             self.record = self._read()
             return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -196,7 +197,7 @@ def test_what_a_process_killed_as_it_removed_its_work_left_goes_with_the_next_ru
     overwrite: bool, root: Path, plan: Path, tmp_path: Path
 ) -> None:
     loaded, settings = TransferPlan.from_pretrained(plan), Settings(max_tokens=48)
-    (tmp_path / "out").mkdir()
+    shutil.copytree(root / "adapter-1", tmp_path / "out")
     leftover = work_folder(tmp_path / "out") / ".distill.abcd_123.tmp/work"
     leftover.mkdir(parents=True)
     (leftover / "run.json").write_text("{}")

@@ -12,6 +12,7 @@ import faults
 import pytest
 
 from lorasuite_fast import output
+from lorasuite_fast.artifacts import REPORT_MARK
 from lorasuite_fast.errors import LoraSuiteError, WriteError
 
 
@@ -72,24 +73,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_folder_takes_the_place_of_a_folder_a_file_or_a_link(one_step: bool, tmp_path: Path) -> None:
+def earlier_output(out: Path) -> None:
+    """What `--overwrite` may replace."""
+    out.mkdir()
+    (out / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def test_a_folder_takes_the_place_of_an_earlier_or_an_empty_one(one_step: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    for before in ("nothing", "folder", "file", "link"):
-        if before == "folder":
-            out.mkdir()
-            (out / "old").write_text("old")
-        elif before == "file":
-            out.write_text("old")
-        elif before == "link":
-            (tmp_path / "target").mkdir()
-            out.symlink_to(tmp_path / "target")
+    for before in (lambda out: None, earlier_output, Path.mkdir):
+        before(out)
         output.write_folder(out, {"a": b"1", "b": b"2"}, overwrite=True)
         assert contents(out) == {"a": b"1", "b": b"2"}
-        assert not out.is_symlink()
         for leftover in (out / "a", out / "b"):
             leftover.unlink()
         out.rmdir()
-    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_exists_is_refused_at_the_last_moment_too(one_step: bool, tmp_path: Path) -> None:
@@ -106,15 +105,15 @@ def test_what_exists_is_refused_at_the_last_moment_too(one_step: bool, tmp_path:
 
 def test_an_output_that_fails_leaves_the_old_one(one_step: bool, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    out.write_text("old")
+    out.write_text(f"old {REPORT_MARK}")
 
     def write(path: Path) -> None:
         path.write_text("half")
         raise OSError(28, "No space left on device")
 
     with pytest.raises(WriteError, match="No space left on device"):
-        output.write_file(out, write, overwrite=True)
-    assert contents(tmp_path) == {"out": b"old"}
+        output.write_file(out, write, overwrite=True, kind="report")
+    assert contents(tmp_path) == {"out": f"old {REPORT_MARK}".encode()}
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, OSError])
@@ -122,8 +121,8 @@ def test_an_old_output_survives_an_end_between_the_two_renames(
     stop: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    out.mkdir()
-    (out / "a").write_text("old")
+    earlier_output(out)
+    before = contents(tmp_path)
     monkeypatch.setattr(output, "_renameat2", lambda *_: False)
     rename = Path.rename
 
@@ -135,7 +134,7 @@ def test_an_old_output_survives_an_end_between_the_two_renames(
     monkeypatch.setattr(Path, "rename", ended)
     with pytest.raises((stop, WriteError)):
         output.write_folder(out, {"a": b"new"}, overwrite=True)
-    assert contents(tmp_path) == {"out/a": b"old"}
+    assert contents(tmp_path) == before
 
 
 def leftover(out: Path, **files: str) -> Path:
@@ -156,7 +155,7 @@ def test_the_next_run_removes_what_a_killed_one_left(tmp_path: Path) -> None:
 def test_an_old_output_set_aside_by_a_killed_run_is_put_back(tmp_path: Path) -> None:
     leftover(tmp_path / "out", new="complete", previous="old")
     with pytest.raises(LoraSuiteError, match="exists already"):
-        output.check_output(tmp_path / "out", overwrite=False)
+        output.check_output(tmp_path / "out", overwrite=False, kind="plan")
     assert contents(tmp_path) == {"out": b"old"}
 
 

@@ -64,7 +64,9 @@ def test_an_existing_folder_stays_as_it_is_unless_it_may_be_replaced(made: Any, 
     with pytest.raises(LoraSuiteError, match="exists already"):
         made.plan.save_pretrained(folder)
     assert [path.name for path in folder.iterdir()] == ["mine"]
-    made.plan.save_pretrained(folder, overwrite=True)
+    (folder / "mine").unlink()
+    for overwrite in (False, True):
+        made.plan.save_pretrained(folder, overwrite=overwrite)
     assert sorted(path.name for path in folder.iterdir()) == FILES
 
 
