@@ -901,11 +901,11 @@ def migrate(
     source = read_adapter(adapter, model.family, model.shape, model.name)
     check_base(source, model.fingerprint(), model.name)
     if refine in (0, AUTO) and (settings is None or settings.rank is settings.layers is None):
-        given = give_back(model, new, source, path, options, overwrite=overwrite, progress=progress)
-        if given is not None:
-            given = given.with_seconds(time.perf_counter() - start)
-            write_report(given, report)
-            return given
+        returned = give_back(model, new, source, path, options, overwrite=overwrite, progress=progress)
+        if returned is not None:
+            returned = returned.with_seconds(time.perf_counter() - start)
+            write_report(returned, report)
+            return returned
     options.setdefault("work", work_folder(out))
     plan = TransferPlan.build(old, new, roles=source.roles, progress=progress, **options)
     if refine == "auto" and plan.exact:
