@@ -73,7 +73,7 @@ def distil_adapter(
     settings = settings or Settings(seed=plan.options["seed"])
     if settings.rank is not None and settings.rank < 1:
         raise LoraSuiteError(f"rank {settings.rank}: the result needs a rank of at least 1")
-    device, dtype = torch.device(plan.options["device"]), getattr(torch, plan.options["dtype"])
+    device, dtype = plan.device, plan.dtype
     if text == SELF:
         _check_room(old, memory, device)
         with clock.phase("self-written text", TEXTS) as step:
