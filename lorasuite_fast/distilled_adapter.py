@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, by_module
+from .adapter_folder import adapter_digest
 from .build import SELF, files_identity
 from .calibration import load_examples
 from .checkpoint import Checkpoint
@@ -24,7 +25,7 @@ from .phases import PhaseClock
 from .phases import memory as process_memory
 from .projection import update_norm
 from .result import LayerResult
-from .self_text import adapter_digest, self_written
+from .self_text import self_written
 from .tensor_files import DTYPES
 from .work import Work
 

@@ -401,7 +401,7 @@ class TransferPlan:
         target = check_output(out, overwrite=overwrite)
         clock = PhaseClock(progress, self.device if distilled else None)
         source = read_adapter(adapter, FAMILIES[self.old.family], self.old.shape, self.old.name)
-        check_base(source, self.old.fingerprint, self.old.name)
+        check_base(source, self.old.fingerprint, self.old.name, passed=(self.new.name,))
         if distilled:
             try:
                 return self._distil(
@@ -762,7 +762,7 @@ def migrate(
     path = check_output(out, overwrite=overwrite)
     model = Checkpoint(old, "old")
     source = read_adapter(adapter, model.family, model.shape, model.name)
-    check_base(source, model.fingerprint(), model.name)
+    check_base(source, model.fingerprint(), model.name, passed=(new,))
     options.setdefault("work", work_folder(out))
     plan = TransferPlan.build(old, new, roles=source.roles, progress=progress, **options)
     if refine == "auto" and plan.exact:

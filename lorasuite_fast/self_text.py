@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from .adapter_folder import adapter_digest
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
 
@@ -23,21 +24,6 @@ _EMPTY = 3
 """Batches in a row without one usable text, after which a model counts as one that writes none."""
 
 Report = Callable[[int], None]
-
-
-def adapter_digest(folder: str | os.PathLike[str]) -> str:
-    """SHA-256 over an adapter's configuration and weights, 32 hex digits.
-
-    Raises:
-        LoraSuiteError: if either cannot be read.
-    """
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        try:
-            digest.update((Path(folder).expanduser() / name).read_bytes())
-        except OSError as error:
-            raise LoraSuiteError(f"{folder}: {name} cannot be read ({error.strerror or error})") from None
-    return digest.hexdigest()[:32]
 
 
 def self_written(
