@@ -23,7 +23,8 @@ from .adapter_config import (
 )
 from .adapter_config import CONFIG as CONFIG
 from .adapter_config import WEIGHTS as WEIGHTS
-from .checkpoint import Checkpoint, check_links
+from .adapter_folder import open_folder
+from .base_match import check_base as check_base
 from .errors import LoraSuiteError
 from .families import FAMILIES, Family, Shape
 from .json_files import read_json
@@ -105,10 +106,7 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
         LoraSuiteError: not a folder, kinds that are not supported, unknown or unpaired tensors, ranks or shapes that do
             not fit, NaN or infinity.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise LoraSuiteError(f"ADAPTER {source}: no such folder")
-    check_links(folder)
+    folder = open_folder(source)
     config = read_json(folder / CONFIG)
     check_adapter_config(config, folder / CONFIG)
     if not (folder / WEIGHTS).exists():
@@ -394,35 +392,3 @@ def _ranks(
         "rank_pattern": {modules[k]: u.rank for k, u in updates.items() if u.rank != r},
         "alpha_pattern": {modules[k]: u.alpha for k, u in updates.items() if u.alpha != alpha},
     }
-
-
-def check_base(adapter: Adapter, fingerprint: str, name: str) -> None:
-    """Refuses an adapter whose recorded base is a model at hand that is not the plan's old model.
-
-    A base named by a hub id that is not in the local cache, or by a folder that is gone or holds no model, cannot be
-    compared; the shapes then have to do. Nothing is fetched.
-    """
-    base = adapter.base
-    if base is None or base == name:
-        return
-    folder = _local(base)
-    if folder is None:
-        return
-    found = Checkpoint(folder, "base").fingerprint()
-    if found != fingerprint:
-        raise LoraSuiteError(
-            f"{adapter.where}: trained on {base} (fingerprint {found}), while the plan's old model is {name} "
-            f"(fingerprint {fingerprint}); build a plan for that base"
-        )
-
-
-def _local(base: str) -> Path | None:
-    """A model's folder, on its own or in the hub cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(base).expanduser()
-        return folder if (folder / "config.json").is_file() else Path(snapshot_download(base, local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError, ValueError):
-        return None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .errors import LoraSuiteError
 from .families import Family, Projection, Shape, family_of, shape_of
-from .json_files import read_json
+from .json_files import MOST_BYTES, MOST_TOKENIZER_BYTES, read_json
 from .notices import notice
 from .pretrained import INDEX, SINGLE, check_weights_name, load_tokenizer
 from .tensor_files import TensorFiles
@@ -26,6 +26,11 @@ _SNAPSHOT_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.txt", 
 _TEMPLATES = "additional_chat_templates"
 _READ_FILES = [*_SNAPSHOT_FILES, "*.md", _TEMPLATES]
 _HUB_REPO = re.compile(r"(models|datasets|spaces)--.+")
+_BOUNDED = {
+    **dict.fromkeys(("config.json", "generation_config.json", "adapter_config.json", "chat_template.json"), MOST_BYTES),
+    **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json", INDEX), MOST_BYTES),
+    **dict.fromkeys(("tokenizer.json", "vocab.json", "added_tokens.json"), MOST_TOKENIZER_BYTES),
+}
 _ROWS = 4096
 """Of a table that are compared at once."""
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -63,13 +68,14 @@ def resolve_folder(source: str | os.PathLike[str], *, what: str) -> Path:
 
 
 def check_links(folder: Path) -> None:
-    """Refuses a model or adapter folder with a file that is a symbolic link to somewhere else.
+    """Refuses a model or adapter folder with a file that is a link to somewhere else, no file, or far too long.
 
     A link may lead to something in the folder itself or in a hub cache: the configured one, or the one the folder lies
     in, where snapshots are links to `blobs` of the repository or of the whole cache.
 
     Raises:
-        LoraSuiteError: a file that is read here leads out of the folder, or anywhere but to a file.
+        LoraSuiteError: a file that is read here leads out of the folder, or anywhere but to a file; or a file of JSON
+            that transformers or PEFT would read whole is longer than any model's.
     """
     roots: list[Path] | None = None
     try:
@@ -89,6 +95,11 @@ def check_links(folder: Path) -> None:
                 check_links(path)
             elif not (entry.is_file() or entry.is_dir()):
                 raise LoraSuiteError(f"{path}: is not a regular file")
+            most = _BOUNDED.get(entry.name)
+            if most is not None and entry.stat().st_size > most:
+                raise LoraSuiteError(
+                    f"{path}: is longer than {most >> 20} MiB, which is no file of a model; fetch or save it again"
+                )
     except (OSError, RuntimeError) as error:
         raise LoraSuiteError(f"{folder}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, by_module
+from .adapter_folder import adapter_digest
 from .build import SELF, files_identity
 from .calibration import load_examples
 from .candidates import Candidate
@@ -26,7 +27,7 @@ from .phases import PhaseClock
 from .phases import memory as process_memory
 from .projection import update_norm
 from .result import LayerResult
-from .self_text import adapter_digest, self_written
+from .self_text import self_written
 from .tensor_files import DTYPES
 from .work import Work
 
@@ -78,7 +79,7 @@ def distil_adapter(
     settings = settings or Settings(seed=plan.options["seed"])
     if settings.rank is not None and settings.rank < 1:
         raise LoraSuiteError(f"rank {settings.rank}: the result needs a rank of at least 1")
-    device, dtype = torch.device(plan.options["device"]), getattr(torch, plan.options["dtype"])
+    device, dtype = plan.device, plan.dtype
     if text == SELF:
         _check_room(old, memory, device)
         with clock.phase("self-written text", TEXTS) as step:

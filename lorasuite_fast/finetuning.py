@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .adapter import CONFIG, WEIGHTS, broken_tensor, trained_config
+from .adapter_folder import adapter_digest
 from .aligned_states import LoadedModel, load_tokenizer
 from .checkpoint import Checkpoint, resolve_folder
 from .errors import LoraSuiteError, WriteError
@@ -41,7 +42,6 @@ from .report_file import check_report, write_report
 from .result import Migration
 from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, named_text, summed_shift
 from .samples import Data, Sample, Samples, load_samples, padded
-from .self_text import adapter_digest
 from .text_files import refuse_pipe
 from .work import Work, clean_up, remove_work, unless_unusable
 

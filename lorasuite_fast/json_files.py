@@ -13,6 +13,8 @@ from .errors import LoraSuiteError
 
 MOST_BYTES = 8 << 20
 """Longest JSON file or safetensors header that is read; those of the largest models hold a tenth of it."""
+MOST_TOKENIZER_BYTES = 256 << 20
+"""Longest file of a tokenizer."""
 _DEEPEST = 100
 
 
@@ -80,19 +82,35 @@ def open_regular(path: Path) -> int:
     raise LoraSuiteError(f"{path}: is not a regular file")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a one-line error."""
+def read_bounded(path: Path, most: int, what: str) -> bytes:
+    """The bytes of a regular file of at most `most` bytes.
+
+    Args:
+        what: it is to be, for messages.
+
+    Raises:
+        LoraSuiteError: no such file, something else than a file, one that is longer, or that cannot be read.
+    """
     try:
         with open(open_regular(path), "rb") as file:
-            data = file.read(MOST_BYTES + 1)
-        if len(data) > MOST_BYTES:
-            raise LoraSuiteError(
-                f"{path}: is longer than {MOST_BYTES >> 20} MiB, which is no file of a model; fetch or save it again"
-            )
-        value = parse_unique(data.decode("utf-8"))
+            data = file.read(most + 1)
     except FileNotFoundError:
         raise LoraSuiteError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise LoraSuiteError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if len(data) > most:
+        raise LoraSuiteError(
+            f"{path}: is longer than {most >> 20} MiB, which is no file of {what}; fetch or save it again"
+        )
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a one-line error."""
+    data = read_bounded(path, MOST_BYTES, "a model")
+    try:
+        value = parse_unique(data.decode("utf-8"))
+    except ValueError as error:
         raise LoraSuiteError(f"{path}: cannot be read as JSON ({error})") from None
     if not isinstance(value, dict):
         raise LoraSuiteError(f"{path}: expected a JSON object, found {type(value).__name__}")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .build import EXACT_R2
 from .errors import LoraSuiteError
-from .json_files import read_json
+from .json_files import read_bounded, read_json
 from .kinship import plan_kinship
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .result import LayerResult
 
 CARD = "README.md"
+_MOST_CARD = 1 << 20
 _STEPS = "<!-- lorasuite-fast: how this adapter came about -->"
 _END = "<!-- lorasuite-fast: end -->"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -85,12 +86,17 @@ def model_card(new: str, steps: str, start: Path | None = None) -> bytes:
 
 def earlier_steps(folder: Path | None) -> str:
     """What a card written by this module says of the adapter's way so far; empty for any other folder."""
-    try:
-        text = "" if folder is None else (folder / CARD).read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        return ""
+    text = "" if folder is None else _card_text(folder)
     found = re.search(f"{re.escape(_STEPS)}\n(.*){re.escape(_END)}", text, re.DOTALL)
     return f"{found[1].strip()}\n\n" if found else ""
+
+
+def _card_text(folder: Path) -> str:
+    """A folder's card; empty where there is none that can be read, or one longer than any card."""
+    try:
+        return read_bounded(folder / CARD, _MOST_CARD, "an adapter").decode("utf-8")
+    except (LoraSuiteError, UnicodeDecodeError):
+        return ""
 
 
 _NO_BASE = """
@@ -269,10 +275,7 @@ def push_to_hub(
 
 def _published_card(folder: Path, base: str) -> bytes:
     """The folder's own card where a person wrote or named the base in it, else this module's for `base`."""
-    try:
-        text = (folder / CARD).read_text("utf-8")
-    except (OSError, UnicodeDecodeError):
-        text = ""
+    text = _card_text(folder)
     if text and (_STEPS not in text or re.search(r"^base_model:", text, re.MULTILINE)):
         return text.encode()
     return model_card(base, earlier_steps(folder))

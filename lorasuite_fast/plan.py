@@ -36,6 +36,7 @@ from .model_card import CARD, migration_section, model_card
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .plan_check import check_plan, layer_index
+from .plan_folder import lasting_options, text_of
 from .projection import METHODS, PlannedLayer, update_norm
 from .ranks import Ranks
 from .report_file import check_report, write_report
@@ -228,7 +229,7 @@ class TransferPlan:
             "made_by": __version__,
             "old": asdict(self.old),
             "new": asdict(self.new),
-            "options": self.options,
+            "options": lasting_options(self.options),
             "layers": {str(j): i for j, i in self.layers.items()},
             "facts": self.facts,
         }
@@ -329,7 +330,8 @@ class TransferPlan:
         except (KeyError, TypeError, ValueError, AttributeError):
             raise LoraSuiteError(f"PLAN {path}: its header lacks a part or has a wrong one; build it again") from None
         check_plan(plan, lazy.held, f"PLAN {path}")
-        return plan
+        # Plans of earlier releases name the device and dtype of the machine they were built on.
+        return replace(plan, options=lasting_options(plan.options))
 
     def check_models(
         self, old: str | os.PathLike[str] | None = None, new: str | os.PathLike[str] | None = None
@@ -414,7 +416,7 @@ class TransferPlan:
         inputs: Given | None = None,
     ) -> Migration:
         """`apply`, with the models where they are opened once for several adapters."""
-        distilled = self.options["method"] == "distill"
+        distilled, from_file = self.options["method"] == "distill", isinstance(self.tensors, _LazyTensors)
         place = work_folder(out)
         clean_up(out, place, _DISTILLATION)
         with suppress(OSError):
@@ -422,16 +424,16 @@ class TransferPlan:
             place.rmdir()
         given = {"ADAPTER": adapter, "--text": text}
         target = check_output(out, overwrite=overwrite, inputs={**(inputs or {}), **given})
-        clock = PhaseClock(progress, torch.device(self.options["device"]) if distilled else None)
+        clock = PhaseClock(progress, self.device if distilled else None)
         source = read_adapter(adapter, FAMILIES[self.old.family], self.old.shape, self.old.name)
-        check_base(source, self.old.fingerprint, self.old.name)
+        check_base(source, self.old.fingerprint, self.old.name, passed=(self.new.name,))
         if distilled:
             try:
                 return self._distil(
                     models(),
                     source,
                     target,
-                    self.options["calibration"] if text is None else os.fspath(text),
+                    text_of(self, from_file=from_file) if text is None else os.fspath(text),
                     settings,
                     clock,
                     overwrite,
@@ -641,6 +643,16 @@ class TransferPlan:
         the heads, and of every mapped layer's states."""
         tables = [self.facts.get(name) for name in ("r2", "r2_back", "head_r2")]
         return [r2 for r2 in [*tables, *self.facts.get("layer_r2", {}).values()] if r2 is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where a distillation runs: the device of the build, or of this machine where the plan came from a file."""
+        return pick_device(self.options.get("device", "auto"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a distillation's forward passes: that of the build, float32 where the plan came from a file."""
+        return pick_dtype(self.options.get("dtype", "auto"))
 
     def tensor_bytes(self) -> dict[str, int]:
         """Bytes of each tensor; those of a loaded plan are not read for it."""
@@ -899,7 +911,7 @@ def migrate(
     path = check_output(out, overwrite=overwrite, inputs=inputs)
     model = Checkpoint(old, "old")
     source = read_adapter(adapter, model.family, model.shape, model.name)
-    check_base(source, model.fingerprint(), model.name)
+    check_base(source, model.fingerprint(), model.name, passed=(new,))
     if refine in (0, AUTO) and (settings is None or settings.rank is settings.layers is None):
         returned = give_back(model, new, source, path, options, overwrite=overwrite, progress=progress)
         if returned is not None:

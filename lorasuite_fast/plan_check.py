@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 _MOST_LAYERS, _MOST_WIDTH = 10_000, 1 << 31
 _LAYER = re.compile(r"0|[1-9][0-9]{0,5}")
-_OPTIONAL = ("similarity", "layer_r2", "head_r2", "method_reason", "kinship")
-"""What plans of earlier releases do not say."""
+_OPTIONAL = ("similarity", "layer_r2", "head_r2", "method_reason", "kinship", "device", "dtype")
+"""What plans of earlier releases do not say, or they alone."""
 _CHOICES: dict[str, tuple[str, ...]] = {
     "layers": ("cka", "first", "medium", "last"),
     "similarity": tuple(MEASURES),

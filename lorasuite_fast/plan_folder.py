@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .plan import TransferPlan
 
 PLAN = "transfer_plan.safetensors"
+_OF_THE_RUN = ("device", "dtype")
 _TEXTS = ("shipped", "self")
 """What the option `calibration` may say in place of a file."""
 
@@ -80,9 +81,29 @@ def _publishable(plan: TransferPlan) -> TransferPlan:
                 "hub id"
             )
         records.append(replace(record, name=name))
-    text = plan.options["calibration"]
-    options = plan.options | {"calibration": text if text in _TEXTS else shown(text)}
-    return replace(plan, old=records[0], new=records[1], options=options)
+    return replace(plan, old=records[0], new=records[1], options=lasting_options(plan.options))
+
+
+def lasting_options(options: dict[str, Any]) -> dict[str, Any]:
+    """A plan's options without what belongs to the machine it was built on: device, dtype, the text's folder."""
+    text = options["calibration"]
+    kept = {name: value for name, value in options.items() if name not in _OF_THE_RUN}
+    return kept | {"calibration": text if text in _TEXTS else shown(text)}
+
+
+def text_of(plan: TransferPlan, *, from_file: bool) -> str:
+    """The text a plan was built with, for a distillation. A file that only a plan names is not opened.
+
+    Raises:
+        LoraSuiteError: the plan came from a file, and its text was one of the builder's.
+    """
+    text = str(plan.options["calibration"])
+    if from_file and text not in _TEXTS:
+        raise LoraSuiteError(
+            f"the plan was built with the text {shown(text)}, which it names and does not hold; pass it with --text "
+            "(text=)"
+        )
+    return text
 
 
 def find_plan(source: str | os.PathLike[str], **hub: Any) -> Path:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .adapter import CONFIG, WEIGHTS, broken_tensor, by_module, read_adapter, trained_config
+from .adapter_folder import adapter_digest
 from .aligned_states import LoadedModel, load_tokenizer
 from .calibration import load_examples, whole_characters
 from .checkpoint import Checkpoint
@@ -43,7 +44,7 @@ from .plan import pick_device, pick_dtype
 from .report_file import check_report, write_report
 from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, named_text, summed_shift
 from .samples import Sample, Samples
-from .self_text import adapter_digest, self_written
+from .self_text import self_written
 from .teacher import Target, Targets, TeacherFacts, divergence, write_targets
 from .work import Work, clean_up, remove_work, unless_unusable
 

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from .adapter_folder import adapter_digest
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
+from .text_start import text_start
 
 TEMPERATURE = 0.9
 _TOKENS = 128
@@ -23,21 +25,6 @@ _EMPTY = 3
 """Batches in a row without one usable text, after which a model counts as one that writes none."""
 
 Report = Callable[[int], None]
-
-
-def adapter_digest(folder: str | os.PathLike[str]) -> str:
-    """SHA-256 over an adapter's configuration and weights, 32 hex digits.
-
-    Raises:
-        LoraSuiteError: if either cannot be read.
-    """
-    digest = hashlib.sha256()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        try:
-            digest.update((Path(folder).expanduser() / name).read_bytes())
-        except OSError as error:
-            raise LoraSuiteError(f"{folder}: {name} cannot be read ({error.strerror or error})") from None
-    return digest.hexdigest()[:32]
 
 
 def self_written(
@@ -115,31 +102,33 @@ def _write(
     if adapter is not None:
         loaded.attach(adapter)
     tokenizer: Any = model.tokenizer(trust_remote_code=trust_remote_code)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise LoraSuiteError(f"{model.folder}: its tokenizer has neither BOS nor EOS, with which a text could begin")
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or tokens + 1
+    start = text_start(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else int(start.prompts[0, 0])
+    begin = start.prompts.shape[1]
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or tokens + begin
     # Of what the folder says about generation (penalties, other warpings) only where a text ends.
     loaded.model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=TEMPERATURE,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=min(tokens, context - 1),
+        max_new_tokens=min(tokens, context - begin),
         pad_token_id=pad,
-        eos_token_id=loaded.model.generation_config.eos_token_id,
+        # Where no file names an end, what transformers takes for one is some other token.
+        eos_token_id=None if start.in_text else loaded.model.generation_config.eos_token_id,
     )
     texts: list[str] = []
-    written = empty = 0
+    written = begun = empty = 0
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
         while len(texts) < count if count is not None else written < (size or 0):
             wanted = _BATCH if count is None else min(_BATCH, count - len(texts))
-            prompt = torch.full((wanted, 1), start, device=device)
+            prompt = start.rows(begun, wanted).to(device)
+            begun += wanted
             rows = (loaded.peft or loaded.model).generate(input_ids=prompt, attention_mask=torch.ones_like(prompt))
-            new = tokenizer.batch_decode(rows[:, 1:], skip_special_tokens=True)
+            own = rows if start.in_text else rows[:, begin:]
+            new = tokenizer.batch_decode(own, skip_special_tokens=True)
             # A character the last token cuts in two decodes to U+FFFD.
             new = [text.rstrip("\ufffd") for text in new]
             new = [text for text in new if len(text.strip()) >= _LEAST_CHARACTERS]

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from .errors import LoraSuiteError
-from .json_files import parse_json
+from .json_files import MOST_TOKENIZER_BYTES, parse_json, read_bounded
 
 _SPACE = "\u2581"
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_MOST_BYTES, _MOST_ID = 256 << 20, 1 << 24
+_MOST_ID = 1 << 24
 _MOST_IN_FRONT = 64
 """Special tokens a tokenizer may add to a text."""
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
@@ -67,10 +67,9 @@ def check_ids(folder: Path) -> None:
 
 @lru_cache(maxsize=8)
 def _check_ids(path: Path, size: int, changed: int) -> None:
-    if size > _MOST_BYTES:
-        raise LoraSuiteError(f"{path}: is longer than {_MOST_BYTES >> 20} MiB, which is no tokenizer")
+    data = read_bounded(path, MOST_TOKENIZER_BYTES, "a tokenizer")
     try:
-        state = parse_json(path.read_bytes())
+        state = parse_json(data)
         vocab = state["model"]["vocab"] if path.name == "tokenizer.json" else state
         pairs = vocab.items() if isinstance(vocab, dict) else [(n, piece[0]) for n, piece in enumerate(vocab)]
         ids = [*vocab.values()] if isinstance(vocab, dict) else []

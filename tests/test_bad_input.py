@@ -325,11 +325,11 @@ def test_a_plan_refuses_changed_models_and_foreign_adapters(root: Path) -> None:
     assert plan.old.fingerprint in str(refused.value)
     found = str(refused.value).split("has fingerprint ")[1][:32]
     assert found != plan.old.fingerprint
-    edit_json(root / "adapter/adapter_config.json", base_model_name_or_path=str(root / "chat"))
+    edit_json(root / "adapter/adapter_config.json", base_model_name_or_path=str(root / "new"))
     with pytest.raises(LoraSuiteError) as refused:
         loaded.apply(root / "adapter", root / "out")
     assert plan.old.fingerprint in str(refused.value)
-    assert found in str(refused.value)
+    assert plan.new.fingerprint in str(refused.value)
     assert not (root / "out").exists()
 
 

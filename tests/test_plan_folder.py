@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,8 @@ import pytest
 import torch
 from hub_stub import Hub
 from huggingface_hub import ModelCard, errors
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan
@@ -39,10 +43,12 @@ def test_a_saved_folder_opens_as_the_same_plan(made: Any, tmp_path: Path) -> Non
     assert made.plan.save_pretrained(tmp_path / "plan") is None
     assert sorted(path.name for path in (tmp_path / "plan").iterdir()) == FILES
     found = TransferPlan.from_pretrained(tmp_path / "plan")
+    of_the_run = {"device", "dtype", "calibration"}
+    kept = {k: v for k, v in made.plan.options.items() if k not in of_the_run} | {"calibration": "text.jsonl"}
     assert (found.old, found.new, found.options, found.layers) == (
         made.plan.old,
         made.plan.new,
-        made.plan.options,
+        kept,
         made.plan.layers,
     )
     before, after = dict(made.plan.tensors.items()), dict(found.tensors.items())
@@ -55,6 +61,51 @@ def test_the_file_in_the_folder_is_the_file_save_writes(made: Any, tmp_path: Pat
     made.plan.save_pretrained(tmp_path / "folder")
     assert (tmp_path / "folder" / FILES[1]).read_bytes() == (tmp_path / "file").read_bytes()
     assert TransferPlan.from_pretrained(tmp_path / "file").old == made.plan.old
+
+
+def edited(source: Path, target: Path, **options: object) -> Path:
+    """A plan's file with options as an earlier release, or somebody, would have written them."""
+    with safe_open(source, framework="pt") as file:
+        header = json.loads(file.metadata()["plan"])
+    header["options"] |= options
+    save_file(load_file(source), target, metadata={"plan": json.dumps(header)})
+    return target
+
+
+def test_a_plan_says_nothing_of_the_machine_it_was_built_on(made: Any, tmp_path: Path) -> None:
+    made.plan.save(tmp_path / "plan")
+    with safe_open(tmp_path / "plan", framework="pt") as file:
+        options = json.loads(file.metadata()["plan"])["options"]
+    assert not {"device", "dtype"} & options.keys()
+    assert options["calibration"] == "text.jsonl"
+
+
+@pytest.fixture(scope="module")
+def distilling(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("distilling") / "plan"
+    text = made.root / "long.txt"
+    text.write_text("".join(f"the red fox number {n} sat on the mat in the rain for {n} days.\n" for n in range(400)))
+    TransferPlan.build(made.root / "old", made.root / "new", method="distill", examples=8, calibration=text).save(path)
+    return path
+
+
+def test_a_plan_of_an_earlier_release_runs_on_this_machine(made: Any, distilling: Path, tmp_path: Path) -> None:
+    path = edited(distilling, tmp_path / "plan", device="cuda", dtype="bfloat16", calibration="shipped")
+    plan = TransferPlan.load(path)
+    assert plan.device == torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert plan.dtype == torch.float32
+    plan.save(tmp_path / "again")
+    assert not {"device", "dtype"} & TransferPlan.load(tmp_path / "again").options.keys()
+    plan.apply(made.root / "adapter", tmp_path / "out", text=made.root / "long.txt")
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+def test_a_text_that_only_a_plan_names_is_not_opened(made: Any, distilling: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    path = edited(distilling, tmp_path / "plan", calibration=str(tmp_path / "pipe.txt"))
+    with pytest.raises(LoraSuiteError, match=r"built with the text pipe\.txt.*--text"):
+        TransferPlan.load(path).apply(made.root / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_existing_folder_stays_as_it_is_unless_it_may_be_replaced(made: Any, tmp_path: Path) -> None:
