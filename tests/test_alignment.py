@@ -7,7 +7,7 @@ from unicodedata import normalize
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lorasuite_fast.alignment import AlignedText, Alignment, TokenEnds
@@ -140,20 +140,20 @@ def test_a_tokenizer_that_rewrites_the_text_is_followed_by_its_offsets() -> None
     assert ends == [len("Café".encode()), len("Café is".encode()), len("Café is never".encode()), len(text.encode())]
 
 
-def by_characters(vocab: list[str], normalizer: normalizers.Normalizer | None = None) -> PreTrainedTokenizerFast:
-    """Every character is one token, of the text as the normalizer leaves it."""
+def by_pieces(vocab: list[str], pattern: str, normalizer: normalizers.Normalizer | None = None) -> Any:
+    """Every match of a pattern is one token, of the text as the normalizer leaves it."""
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(vocab)}, unk_token="[unk]"))
     if normalizer is not None:
         tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[unk]")
 
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_an_offset_the_first_token_cut_off_also_ends_at_is_no_position(swap: bool) -> None:
     """The ligature is f and i to one tokenizer, both of which end where it ends: after f it has been read in part."""
-    split = by_characters(["[unk]", "f", "i", "x"], normalizers.NFKD())
-    whole = by_characters(["[unk]", "\ufb01", "x"])
+    split = by_pieces(["[unk]", "f", "i", "x"], ".", normalizers.NFKD())
+    whole = by_pieces(["[unk]", "\ufb01", "x"], ".")
     assert TokenEnds(split)("\ufb01x") == ([1, 2, 3], [3, 3, 4])
     alignment = Alignment(whole, split) if swap else Alignment(split, whole)
     assert alignment.align("\ufb01x", 1) is None
@@ -161,6 +161,50 @@ def test_an_offset_the_first_token_cut_off_also_ends_at_is_no_position(swap: boo
     assert aligned is not None
     assert aligned.ends.tolist() == [3]
     assert (aligned.positions_o.tolist(), aligned.positions_n.tolist()) == (([0], [1]) if swap else ([1], [0]))
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_the_limit_holds_for_the_model_that_reads_more_tokens(swap: bool) -> None:
+    singles, pairs = by_pieces(["[unk]", "a", "b"], "."), by_pieces(["[unk]", "ab"], "..")
+    aligned = (Alignment(pairs, singles) if swap else Alignment(singles, pairs)).align("ababab", 3)
+    assert aligned is not None
+    assert aligned.ends.tolist() == [2]
+    assert sorted((aligned.ids_o, aligned.ids_n)) == [[1], [1, 2]]
+
+
+def test_a_token_that_happens_to_read_like_the_text_before_it_ends_where_it_stands() -> None:
+    """The tokenizer drops what the text begins with; its a is the last one."""
+    tokenizer = by_pieces(["[unk]", "a"], ".", normalizers.Replace(Regex("^ab"), ""))
+    assert TokenEnds(tokenizer)("aba") == ([1], [3])
+
+
+def test_an_accent_that_is_a_token_of_its_own_is_not_read_with_its_letter() -> None:
+    tokenizer = by_pieces(["[unk]", "e", "\u0301"], ".", normalizers.Lowercase())
+    assert TokenEnds(tokenizer)("E\u0301") == ([1, 2], [1, 3])
+
+
+def test_offsets_never_fall() -> None:
+    assert TokenEnds._walk("ab", b"ab", [b"ab", None], [(0, 2), (0, 1)]) == [2, 2]
+
+
+@pytest.mark.parametrize("text", ["\U0001f600</s>", "</s> \U0001f600", " \U0001f600</s>"])
+def test_bytes_of_a_character_end_one_by_one_beside_special_tokens(text: str) -> None:
+    """A space of the tokenizer's own reads nothing, one of the text a byte."""
+    tokenizer, data = tiny_tokenizer(700, "sentencepiece", 2), text.encode()
+    ids, ends = TokenEnds(tokenizer)(text)
+    keys, read = token_keys(tokenizer), 0
+    for i, end in zip(ids, ends, strict=True):
+        key = keys[i][0]
+        if not isinstance(key, bytes):
+            read += len("</s>")
+        elif data.startswith(key, read):
+            read += len(key)
+        else:
+            assert key.startswith(b" ")
+            assert data.startswith(key[1:], read)
+            read += len(key) - 1
+        assert end == read
+    assert read == len(data)
 
 
 @pytest.mark.parametrize("front", ["</s>", "x</s>"])

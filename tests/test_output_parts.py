@@ -43,10 +43,12 @@ def test_what_is_only_named_like_a_leftover_stays(name: str, tmp_path: Path) -> 
 
 def test_a_link_named_like_a_leftover_stays_and_so_does_what_it_names(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("all of it")
+    for name in ("thesis.txt", "previous"):
+        (tmp_path / "mine" / name).write_text("all of it")
     (tmp_path / ".out.abcd_123.tmp").symlink_to(tmp_path / "mine")
     output.sweep(tmp_path / "out")
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "all of it"
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == ["previous", "thesis.txt"]
+    assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.abcd_123.tmp").is_symlink()
 
 

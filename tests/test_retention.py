@@ -19,10 +19,13 @@ from planted import tiny_model, tiny_tokenizer
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    """With an adapter that changes it, and much dropout."""
+    """With an adapter that changes it, and much dropout in both."""
     torch.manual_seed(0)
+    base = tiny_model("llama", 0)
+    for layer in base.model.layers:
+        layer.self_attn.attention_dropout = 0.5
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5, init_lora_weights=False)
-    return get_peft_model(tiny_model("llama", 0), config)
+    return get_peft_model(base, config)
 
 
 def rows() -> tuple[Tensor, Tensor, Tensor]:
