@@ -364,13 +364,6 @@ def _kept(text: str) -> int | str | None:
         raise LoraSuiteError(f"--top-k {text}: expected auto, all or a number") from None
 
 
-def _default_refinement(device: str) -> int | str:
-    """Without a GPU a refinement can take hours, so it has to be asked for."""
-    import torch
-
-    return "auto" if device != "cpu" and torch.cuda.is_available() else 0
-
-
 def _say(sentence: str) -> None:
     typer.echo(sentence, err=True)
 
@@ -509,7 +502,7 @@ def migrate(
             settings=_settings(rank, distill_layers, seed),
             fill=fill,
             fill_share=fill_share,
-            refine=_steps("--refine", refine) if refine is not None else _default_refinement(device),
+            refine=None if refine is None else _steps("--refine", refine),
             refine_text=refine_text,
             finetune=finetune,
             finetune_options={
@@ -638,7 +631,13 @@ def apply(
     fill: Fill = "none",
     fill_share: FillShare = 0.5,
     memory: Memory = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float64"] | None,
+        _option(MACHINE, "DTYPE", "For distill: float32, bfloat16 or float64 [the plan's]"),
+    ] = None,
     overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Carry one more adapter with a saved plan, or many; takes seconds each. Under torchrun the processes share them.
@@ -648,7 +647,8 @@ def apply(
     Example: lorasuite-fast apply old-to-new.plan.safetensors adapters/* --out adapters-new
     """
     given: dict[str, Any] = {"old": old, "new": new, "text": text, "fill": fill, "fill_share": fill_share}
-    given |= {"memory": memory, "overwrite": overwrite}
+    given |= {"memory": memory, "overwrite": overwrite, "device": device, "dtype": dtype}
+    given["trust_remote_code"] = trust_remote_code
     if out is None:
         with _run(as_json) as report:
             from .plan import TransferPlan

@@ -357,6 +357,8 @@ class TransferPlan:
         fill: str = "none",
         fill_share: float = SHARE,
         memory: str | int | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
         trust_remote_code: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
@@ -374,6 +376,7 @@ class TransferPlan:
                 `fill_share`.
             memory: for distill, what may be resident on the device (on a CPU: in the process), e.g. "6GB"; states that
                 do not fit lie in files beside OUT, and a budget that is too small is refused.
+            device, dtype: for distill, of this machine: auto, cpu or cuda, and None for the plan's dtype.
 
         Raises:
             LoraSuiteError: an adapter of another base, or one the plan does not cover; OUT is then untouched.
@@ -382,10 +385,17 @@ class TransferPlan:
         if old is not None or new is not None:
             models()
         budget = None if memory is None else parse_memory(memory)
-        return self._apply(
+        return self._on(device, dtype)._apply(
             adapter, out, models, text, settings, fill, fill_share, budget, trust_remote_code, overwrite, progress,
             self._inputs(OLD=old, NEW=new),
         )  # fmt: skip
+
+    def _on(self, device: str, dtype: str | None) -> TransferPlan:
+        """The plan with the device and the dtype it is applied on; those it was built on are another machine's."""
+        found = {"device": pick_device(device).type}
+        if dtype is not None:
+            found["dtype"] = str(pick_dtype(dtype)).removeprefix("torch.")
+        return replace(self, options=self.options | found)
 
     def _apply(
         self,
@@ -483,6 +493,8 @@ class TransferPlan:
         old: str | os.PathLike[str] | None = None,
         new: str | os.PathLike[str] | None = None,
         memory: str | int | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
         overwrite: bool = False,
         ranks: Ranks | None = None,
         progress: Progress | None = None,
@@ -492,7 +504,7 @@ class TransferPlan:
 
         Args:
             folder: made if it does not exist. ranks: each process takes its share, and returns the results of that.
-            old, new, memory: see `apply`; the models are opened once. options: further ones of `apply`.
+            old, new, memory, device, dtype: see `apply`; the models are opened once. options: further ones of `apply`.
 
         Returns:
             For each adapter, as given, the result or the error.
@@ -505,6 +517,7 @@ class TransferPlan:
             models()
         options |= {"models": models, "memory": None if memory is None else parse_memory(memory)}
         options["inputs"] = self._inputs(OLD=old, NEW=new) | {f"ADAPTER {n}": a for n, a in enumerate(adapters, 1)}
+        plan = self._on(device, dtype)
         target = Path(folder).expanduser()
         names = [Path(adapter).expanduser().resolve().name for adapter in adapters]
         for name in names:
@@ -518,7 +531,7 @@ class TransferPlan:
         results: dict[str, Migration | LoraSuiteError] = {}
         for done, (adapter, name) in enumerate(share, 1):
             try:
-                results[os.fspath(adapter)] = self._apply(adapter, target / name, overwrite=overwrite, **options)
+                results[os.fspath(adapter)] = plan._apply(adapter, target / name, overwrite=overwrite, **options)
             except LoraSuiteError as error:
                 results[os.fspath(adapter)] = error
             if progress:
@@ -707,6 +720,25 @@ def pick_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def default_refinement(device: str) -> int | str:
+    """Steps of the refinement a migration ends with: without a GPU it can take hours, and has to be asked for."""
+    return "auto" if pick_device(device).type == "cuda" else 0
+
+
+def _announcement(options: dict[str, Any], refine: int | str, asked: bool, finetune: Data | None) -> str:
+    """What a migration will run, in one sentence."""
+    parts = [f"migrating by method {options.get('method', AUTO)}"]
+    if refine:
+        steps = "as many steps as the text is worth" if refine == "auto" else f"{refine} steps"
+        reason = "" if asked else " (the default on a GPU; refine 0: not)"
+        parts.append(f"then refining without labels, {steps}{reason}")
+    elif not asked:
+        parts.append("without refining (the default on a CPU; refine auto: with it)")
+    if finetune is not None:
+        parts.append("then fine-tuning on labelled data")
+    return ", ".join(parts)
+
+
 def migrate(
     old: str | os.PathLike[str],
     new: str | os.PathLike[str],
@@ -717,7 +749,7 @@ def migrate(
     settings: Settings | None = None,
     fill: str = "none",
     fill_share: float = SHARE,
-    refine: int | str = 0,
+    refine: int | str | None = None,
     refine_text: str | os.PathLike[str] | None = None,
     finetune: Data | None = None,
     finetune_options: dict[str, Any] | None = None,
@@ -729,7 +761,8 @@ def migrate(
     """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
 
     With `refine` the result is then the start of a training without labels (`refinement.refine`) of as many steps;
-    "auto" takes as many as the text is worth, and none where least squares are exact. With `finetune` it is trained on
+    "auto" takes as many as the text is worth, and none where least squares are exact. None, the default, is "auto" on a
+    GPU and 0 without one, here and on the command line. With `finetune` it is trained on
     labelled data last (`finetuning.finetune`).
 
     Args:
@@ -739,7 +772,7 @@ def migrate(
         refine_text: None has the old model write it with its adapter; else a .jsonl or .txt file.
         finetune: labelled data, as `finetuning.finetune` takes them. finetune_options: its further arguments.
         report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
-        say: called with one sentence, the steps planned, before a training starts.
+        say: called with one sentence, what will be run, at the start, and with the steps planned before a training.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
@@ -747,6 +780,12 @@ def migrate(
     given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "--calibration": options.get("calibration")}
     inputs = given | {"--refine-text": refine_text, "--finetune": finetune}
     check_report(report, out, inputs)
+    asked = refine is not None
+    refine = refine if refine is not None else default_refinement(options.get("device", "auto"))
+    if refine != "auto" and (isinstance(refine, str) or refine < 0):
+        raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
+    if say:
+        say(_announcement(options, refine, asked, finetune))
     if finetune is not None:
         from .finetuning import migrate_and_finetune
 
@@ -757,8 +796,6 @@ def migrate(
         write_report(tuned, report)
         return tuned
     start = time.perf_counter()
-    if refine != "auto" and (isinstance(refine, str) or refine < 0):
-        raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
     clean_up(out)
     if refine:
         from .refinement import TRAINING, refinement_folder
@@ -784,6 +821,7 @@ def migrate(
             fill=fill,
             fill_share=fill_share,
             memory=options.get("memory"),
+            device=options.get("device", "auto"),
             trust_remote_code=options.get("trust_remote_code", False),
             overwrite=overwrite or bool(refine),
             progress=progress,
