@@ -24,7 +24,7 @@ from .build import AUTO, EXACT_R2, Inputs, Options, build
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
-from .fill import SHARE, fill_layers
+from .fill import FILLS, SHARE, fill_layers
 from .json_files import parse_unique
 from .memory import Limits, parse_memory
 from .model_card import CARD, migration_section, model_card
@@ -147,12 +147,12 @@ class TransferPlan:
         options = Options(
             calibration=calibration,
             examples=examples,
-            layers=_check_choice("layer mapping", layers, ("cka", "first", "medium", "last")),
-            similarity=_check_choice("similarity", similarity, MEASURES),
-            heads=_check_choice("head mapping", heads, ("hungarian", "identity")),
-            transfer=_check_choice("transfer", transfer, ("embedding", "identity")),
-            method=_check_choice("method", method, (AUTO, *METHODS)),
-            roles=tuple(_check_choice("role", role, ROLES) for role in roles),
+            layers=_check_choice(*_CHOICES["layers"], layers),
+            similarity=_check_choice(*_CHOICES["similarity"], similarity),
+            heads=_check_choice(*_CHOICES["heads"], heads),
+            transfer=_check_choice(*_CHOICES["transfer"], transfer),
+            method=_check_choice(*_CHOICES["method"], method),
+            roles=tuple(_check_choice("role", ROLES, role) for role in roles),
             device=pick_device(device),
             dtype=pick_dtype(dtype),
             seed=seed,
@@ -381,6 +381,7 @@ class TransferPlan:
         Raises:
             LoraSuiteError: an adapter of another base, or one the plan does not cover; OUT is then untouched.
         """
+        check_settings(self.options["method"], settings, text)
         models = cache(lambda: self.check_models(old, new))
         if old is not None or new is not None:
             models()
@@ -414,6 +415,7 @@ class TransferPlan:
     ) -> Migration:
         """`apply`, with the models where they are opened once for several adapters."""
         distilled = self.options["method"] == "distill"
+        check_settings(self.options["method"], settings, text)
         place = work_folder(out)
         clean_up(out, place, _DISTILLATION)
         with suppress(OSError):
@@ -443,13 +445,6 @@ class TransferPlan:
                 with suppress(OSError):
                     # Where there is anything left to go on from it stays, and so does a plan's own work.
                     place.rmdir()
-        method = self.options["method"]
-        if settings is not None and settings.rank is not None:
-            raise LoraSuiteError(f"method {method} keeps the adapter's rank; only distill changes it")
-        if settings is not None and settings.layers is not None:
-            raise LoraSuiteError(f"method {method} fits no layers as distill does; leave out --distill-layers")
-        if text is not None:
-            raise LoraSuiteError(f"method {method} carries adapters without text; leave out --text")
         missing = [role for role in source.roles if role not in self.options["roles"]]
         if missing:
             raise LoraSuiteError(
@@ -512,6 +507,7 @@ class TransferPlan:
         Raises:
             LoraSuiteError: two adapters of one name, models that are not the plan's, a folder that cannot be made.
         """
+        check_settings(self.options["method"], options.get("settings"), options.get("text"))
         models = cache(lambda: self.check_models(old, new))
         if old is not None or new is not None:
             models()
@@ -698,15 +694,49 @@ def _unused(source: Adapter, plan: TransferPlan) -> list[int]:
     return sorted({layer for layer, _ in source.updates} - set(plan.layers.values()))
 
 
-def _check_choice(what: str, value: str, known: Iterable[str]) -> str:
+def _check_choice(what: str, known: Iterable[str], value: str) -> str:
     if value not in known:
         raise LoraSuiteError(f"{what} {value!r} is not one of {', '.join(known)}")
     return value
 
 
+def check_settings(method: str, settings: Settings | None, text: object = None) -> None:
+    """Refuses what only distillation uses with another method; `auto` is left to what it takes."""
+    if method in (AUTO, "distill"):
+        return
+    if settings is not None and settings.rank is not None:
+        raise LoraSuiteError(f"method {method} keeps the adapter's rank; only distill changes it")
+    if settings is not None and settings.layers is not None:
+        raise LoraSuiteError(f"method {method} fits no layers as distill does; leave out --distill-layers")
+    if text is not None:
+        raise LoraSuiteError(f"method {method} carries adapters without text; leave out --text")
+
+
+_CHOICES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "layers": ("layer mapping", ("cka", "first", "medium", "last")),
+    "similarity": ("similarity", tuple(MEASURES)),
+    "heads": ("head mapping", ("hungarian", "identity")),
+    "transfer": ("transfer", ("embedding", "identity")),
+    "method": ("method", (AUTO, *METHODS)),
+}
+
+
+def _check_options(options: dict[str, Any], settings: Settings | None, fill: str) -> None:
+    """The options of a build that can be judged without a model."""
+    for name, (what, known) in _CHOICES.items():
+        if name in options:
+            _check_choice(what, known, options[name])
+    _check_choice("fill", FILLS, fill)
+    pick_device(options.get("device", "auto"))
+    pick_dtype(options.get("dtype", "auto"))
+    if options.get("memory") is not None:
+        parse_memory(options["memory"])
+    check_settings(options.get("method", AUTO), settings)
+
+
 def pick_device(name: str) -> torch.device:
     """auto takes the GPU where there is one."""
-    _check_choice("device", name, ("auto", "cpu", "cuda"))
+    _check_choice("device", ("auto", "cpu", "cuda"), name)
     if name == "cuda" and not torch.cuda.is_available():
         raise LoraSuiteError("--device cuda: PyTorch sees no GPU; use --device cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
@@ -716,7 +746,7 @@ def pick_dtype(name: str) -> torch.dtype:
     """auto is float32: float16 and, on many CPUs, bfloat16 products are slow there, and inexact everywhere."""
     if name == "auto":
         return torch.float32
-    _check_choice("dtype", name, ("auto", *_DTYPES))
+    _check_choice("dtype", ("auto", *_DTYPES), name)
     return _DTYPES[name]
 
 
@@ -732,8 +762,6 @@ def _announcement(options: dict[str, Any], refine: int | str, asked: bool, finet
         steps = "as many steps as the text is worth" if refine == "auto" else f"{refine} steps"
         reason = "" if asked else " (the default on a GPU; refine 0: not)"
         parts.append(f"then refining without labels, {steps}{reason}")
-    elif not asked:
-        parts.append("without refining (the default on a CPU; refine auto: with it)")
     if finetune is not None:
         parts.append("then fine-tuning on labelled data")
     return ", ".join(parts)
@@ -779,12 +807,17 @@ def migrate(
     """
     given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "--calibration": options.get("calibration")}
     inputs = given | {"--refine-text": refine_text, "--finetune": finetune}
+    _check_options(options, settings, fill)
     check_report(report, out, inputs)
+    if finetune is None and finetune_options:
+        raise LoraSuiteError("finetune_options are for the training that finetune asks for; give both")
     asked = refine is not None
     refine = refine if refine is not None else default_refinement(options.get("device", "auto"))
     if refine != "auto" and (isinstance(refine, str) or refine < 0):
         raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
-    if say:
+    if refine_text is not None and not refine:
+        raise LoraSuiteError("refine_text is for the training that refine asks for; give both")
+    if say and (refine or finetune is not None):
         say(_announcement(options, refine, asked, finetune))
     if finetune is not None:
         from .finetuning import migrate_and_finetune

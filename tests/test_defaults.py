@@ -105,10 +105,10 @@ def test_a_migration_refines_by_default_on_a_gpu_alone_and_says_so(monkeypatch: 
     said: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options, words in (
-        ({}, "without refining (the default on a CPU"),
         ({"refine": 7}, "then refining without labels, 7 steps"),
+        ({"finetune": [{}]}, "then fine-tuning on labelled data"),
     ):
-        with pytest.raises(LoraSuiteError, match="no such folder"):
+        with pytest.raises(LoraSuiteError, match=r"no such (folder|file)"):
             migrate("./no", "./no", "./no", "./out", say=said.append, **options)  # type: ignore[arg-type]
         assert words in said[-1]
     assert len(said) == 2
