@@ -104,10 +104,10 @@ def main() -> None:
 
     console.print("[bold]1. Two models trained independently[/bold]")
     start = time.perf_counter()
-    result = migrate(old, new, adapter, work / "migrated", calibration="self")
+    result = migrate(old, new, adapter, work / "migrated", calibration="self", refine=0)
     seconds = time.perf_counter() - start
-    migrate(old, new, adapter, work / "migrated-paper", method="paper")
-    migrate(old, new, adapter, work / "migrated-lstsq", method="lstsq")
+    migrate(old, new, adapter, work / "migrated-paper", method="paper", refine=0)
+    migrate(old, new, adapter, work / "migrated-lstsq", method="lstsq", refine=0)
     old_model, new_model = load(old), load(new)
     o, n = result.plan.old.shape, result.plan.new.shape
     console.print(
@@ -151,7 +151,7 @@ def main() -> None:
     )
     planted.save(work / "planted")
     start = time.perf_counter()
-    result = migrate(old, work / "planted", adapter, work / "migrated-planted")
+    result = migrate(old, work / "planted", adapter, work / "migrated-planted", refine=0)
     seconds = time.perf_counter() - start
     n = result.plan.new.shape
     console.print(
@@ -168,11 +168,11 @@ def main() -> None:
             ("planted", score(planted.model, work / "planted", texts)),
             (
                 "planted + migrated adapter (lstsq)",
-                score(planted.model, work / "planted", texts, work / "migrated-planted"),
+                score(planted.model, work / "planted", texts, work / "migrated-planted", refine=0),
             ),
         ],
     )
-    cosine, ratio = logit_change(planted, old_model, adapter, work / "migrated-planted")
+    cosine, ratio = logit_change(planted, old_model, adapter, work / "migrated-planted", refine=0)
     console.print(f"the adapter's change of the logits, planted : old: cosine {cosine:.7f}, size {ratio:.5f}")
     console.print(f"written: migrated, migrated-lstsq, migrated-paper, migrated-planted in {work}/", highlight=False)
 

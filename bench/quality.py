@@ -299,7 +299,7 @@ class Case:
             figures = self.distilled(kind, control, 1 if "last" in words else None, out)
         else:
             with measured() as cost:
-                migrate(self.old, self.new, self.adapter, out, method=method, seed=self.seed, overwrite=True)
+                migrate(self.old, self.new, self.adapter, out, method=method, refine=0, seed=self.seed, overwrite=True)
             figures = cost
         return figures | {"bits": self.score(out)}
 
@@ -319,6 +319,7 @@ class Case:
                 method="distill",
                 calibration=path,
                 settings=settings,
+                refine=0,
                 seed=self.seed,
                 overwrite=True,
             )

@@ -159,7 +159,9 @@ class Case(quality.Case):
 
     def carried(self, out: Path, **options: Any) -> Any:
         """Eq. (3) of the paper."""
-        return migrate(self.old, self.new, self.adapter, out, method="paper", seed=self.seed, overwrite=True, **options)
+        return migrate(
+            self.old, self.new, self.adapter, out, method="paper", refine=0, seed=self.seed, overwrite=True, **options
+        )
 
     def cost(self, part: str) -> dict[str, Any]:
         """Seconds and peak memory of one part, from the adapter to a finished one, in a process of its own."""

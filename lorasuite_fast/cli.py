@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,8 @@ from rich.progress import (
 from rich.table import Table
 
 from ._version import __version__
-from .errors import LoraSuiteError, WriteError
+from .errors import LoraSuiteError, WriteError, one_line
+from .given_paths import check_file, check_folder, same_model
 
 if TYPE_CHECKING:
     from .distillation import Distilled, Settings
@@ -43,8 +45,11 @@ if TYPE_CHECKING:
 
 DIVERGED = 3
 """Exit code of a training that diverged; what it started from is then in OUT."""
+UNEXPECTED = 70
+"""Exit code of an error nobody has foreseen, a fault of this program."""
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as typer gives it."""
+_DEBUG = "--debug"
 
 app = typer.Typer(
     name="lorasuite-fast",
@@ -261,6 +266,49 @@ def _run(as_json: bool) -> Iterator[Reporter | None]:
 
 
 @contextmanager
+def _checks() -> Iterator[None]:
+    """Before anything that takes long to import: what was given is looked at, and refused in one line."""
+    try:
+        yield
+    except LoraSuiteError as error:
+        _fail(str(error))
+
+
+def _check_models(old: str, new: str) -> None:
+    check_folder("OLD model", old)
+    check_folder("NEW model", new)
+    if same_model(old, new):
+        typer.echo(f"note: OLD and NEW are the same model, {one_line(old)}", err=True)
+
+
+def _check_data(what: str, data: str | None) -> None:
+    """Labelled data may be a file, a folder or the id of a data set on the hub, which has no such ending."""
+    if data is not None and Path(data).suffix in (".json", ".jsonl", ".txt"):
+        check_file(what, data)
+
+
+def _only_for(context: typer.Context, fits: bool, purpose: str, *names: str) -> None:
+    """Refuses options that were given and would be left unused."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if not fits and source is not None and source.name == "COMMANDLINE":
+            raise LoraSuiteError(f"--{name.replace('_', '-')} is for {purpose}")
+
+
+def _check_method(context: typer.Context, method: str, transfer: str) -> None:
+    """Options of `migrate` and `plan` that go with some methods alone; what `auto` takes is not known yet."""
+    distills = "distillation; leave it out, or pass --method distill"
+    _only_for(context, method in ("auto", "distill"), distills, "rank", "distill_layers")
+    _only_for(context, method != "distill", "the methods lstsq and paper; leave it out", "heads")
+    fitted = "a fitted transfer matrix; leave it out, or pass --transfer embedding"
+    _only_for(context, transfer == "embedding", fitted, "ridge")
+
+
+def _check_fill(context: typer.Context, fill: str) -> None:
+    _only_for(context, fill == "nearest", "--fill nearest; give both", "fill_share")
+
+
+@contextmanager
 def _ranks() -> Iterator[Ranks]:
     """The processes torchrun started, if it did; alone otherwise."""
     from .ranks import Ranks
@@ -365,13 +413,6 @@ def _kept(text: str) -> int | str | None:
         raise LoraSuiteError(f"--top-k {text}: expected auto, all or a number") from None
 
 
-def _default_refinement(device: str) -> int | str:
-    """Without a GPU a refinement can take hours, so it has to be asked for."""
-    import torch
-
-    return "auto" if device != "cpu" and torch.cuda.is_available() else 0
-
-
 def _say(sentence: str) -> None:
     typer.echo(sentence, err=True)
 
@@ -441,6 +482,7 @@ def _print_result(result: Migration, as_json: bool, report_file: Path | None = N
 
 @app.command()
 def migrate(
+    context: typer.Context,
     old: OldArgument,
     new: NewArgument,
     adapter: AdapterArgument,
@@ -484,11 +526,21 @@ def migrate(
 
     Example: lorasuite-fast migrate Qwen/Qwen1.5-1.8B Qwen/Qwen2.5-3B my-adapter my-adapter-qwen2.5
     """
+    with _checks():
+        _check_models(old, new)
+        check_folder("ADAPTER", adapter, hub=False)
+        check_file("--calibration", calibration, "self")
+        check_file("--refine-text", refine_text, "self")
+        check_file("--retain", retain, "shipped")
+        _check_data("--finetune", finetune)
+        _check_method(context, method, transfer)
+        _check_fill(context, fill)
+        tuned = "the training that --finetune asks for; give both"
+        _only_for(context, finetune is not None, tuned, "finetune_epochs", "finetune_rate", "retain", "completion_only")
+        _only_for(context, refine != "0", "the training that --refine asks for; give both", "refine_text")
     with _run(as_json) as report:
         from .plan import migrate as run
 
-        if retain is not None and finetune is None:
-            raise LoraSuiteError("--retain is for the training that --finetune asks for; give both")
         result = run(
             old,
             new,
@@ -510,10 +562,12 @@ def migrate(
             settings=_settings(rank, distill_layers, seed),
             fill=fill,
             fill_share=fill_share,
-            refine=_steps("--refine", refine) if refine is not None else _default_refinement(device),
+            refine=None if refine is None else _steps("--refine", refine),
             refine_text=refine_text,
             finetune=finetune,
-            finetune_options={
+            finetune_options=None
+            if finetune is None
+            else {
                 "epochs": finetune_epochs,
                 "learning_rate": finetune_rate,
                 "completion_only": completion_only,
@@ -532,6 +586,7 @@ def migrate(
 
 @app.command()
 def plan(
+    context: typer.Context,
     old: OldArgument,
     new: NewArgument,
     out: Annotated[Path, typer.Argument(metavar="PLAN", help="File to write, e.g. old-to-new.plan.safetensors.")],
@@ -562,6 +617,10 @@ def plan(
 
     Example: lorasuite-fast plan old-model new-model old-to-new.plan.safetensors --memory 6GB
     """
+    with _checks():
+        _check_models(old, new)
+        check_file("--calibration", calibration, "self")
+        _check_method(context, method, transfer)
     with _run(as_json) as report, _ranks() as ranks:
         from .families import ATTENTION, MLP, ROLES
         from .output import check_output
@@ -624,6 +683,7 @@ def plan(
 
 @app.command()
 def apply(
+    context: typer.Context,
     plan_file: PlanArgument,
     adapters: Annotated[
         list[Path], typer.Argument(metavar="ADAPTER [OUT]", help="PEFT LoRA folder, and where to write.")
@@ -639,7 +699,13 @@ def apply(
     fill: Fill = "none",
     fill_share: FillShare = 0.5,
     memory: Memory = None,
+    device: Device = "auto",
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float64"] | None,
+        _option(MACHINE, "DTYPE", "For distill: float32, bfloat16 or float64 [the plan's]"),
+    ] = None,
     overwrite: Overwrite = False,
+    trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Carry one more adapter with a saved plan, or many; takes seconds each. Under torchrun the processes share them.
@@ -648,15 +714,27 @@ def apply(
 
     Example: lorasuite-fast apply old-to-new.plan.safetensors adapters/* --out adapters-new
     """
+    with _checks():
+        if out is None and len(adapters) != 2:
+            raise LoraSuiteError("apply takes PLAN ADAPTER OUT, or PLAN ADAPTER... --out DIR")
+        if "/" not in str(plan_file) or Path(plan_file).suffix:
+            check_file("PLAN", plan_file)
+        for what, model in (("--old", old), ("--new", new)):
+            if model is not None:
+                check_folder(what, model)
+        if out is None:
+            check_folder("ADAPTER", adapters[0], hub=False)
+        check_file("--text", text, "self")
+        _check_fill(context, fill)
     given: dict[str, Any] = {"old": old, "new": new, "text": text, "fill": fill, "fill_share": fill_share}
-    given |= {"memory": memory, "overwrite": overwrite}
+    given |= {"memory": memory, "overwrite": overwrite, "device": device, "dtype": dtype}
+    given["trust_remote_code"] = trust_remote_code
     if out is None:
         with _run(as_json) as report:
             from .plan import TransferPlan
 
-            if len(adapters) != 2:
-                raise LoraSuiteError("apply takes PLAN ADAPTER OUT, or PLAN ADAPTER... --out DIR")
             loaded = TransferPlan.from_pretrained(plan_file)
+            _check_distils(context, loaded)
             settings = _settings(rank, distill_layers, loaded.options["seed"])
             result = loaded.apply(adapters[0], adapters[1], settings=settings, progress=report, **given)
         _print_result(result, as_json)
@@ -665,6 +743,7 @@ def apply(
         from .plan import TransferPlan
 
         loaded = TransferPlan.from_pretrained(plan_file)
+        _check_distils(context, loaded)
         settings = _settings(rank, distill_layers, loaded.options["seed"])
         share = loaded.apply_all(adapters, out, settings=settings, ranks=ranks, progress=report, **given)
         outcomes = ranks.merge(
@@ -672,6 +751,13 @@ def apply(
         )
     if ranks.first:
         _print_outcomes(outcomes, as_json)
+
+
+def _check_distils(context: typer.Context, loaded: TransferPlan) -> None:
+    """Options of `apply` that only a plan by distillation uses."""
+    method = loaded.options["method"]
+    purpose = f"plans whose method is distill; this one's is {method}, leave it out"
+    _only_for(context, method == "distill", purpose, "memory", "dtype")
 
 
 def _print_outcomes(outcomes: dict[str, dict[str, str]], as_json: bool) -> None:
@@ -723,14 +809,21 @@ def verify(
 
     Exit code 0 whatever the verdict.
     """
-    with _run(as_json) as report:
+    with _checks():
         if len(models) not in (2, 4):
             raise LoraSuiteError(
                 f"verify takes OLD NEW, or OLD OLD_ADAPTER NEW NEW_ADAPTER; {len(models)} arguments were given"
             )
+        old, old_adapter, new, new_adapter = models if len(models) == 4 else (models[0], None, models[1], None)
+        _check_models(old, new)
+        for what, folder in (("OLD_ADAPTER", old_adapter), ("NEW_ADAPTER", new_adapter)):
+            if folder is not None:
+                check_folder(what, folder)
+        check_file("--text", text)
+        check_file("--labelled", labelled)
+    with _run(as_json) as report:
         from .verification import verify as run
 
-        old, old_adapter, new, new_adapter = models if len(models) == 4 else (models[0], None, models[1], None)
         result = run(
             old,
             old_adapter,
@@ -760,6 +853,7 @@ def verify(
 
 @app.command()
 def refine(
+    context: typer.Context,
     old: OldArgument,
     old_adapter: Annotated[str, typer.Argument(metavar="OLD_ADAPTER", help="PEFT LoRA folder trained on OLD.")],
     new: NewArgument,
@@ -801,6 +895,16 @@ def refine(
 
     Example: lorasuite-fast refine old-model my-adapter new-model my-adapter-new my-adapter-refined
     """
+    with _checks():
+        _check_models(old, new)
+        check_folder("OLD_ADAPTER", old_adapter)
+        if adapter != "none":
+            check_folder("ADAPTER", adapter)
+        check_file("--text", text, "self")
+        check_file("--retain", retain, "shipped")
+        written = text is None or str(text) == "self"
+        _only_for(context, written, "text the old model writes; leave out --text, or this", "text_bytes")
+        _only_for(context, retain is not None, "--retain; give both", "retain_weight")
     with _run(as_json) as report:
         from .refinement import refine as run
 
@@ -861,6 +965,7 @@ def refine(
 
 @app.command()
 def finetune(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model of the adapter: folder or hub id.")],
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="PEFT folder to start from, or `none`: from zero.")],
     data: Annotated[
@@ -916,6 +1021,17 @@ def finetune(
 
     Example: lorasuite-fast finetune new-model my-adapter-new samples.jsonl my-adapter-tuned
     """
+    with _checks():
+        check_folder("MODEL", model)
+        if adapter != "none":
+            check_folder("ADAPTER", adapter)
+        _check_data("DATA", data)
+        _check_data("--validation", validation)
+        check_file("--retain", retain, "shipped")
+        anew = "a new adapter; leave it out, or give `none` as ADAPTER"
+        _only_for(context, adapter == "none", anew, "rank", "alpha", "dropout", "roles")
+        _only_for(context, steps is None, "trainings without --steps; give one of the two", "epochs")
+        _only_for(context, retain is not None, "--retain; give both", "retain_weight")
     with _run(as_json) as report:
         from .finetuning import finetune as run
 
@@ -977,6 +1093,9 @@ def inspect(
 
     Example: lorasuite-fast inspect old-to-new.plan.safetensors
     """
+    with _checks():
+        if "/" not in str(plan_file) or Path(plan_file).suffix:
+            check_file("PLAN", plan_file)
     with _run(as_json=True):
         from .inspection import inspect_plan, print_plan
         from .plan import TransferPlan
@@ -1079,23 +1198,43 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show the traceback of an unexpected error.")] = False,
 ) -> None:
     pass
 
 
-def main(arguments: list[str] | None = None) -> Any:
-    """Entry point of the console script."""
+def _unexpected(error: Exception, debug: bool) -> str:
+    """One line about an error nobody has foreseen, whatever it says of itself."""
     try:
-        return app(args=sys.argv[1:] if arguments is None else arguments)
+        text = " ".join(str(error).split())
+    except Exception:
+        text = ""
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    hint = (
+        "please report it with the lines above" if debug else f"run it again with {_DEBUG} to see where, and report it"
+    )
+    return f"unexpected {one_line(what)}; OUT is what it was, or complete; {hint}"
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Entry point of the console script: whatever is raised ends in one line and an exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    debug = _DEBUG in given
+    try:
+        return app(args=[argument for argument in given if argument != _DEBUG])
     except SystemExit as end:
         if end.code != INTERRUPTED:
             raise
-    except (MemoryError, RuntimeError, ImportError) as error:
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
         # torch has a class of its own for GPUs alone, and what is imported late may not find room.
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _MEMORY_WORDS):
-            raise
-        _complain(_OUT_OF_MEMORY)
-        raise SystemExit(2) from None
+        late = isinstance(error, RuntimeError | ImportError)
+        if isinstance(error, MemoryError) or (late and any(words in str(error).lower() for words in _MEMORY_WORDS)):
+            _complain(_OUT_OF_MEMORY)
+            raise SystemExit(2) from None
+        _complain(_unexpected(error, debug))
+        raise SystemExit(UNEXPECTED) from None
     except KeyboardInterrupt:
         pass
     typer.echo("interrupted; OUT is what it was, or complete; the same command goes on from what is done", err=True)

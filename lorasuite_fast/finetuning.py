@@ -825,8 +825,16 @@ def migrate_and_finetune(
     folder = finetuning_folder(out)
     folder.mkdir(exist_ok=True)
     migrated = folder / "migrated"
+    told: list[str] = []
+
+    def quiet(sentence: str) -> None:
+        """Passes on all but the first sentence, which `migrate` has said already for the whole."""
+        if say and told:
+            say(sentence)
+        told.append(sentence)
+
     try:
-        result = migrate(old, new, adapter, migrated, overwrite=True, progress=progress, say=say, **options)
+        result = migrate(old, new, adapter, migrated, overwrite=True, progress=progress, say=quiet, **options)
     except WriteError:
         raise
     except LoraSuiteError:

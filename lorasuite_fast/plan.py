@@ -27,7 +27,7 @@ from .checkpoint import Checkpoint
 from .choice import Choice, choose
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, FAMILIES, ROLES, Shape
-from .fill import SHARE, fill_layers
+from .fill import FILLS, SHARE, fill_layers
 from .identical import identity_facts, identity_tensors, returned_files, same_tensors, same_weights, update_sizes
 from .json_files import parse_unique
 from .kinship import SAME, Kinship
@@ -370,6 +370,8 @@ class TransferPlan:
         fill: str = "none",
         fill_share: float = SHARE,
         memory: str | int | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
         trust_remote_code: bool = False,
         overwrite: bool = False,
         progress: Progress | None = None,
@@ -387,18 +389,27 @@ class TransferPlan:
                 `fill_share`.
             memory: for distill, what may be resident on the device (on a CPU: in the process), e.g. "6GB"; states that
                 do not fit lie in files beside OUT, and a budget that is too small is refused.
+            device, dtype: for distill, of this machine: auto, cpu or cuda, and None for the plan's dtype.
 
         Raises:
             LoraSuiteError: an adapter of another base, or one the plan does not cover; OUT is then untouched.
         """
+        check_settings(self.options["method"], settings, text)
         models = cache(lambda: self.check_models(old, new))
         if old is not None or new is not None:
             models()
         budget = None if memory is None else parse_memory(memory)
-        return self._apply(
+        return self._on(device, dtype)._apply(
             adapter, out, models, text, settings, fill, fill_share, budget, trust_remote_code, overwrite, progress,
             self._inputs(OLD=old, NEW=new),
         )  # fmt: skip
+
+    def _on(self, device: str, dtype: str | None) -> TransferPlan:
+        """The plan with the device and the dtype it is applied on; those it was built on are another machine's."""
+        found = {"device": pick_device(device).type}
+        if dtype is not None:
+            found["dtype"] = str(pick_dtype(dtype)).removeprefix("torch.")
+        return replace(self, options=self.options | found)
 
     def _apply(
         self,
@@ -417,6 +428,7 @@ class TransferPlan:
     ) -> Migration:
         """`apply`, with the models where they are opened once for several adapters."""
         distilled, from_file = self.options["method"] == "distill", isinstance(self.tensors, _LazyTensors)
+        check_settings(self.options["method"], settings, text)
         place = work_folder(out)
         clean_up(out, place, _DISTILLATION)
         with suppress(OSError):
@@ -447,13 +459,6 @@ class TransferPlan:
                 with suppress(OSError):
                     # Where there is anything left to go on from it stays, and so does a plan's own work.
                     place.rmdir()
-        method = self.options["method"]
-        if settings is not None and settings.rank is not None:
-            raise LoraSuiteError(f"method {method} keeps the adapter's rank; only distill changes it")
-        if settings is not None and settings.layers is not None:
-            raise LoraSuiteError(f"method {method} fits no layers as distill does; leave out --distill-layers")
-        if text is not None:
-            raise LoraSuiteError(f"method {method} carries adapters without text; leave out --text")
         missing = [role for role in source.roles if role not in self.options["roles"]]
         if missing:
             raise LoraSuiteError(
@@ -509,6 +514,8 @@ class TransferPlan:
         old: str | os.PathLike[str] | None = None,
         new: str | os.PathLike[str] | None = None,
         memory: str | int | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
         overwrite: bool = False,
         ranks: Ranks | None = None,
         progress: Progress | None = None,
@@ -518,7 +525,7 @@ class TransferPlan:
 
         Args:
             folder: made if it does not exist. ranks: each process takes its share, and returns the results of that.
-            old, new, memory: see `apply`; the models are opened once. options: further ones of `apply`.
+            old, new, memory, device, dtype: see `apply`; the models are opened once. options: further ones of `apply`.
 
         Returns:
             For each adapter, as given, the result or the error.
@@ -526,6 +533,7 @@ class TransferPlan:
         Raises:
             LoraSuiteError: two adapters of one name, models that are not the plan's, a folder that cannot be made.
         """
+        check_settings(self.options["method"], options.get("settings"), options.get("text"))
         models = cache(lambda: self.check_models(old, new))
         if old is not None or new is not None:
             models()
@@ -533,6 +541,7 @@ class TransferPlan:
             refuse_pipe(options.get("text"))
         options |= {"models": models, "memory": None if memory is None else parse_memory(memory)}
         options["inputs"] = self._inputs(OLD=old, NEW=new) | {f"ADAPTER {n}": a for n, a in enumerate(adapters, 1)}
+        plan = self._on(device, dtype)
         target = Path(folder).expanduser()
         names = [Path(adapter).expanduser().resolve().name for adapter in adapters]
         for name in names:
@@ -546,7 +555,7 @@ class TransferPlan:
         results: dict[str, Migration | LoraSuiteError] = {}
         for done, (adapter, name) in enumerate(share, 1):
             try:
-                results[os.fspath(adapter)] = self._apply(adapter, target / name, overwrite=overwrite, **options)
+                results[os.fspath(adapter)] = plan._apply(adapter, target / name, overwrite=overwrite, **options)
             except LoraSuiteError as error:
                 results[os.fspath(adapter)] = error
             if progress:
@@ -744,10 +753,44 @@ def _unused(source: Adapter, plan: TransferPlan) -> list[int]:
     return sorted({layer for layer, _ in source.updates} - set(plan.layers.values()))
 
 
-def _check_choice(what: str, value: str, known: Iterable[str]) -> str:
+def _check_choice(what: str, known: Iterable[str], value: str) -> str:
     if value not in known:
         raise LoraSuiteError(f"{what} {value!r} is not one of {', '.join(known)}")
     return value
+
+
+def check_settings(method: str, settings: Settings | None, text: object = None) -> None:
+    """Refuses what only distillation uses with another method; `auto` is left to what it takes."""
+    if method in (AUTO, "distill"):
+        return
+    if settings is not None and settings.rank is not None:
+        raise LoraSuiteError(f"method {method} keeps the adapter's rank; only distill changes it")
+    if settings is not None and settings.layers is not None:
+        raise LoraSuiteError(f"method {method} fits no layers as distill does; leave out --distill-layers")
+    if text is not None:
+        raise LoraSuiteError(f"method {method} carries adapters without text; leave out --text")
+
+
+_CHOICES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "layers": ("layer mapping", ("cka", "first", "medium", "last")),
+    "similarity": ("similarity", tuple(MEASURES)),
+    "heads": ("head mapping", ("hungarian", "identity")),
+    "transfer": ("transfer", ("embedding", "identity")),
+    "method": ("method", (AUTO, *METHODS)),
+}
+
+
+def _check_options(options: dict[str, Any], settings: Settings | None, fill: str) -> None:
+    """The options of a build that can be judged without a model."""
+    for name, (what, known) in _CHOICES.items():
+        if name in options:
+            _check_choice(what, known, options[name])
+    _check_choice("fill", FILLS, fill)
+    pick_device(options.get("device", "auto"))
+    pick_dtype(options.get("dtype", "auto"))
+    if options.get("memory") is not None:
+        parse_memory(options["memory"])
+    check_settings(options.get("method", AUTO), settings)
 
 
 def make_options(
@@ -772,12 +815,12 @@ def make_options(
     return Options(
         calibration=calibration,
         examples=examples,
-        layers=_check_choice("layer mapping", layers, ("cka", "first", "medium", "last")),
-        similarity=_check_choice("similarity", similarity, MEASURES),
-        heads=_check_choice("head mapping", heads, ("hungarian", "identity")),
-        transfer=_check_choice("transfer", transfer, ("embedding", "identity")),
-        method=_check_choice("method", method, (AUTO, *METHODS)),
-        roles=tuple(_check_choice("role", role, ROLES) for role in roles),
+        layers=_check_choice(*_CHOICES["layers"], layers),
+        similarity=_check_choice(*_CHOICES["similarity"], similarity),
+        heads=_check_choice(*_CHOICES["heads"], heads),
+        transfer=_check_choice(*_CHOICES["transfer"], transfer),
+        method=_check_choice(*_CHOICES["method"], method),
+        roles=tuple(_check_choice("role", ROLES, role) for role in roles),
         device=pick_device(device),
         dtype=pick_dtype(dtype),
         seed=seed,
@@ -790,7 +833,7 @@ def make_options(
 
 def pick_device(name: str) -> torch.device:
     """auto takes the GPU where there is one."""
-    _check_choice("device", name, ("auto", "cpu", "cuda"))
+    _check_choice("device", ("auto", "cpu", "cuda"), name)
     if name == "cuda" and not torch.cuda.is_available():
         raise LoraSuiteError("--device cuda: PyTorch sees no GPU; use --device cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
@@ -800,7 +843,7 @@ def pick_dtype(name: str) -> torch.dtype:
     """auto is float32: float16 and, on many CPUs, bfloat16 products are slow there, and inexact everywhere."""
     if name == "auto":
         return torch.float32
-    _check_choice("dtype", name, ("auto", *_DTYPES))
+    _check_choice("dtype", ("auto", *_DTYPES), name)
     return _DTYPES[name]
 
 
@@ -849,6 +892,23 @@ def give_back(
     return Migration(plan, source.where, str(out), results, clock.phases, [])
 
 
+def default_refinement(device: str) -> int | str:
+    """Steps of the refinement a migration ends with: without a GPU it can take hours, and has to be asked for."""
+    return "auto" if pick_device(device).type == "cuda" else 0
+
+
+def _announcement(options: dict[str, Any], refine: int | str, asked: bool, finetune: Data | None) -> str:
+    """What a migration will run, in one sentence."""
+    parts = [f"migrating by method {options.get('method', AUTO)}"]
+    if refine:
+        steps = "as many steps as the text is worth" if refine == "auto" else f"{refine} steps"
+        reason = "" if asked else " (the default on a GPU; refine 0: not)"
+        parts.append(f"then refining without labels, {steps}{reason}")
+    if finetune is not None:
+        parts.append("then fine-tuning on labelled data")
+    return ", ".join(parts)
+
+
 def migrate(
     old: str | os.PathLike[str],
     new: str | os.PathLike[str],
@@ -859,7 +919,7 @@ def migrate(
     settings: Settings | None = None,
     fill: str = "none",
     fill_share: float = SHARE,
-    refine: int | str = 0,
+    refine: int | str | None = None,
     refine_text: str | os.PathLike[str] | None = None,
     finetune: Data | None = None,
     finetune_options: dict[str, Any] | None = None,
@@ -871,7 +931,8 @@ def migrate(
     """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
 
     With `refine` the result is then the start of a training without labels (`refinement.refine`) of as many steps;
-    "auto" takes as many as the text is worth, and none where least squares are exact. With `finetune` it is trained on
+    "auto" takes as many as the text is worth, and none where least squares are exact. None, the default, is "auto" on a
+    GPU and 0 without one, here and on the command line. With `finetune` it is trained on
     labelled data last (`finetuning.finetune`).
 
     Args:
@@ -881,14 +942,25 @@ def migrate(
         refine_text: None has the old model write it with its adapter; else a .jsonl or .txt file.
         finetune: labelled data, as `finetuning.finetune` takes them. finetune_options: its further arguments.
         report: HTML file to write (`report_file.write_report`); an earlier report there is replaced.
-        say: called with one sentence, the steps planned, before a training starts.
+        say: called with one sentence, what will be run, at the start, and with the steps planned before a training.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "--calibration": options.get("calibration")}
     inputs = given | {"--refine-text": refine_text, "--finetune": finetune}
+    _check_options(options, settings, fill)
     check_report(report, out, inputs)
+    if finetune is None and finetune_options:
+        raise LoraSuiteError("finetune_options are for the training that finetune asks for; give both")
+    asked = refine is not None
+    refine = refine if refine is not None else default_refinement(options.get("device", "auto"))
+    if refine != "auto" and (isinstance(refine, str) or refine < 0):
+        raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
+    if refine_text is not None and not refine:
+        raise LoraSuiteError("refine_text is for the training that refine asks for; give both")
+    if say and (refine or finetune is not None):
+        say(_announcement(options, refine, asked, finetune))
     if finetune is not None:
         from .finetuning import migrate_and_finetune
 
@@ -899,8 +971,6 @@ def migrate(
         write_report(tuned, report)
         return tuned
     start = time.perf_counter()
-    if refine != "auto" and (isinstance(refine, str) or refine < 0):
-        raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
     if options.get("method", "auto") in ("auto", "distill"):
         refuse_pipe(options.get("calibration"))
     clean_up(out)
@@ -934,6 +1004,7 @@ def migrate(
             fill=fill,
             fill_share=fill_share,
             memory=options.get("memory"),
+            device=options.get("device", "auto"),
             trust_remote_code=options.get("trust_remote_code", False),
             overwrite=overwrite or bool(refine),
             progress=progress,

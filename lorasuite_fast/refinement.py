@@ -519,6 +519,8 @@ def refine(
         raise LoraSuiteError(f"imitation is {imitation}; it must be from 0 to 1")
     weights = kl_weight, next_token_weight
     _check(steps, rank, alpha, learning_rate, weights, batch_bytes, max_tokens, top_k, eval_every, patience)
+    if memory is not None:
+        parse_memory(memory)
     if control not in CONTROLS:
         raise LoraSuiteError(f"control {control!r} is not one of {', '.join(CONTROLS)}")
     for role in roles or ():

@@ -51,3 +51,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     stub = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: stub)
     return stub
+
+
+@pytest.fixture(autouse=True)
+def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A migration refines by default where there is a GPU; here only where a test asks for it."""
+    if torch.cuda.is_available():
+        monkeypatch.setattr("lorasuite_fast.plan.default_refinement", lambda _: 0)

@@ -24,7 +24,14 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("6GB", 6 * 10**9), ("512MiB", 512 << 20), ("1.5 g", 1_500_000_000), ("2048", 2048), (7, 7), ("3Ti", 3 << 40)],
+    [
+        ("6GB", 6 * 10**9),
+        ("512MiB", 512 << 20),
+        ("1.5 g", 1_500_000_000),
+        ("20480000", 20480000),
+        (7 << 20, 7 << 20),
+        ("3Ti", 3 << 40),
+    ],
 )
 def test_sizes_are_read_in_the_usual_units(text: str | int, size: int) -> None:
     assert parse_memory(text) == size
@@ -34,6 +41,13 @@ def test_sizes_are_read_in_the_usual_units(text: str | int, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(LoraSuiteError, match="expected a size such as 6GB"):
         parse_memory(text)
+
+
+@pytest.mark.parametrize("text", ["6", "0.5M", 6, "1000k"])
+def test_a_size_without_its_unit_is_refused(text: str | int) -> None:
+    with pytest.raises(LoraSuiteError, match="less than any model needs") as refusal:
+        parse_memory(text)
+    assert ("did you mean 6GB?" in str(refusal.value)) == (str(text) == "6")
 
 
 @pytest.fixture(scope="module")
