@@ -40,5 +40,5 @@ def in_range(thing: str) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.linalg.LinAlgError, OverflowError):
+    except (torch.linalg.LinAlgError, OverflowError):  # type: ignore[attr-defined]
         raise _out_of_range(thing) from None
