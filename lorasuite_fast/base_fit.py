@@ -141,9 +141,15 @@ def _table_r2(x: Tensor, y: Tensor) -> float | None:
     return _r2(y[held], x[held].double() @ solve_normal(sums.oo, sums.on, ridge)[0])
 
 
+def _normed(x: Tensor) -> Tensor:
+    """Rows of root mean square 1; rows of zeros stay."""
+    size = x.square().mean(1, keepdim=True).sqrt()
+    return torch.where(size > 0, x / size, 0)
+
+
 def _layer_fit(x: Tensor, y: Tensor, pair: tuple[int, int], text: Tensor) -> LayerFit:
     """Fits on five eighths of the texts; an eighth chooses the ridge, and a quarter is the test."""
-    x, y = (side.double() / side.double().square().mean(1, keepdim=True).sqrt() for side in (x, y))
+    x, y = (_normed(side.double()) for side in (x, y))
     test = text % 4 == 3
     choose = text % 8 == 0
     train = ~test & ~choose

@@ -32,6 +32,7 @@ from .kinship import WeightDistance, comparable, kinship, weight_distance
 from .loader import Layer, stream_layers
 from .mapping import map_layers
 from .memory import Demand, Limits
+from .number_range import check_range, in_range
 from .phases import PhaseClock
 from .phases import memory as process_memory
 from .projection import METHODS, Pair
@@ -187,7 +188,8 @@ def build(
         work = _open_work(folder, inputs.identity(options), limits, ranks)
         limits = Limits(work.record["micro_batch"], work.record["chunk_rows"], limits.predicted, limits.budget)
     try:
-        built = _steps(inputs, options, limits, clock, ranks, work)
+        with in_range(f"{inputs.old.folder} and {inputs.new.folder}"):
+            built = _steps(inputs, options, limits, clock, ranks, work)
         if work is not None and ranks.first:
             work.complete()
         return built, work
@@ -221,9 +223,13 @@ def _steps(
             passes.append(_pass(model, ids, options, limits, ranks, work, step))
     with clock.phase("similarity", 1) as step:
         old, new = passes
+        for model, found in zip((inputs.old, inputs.new), passes, strict=True):
+            grams = [tensor for gram in found.grams.values() for tensor in gram]
+            check_range(f"what {model.folder} gives on the text", *grams)
         similarity = ranks.share(_similarity(options.similarity, old.grams, new.grams) if ranks.first else None)
         mapping = map_layers(similarity, options.layers)
         layer_r2 = {j: _layer_r2(old.sample[i], new.sample[j], carried.W_h) for j, i in mapping.items()}
+        check_range(f"{inputs.old.folder} and {inputs.new.folder}", *layer_r2.values())
         step(1)
     method, reason = choose_method(options.method, carried.r2, carried.r2_back, min(layer_r2.values()))
     head = head_r2(inputs.old, inputs.new, inputs.tokenizers, carried.W_h) if method == "lstsq" else None
@@ -503,9 +509,15 @@ def _pair(pair: Pair, options: Options) -> dict[str, Tensor]:
     tensors = {}
     for name, tensor in METHODS[options.method].build(pair, options.roles).items():
         tensors[name] = (tensor if name.endswith("match") else tensor.float()).cpu().contiguous()
+        check_range(_named(pair), tensors[name])
     for role in options.roles:
         tensors[f"{role}.norm"] = _norm(pair.new, role)
+        check_range(_named(pair), tensors[f"{role}.norm"])
     return tensors
+
+
+def _named(pair: Pair) -> str:
+    return " and ".join(f"{side.checkpoint.folder}, layer {side.index}" for side in (pair.old, pair.new))
 
 
 def _norm(layer: Layer, role: str) -> Tensor:

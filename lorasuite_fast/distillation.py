@@ -36,6 +36,7 @@ from .families import Family
 from .hidden_states import MICRO_BATCH, LayerStream, StreamedLayer, padded
 from .magnitude import stored_factors
 from .memory import WEIGHED, DistillDemand, DistillLimits, Scratch
+from .number_range import check_range, in_range
 from .phases import PhaseClock
 from .phases import memory as process_memory
 from .projection import Factors
@@ -523,7 +524,9 @@ def distill(
         before, after = _old_states(o, source, run, work, step)
     with clock.phase("output map", 1, limits.predicted["output map"]) as step:
         weights = _token_weights(heads[0], before, after, parts, limits.scratch.elements, settings.seed)
-        mapped = _fit_output_map(heads, new, weights)
+        with in_range(f"the heads of {old.folder} and {new.folder}"):
+            mapped = _fit_output_map(heads, new, weights)
+        check_range(f"the heads of {old.folder} and {new.folder}", mapped.U, mapped.r2)
         change = run.shelf("change")
         change.extend(_targets(before, after, mapped.U.T.cpu(), settings))
         sides = _chosen(before, parts), _chosen(after, parts)
@@ -856,9 +859,12 @@ class _Fit:
                     sums.add(x[train], self._left(n, base[n], output)[0][train])
             metric, cross = self.metric.to(device), sums.cross
             if gain is not None:
-                pulled_back, metric = in_front_of_norm(metric, gain)
+                with in_range(f"{model.folder}, layer {layer.index}, the norm behind {role}"):
+                    pulled_back, metric = in_front_of_norm(metric, gain)
                 cross = pulled_back @ cross
-            found[role] = reduced_rank_ridge(sums.gram, cross, self.rank, self.settings.ridge, metric)
+            with in_range(where := f"{model.folder} or the adapter, layer {layer.index}, {role}"):
+                found[role] = reduced_rank_ridge(sums.gram, cross, self.rank, self.settings.ridge, metric)
+            check_range(where, *found[role])
         return found
 
     def _gain_after(self, layer: StreamedLayer, role: str) -> Tensor | None:

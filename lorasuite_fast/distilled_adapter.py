@@ -23,6 +23,7 @@ from .distillation import Distilled, Settings, distill
 from .errors import LoraSuiteError
 from .fill import SHARE, fill_layers
 from .loader import Layer
+from .number_range import in_range
 from .phases import PhaseClock
 from .phases import memory as process_memory
 from .projection import update_norm
@@ -96,7 +97,7 @@ def distil_adapter(
         texts = load_examples(None if text == "shipped" else text, TEXTS, settings.seed, pipe=text_given)
     tokenizers = old.tokenizer(trust_remote_code=trust_remote_code), new.tokenizer(trust_remote_code=trust_remote_code)
     work = Work(folder, _identity(models, source, texts, settings, device, dtype))
-    with work:
+    with work, in_range(f"{source.where}, {old.folder} or {new.folder}"):
         distilled = distill(
             old,
             new,
@@ -112,6 +113,27 @@ def distil_adapter(
             others={name: candidate.updates for name, candidate in (others or {}).items()},
             trust_remote_code=trust_remote_code,
         )
+        files, sizes = _files(distilled, source, new, fill, settings.seed)
+    cka = plan.tensors["cka"]
+    layers = [
+        LayerResult(
+            new_layer=j,
+            old_layer=plan.layers.get(j),
+            cka=float(cka[plan.layers[j], j]) if j in plan.layers else None,
+            head_similarity=None,
+            neuron_similarity=None,
+            update=sizes[j],
+            explained=distilled.explained[j],
+        )
+        for j in sorted(sizes)
+    ]
+    return DistilledAdapter(files, layers, replace(distilled, text=text), work)
+
+
+def _files(
+    distilled: Distilled, source: Adapter, new: Checkpoint, fill: tuple[str, float], seed: int
+) -> tuple[dict[str, bytes], dict[int, dict[str, float]]]:
+    """The files of the adapter, and how large its updates are: layer -> role -> share of the weight's norm."""
     dtype = next(iter(source.updates.values())).factors.a.dtype
     updates: dict[tuple[int, str], Update] = {}
     sizes: dict[int, dict[str, float]] = {}
@@ -129,23 +151,10 @@ def distil_adapter(
         rank=rank,
         alpha=rank,
         share=fill[1],
-        seed=settings.seed,
+        seed=seed,
     )
     files = adapter_files(merged, replace(source, config=config), new.family.model_type, new.shape, new.name)
-    cka = plan.tensors["cka"]
-    layers = [
-        LayerResult(
-            new_layer=j,
-            old_layer=plan.layers.get(j),
-            cka=float(cka[plan.layers[j], j]) if j in plan.layers else None,
-            head_similarity=None,
-            neuron_similarity=None,
-            update=sizes[j],
-            explained=distilled.explained[j],
-        )
-        for j in sorted(sizes)
-    ]
-    return DistilledAdapter(files, layers, replace(distilled, text=text), work)
+    return files, sizes
 
 
 def _check_room(old: Checkpoint, memory: int | None, device: torch.device) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lorasuite_kernels import neuron_candidates
 
 from .errors import LoraSuiteError
+from .number_range import check_range
 
 TIE = 1e-4
 """CKA sums that differ by less are ties, which go to the earlier layer."""
@@ -28,6 +29,7 @@ def map_layers(cka: Tensor, how: str = "cka") -> dict[int, int]:
         cka: (L_o, L_n).
         how: `cka` maximises the sum of CKA; `first`, `medium` and `last` take offsets 0, Δ // 2 and Δ throughout.
     """
+    check_range("the similarity of the models' layers", cka)
     L_o, L_n = cka.shape
     table = cka if L_o <= L_n else cka.T
     shallow, deep = table.shape
@@ -69,6 +71,7 @@ def match_heads(similarity: Tensor, how: str = "hungarian") -> Tensor:
         similarity: (H_o, H_n).
         how: `hungarian` maximises the summed similarity; `identity` matches equal indices.
     """
+    check_range("the similarity of the models' heads", similarity)
     H_o, H_n = similarity.shape
     match = torch.full((H_n,), -1, dtype=torch.int64)
     if how == "identity":
@@ -93,6 +96,7 @@ def match_neurons(old: tuple[Tensor | None, Tensor, Tensor], new: tuple[Tensor |
     swap = old[1].shape[0] > new[1].shape[0]
     rows, columns = (new, old) if swap else (old, new)
     found = neuron_candidates(*rows, *columns, k=_CANDIDATES)
+    check_range("the similarity of the models' neurons", found.similarity)
     f_r, f_c, k = rows[1].shape[0], columns[1].shape[0], found.indices.shape[1]
     similarity = found.similarity.double().cpu().numpy().ravel()
     useful = similarity > 0

@@ -33,6 +33,7 @@ from .json_files import parse_unique
 from .kinship import SAME, Kinship
 from .memory import Limits, parse_memory
 from .model_card import CARD, migration_section, model_card
+from .number_range import check_range, in_range
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .plan_check import check_plan, layer_index
@@ -465,7 +466,7 @@ class TransferPlan:
                 f"{source.where}: the adapter targets {', '.join(missing)}, the plan covers only "
                 f"{', '.join(self.options['roles'])}; build the plan with --roles all"
             )
-        with clock.phase("apply", len(self.layers)) as step:
+        with clock.phase("apply", len(self.layers)) as step, in_range(f"{source.where} or the plan"):
             updates, results = self._project(source, models, fill, fill_share, step)
             files = adapter_files(updates, source, self.new.family, self.new.shape, self.new.name)
             steps = migration_section(self, source, results, None)
@@ -583,14 +584,16 @@ class TransferPlan:
                 if update is None:
                     continue
                 factors = type(update.factors)(*(factor.float() for factor in update.factors))
-                carried = method.project(layer, role, factors)
+                with in_range(where := f"{source.where} or the plan, layer {i}, {role}"):
+                    carried = method.project(layer, role, factors)
+                    size = abs(update.scale) * update_norm(carried)
+                check_range(where, *carried, size)
                 updates[j, role] = Update(carried, update.alpha, update.rslora)
                 if source.dora:
                     from .magnitude import carry_factors, stored_factors
 
                     scaled = stored_factors(models()[0], i, role, update)
                     magnitudes[j, role] = scaled if copied else carry_factors(layer, role, scaled)
-                size = abs(update.scale) * update_norm(carried)
                 norm = float(layer.tensors[f"{role}.norm"])
                 sizes[role] = size / norm if norm else 0.0
             results.append(self._layer_result(layer, sizes))

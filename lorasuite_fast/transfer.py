@@ -17,6 +17,7 @@ from lorasuite_kernels import SharedGram, shared_gram
 
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
+from .number_range import check_range, in_range
 from .vocabulary import SharedTokens, drop_untrained
 
 RCOND = 1e-5
@@ -237,7 +238,7 @@ def fit_transfer(
         )
     S = (solve_normal(total.nn, total.on.T, ridge)[0] / factor).float().contiguous()
     sizes = [float(gram.diagonal().mean()) for gram in (total.oo, total.nn)]
-    return Transfer(
+    found = Transfer(
         W_h,
         S,
         "embedding",
@@ -250,6 +251,8 @@ def fit_transfer(
         factor * (sizes[1] / sizes[0]) ** 0.5 if min(sizes) > 0 else 1.0,
         factor,
     )
+    check_range("the embeddings of one of the models", W_h, S, r2, r2_back, found.rms_ratio)
+    return found
 
 
 def build_transfer(
@@ -269,7 +272,8 @@ def build_transfer(
         eye = torch.eye(d_o)
         return Transfer(eye, eye.clone(), "identity", tokens.identical, len(tokens), 0, d_o, None, None, 1.0)
     try:
-        return fit_transfer(Stream.of(old), Stream.of(new), tokens, ridge=ridge, chunk=chunk)
+        with in_range(f"the embeddings of {old.folder} and {new.folder}"):
+            return fit_transfer(Stream.of(old), Stream.of(new), tokens, ridge=ridge, chunk=chunk)
     finally:
         for model in (old, new):
             model.tensors.release([model.embedding_name])

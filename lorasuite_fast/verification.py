@@ -24,6 +24,7 @@ from .effect import NEGLIGIBLE_KL, EffectSums, effect_sums, resamples, statistic
 from .errors import LoraSuiteError
 from .json_files import parse_json
 from .mapping import map_layers
+from .number_range import in_range
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
 from .report_file import check_report, write_report
@@ -358,7 +359,10 @@ def verify(
         alignment.new,
     )
     effect, layers, fit = None, [], None
-    with clock.phase("compare", (2 if adapted else 1) * positions) as step:
+    with (
+        clock.phase("compare", (2 if adapted else 1) * positions) as step,
+        in_range(f"{old} or {new}, or their adapters"),
+    ):
         if o.after is not None and n.after is not None:
             sums = effect_sums(
                 (o.before, o.after), (n.before, n.after), of_text, device=run_device, seed=seed, report=step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from lorasuite_fast import LoraSuiteError, Migration, TransferPlan, migrate, verify
 from lorasuite_fast.adapter import adapter_files
-from lorasuite_fast.mapping import map_layers
+from lorasuite_fast.mapping import map_layers, match_heads, match_neurons
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -200,3 +201,91 @@ def test_the_writer_refuses_what_is_not_finite_and_names_it(
     with pytest.raises(LoraSuiteError, match="the plan's tensor W_h holds NaN or infinity; nothing was written"):
         plan.save(tmp_path / "plan")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def times(part: str, factor: float) -> Edit:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if part in name:
+                tensor.mul_(factor)
+
+    return edit
+
+
+def filled(part: str, value: float) -> Edit:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if part in name:
+                tensor.fill_(value)
+
+    return edit
+
+
+# name -> (adapter, new model)
+EXTREMES: dict[str, tuple[Edit | None, Edit | None]] = {
+    "B near the largest float": (filled("lora_B", 3e38), None),
+    "A near the largest float": (filled("lora_A", 3e38), None),
+    "a product beyond any float": (times("lora_", 1e25), None),
+    "gains near the smallest float": (None, filled("norm", 1e-38)),
+    "gains below the smallest float": (None, filled("norm", 1e-45)),
+    "tiny embeddings": (None, times("embed", 1e-30)),
+    "huge embeddings": (None, times("embed", 1e30)),
+    "tiny weights": (None, times("_proj", 1e-30)),
+    "huge weights": (None, times("_proj", 1e30)),
+    "a huge head": (None, times("lm_head", 1e38)),
+}
+
+
+@pytest.mark.parametrize("method", ["lstsq", "paper", "distill"])
+@pytest.mark.parametrize("name", EXTREMES, ids=lambda name: name.replace(" ", "-"))
+def test_finite_extremes_give_a_finite_adapter_or_one_error_and_leave_nothing(
+    name: str, method: str, pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    adapter, new = adapter_of(pair[0], tmp_path / "adapter"), pair[1]
+    of_adapter, of_model = EXTREMES[name]
+    if of_adapter is not None:
+        adapter = edited(adapter, tmp_path / "changed", of_adapter)
+    if of_model is not None:
+        new = edited(new, tmp_path / "changed", of_model)
+    (tmp_path / "place").mkdir()
+    out = tmp_path / "place" / "out"
+    try:
+        result = carried(pair[0], new, adapter, out, method)
+    except LoraSuiteError as error:
+        assert re.search("; (look for|try) ", str(error))  # noqa: PT017
+        assert not any(out.parent.iterdir())
+    else:
+        json.dumps([result.as_dict(), result.plan.facts], allow_nan=False)
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("ratio", [1e300, 1e-300])
+def test_a_plan_with_an_extreme_ratio_is_one_error(ratio: float, pair: tuple[Path, Path], tmp_path: Path) -> None:
+    adapter = edited(adapter_of(pair[0], tmp_path / "given"), tmp_path / "adapter", lambda t: None)
+    plan = TransferPlan.build(*pair, examples=8, method="lstsq")
+    plan.facts["rms_ratio"] = ratio
+    if ratio > 1:
+        with pytest.raises(LoraSuiteError, match=r"adapter or the plan, layer 0, q: the numbers leave the range of"):
+            plan.apply(adapter, tmp_path / "out")
+    else:
+        plan.apply(adapter, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "given"] + ["out"] * (ratio < 1)
+
+
+def test_similarities_without_a_value_are_no_mapping() -> None:
+    nothing = torch.full((3, 3), float("nan"))
+    for how in (map_layers, match_heads):
+        with pytest.raises(LoraSuiteError, match=r"the similarity of the models' .*: the numbers leave the range of"):
+            how(nothing)
+    with pytest.raises(LoraSuiteError, match="the similarity of the models' neurons"):
+        match_neurons((None, nothing, nothing), (None, nothing, nothing))
+
+
+def test_a_base_pair_of_rows_of_zeros_is_verified_or_one_error(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for n, edit in enumerate((filled("norm", 1e-45), times("embed", 0), times("embed", 1e-30), times("lm_head", 0))):
+        new = edited(pair[1], tmp_path / str(n), edit)
+        try:
+            found = verify(pair[0], None, new, None, examples=8)
+        except LoraSuiteError:
+            continue
+        json.dumps(found.as_dict(), allow_nan=False)
