@@ -17,7 +17,7 @@ from .errors import LoraSuiteError
 from .families import Family, Projection, Shape, family_of, shape_of
 from .json_files import MOST_BYTES, MOST_TOKENIZER_BYTES, read_json
 from .notices import notice
-from .pretrained import INDEX, SINGLE, check_weights_name, load_tokenizer
+from .pretrained import INDEX, SINGLE, check_weights_name, load_tokenizer, wrapper_prefix
 from .tensor_files import TensorFiles
 
 _SAMPLE_BYTES = 256
@@ -31,6 +31,10 @@ _BOUNDED = {
     **dict.fromkeys(("tokenizer_config.json", "special_tokens_map.json", INDEX), MOST_BYTES),
     **dict.fromkeys(("tokenizer.json", "vocab.json", "added_tokens.json"), MOST_TOKENIZER_BYTES),
 }
+_UNUSED = re.compile(
+    r"^(model\.)?(v_head|value_head|score|mtp)\."  # heads of rewards and classes, and of further tokens
+    r"|\.(q|k|v|kv|prob|prob_output)(_cache)?_scale$|\.[kv]_proj\.(output|k|v)_scale$"  # of a quantised cache
+)
 _ROWS = 4096
 """Of a table that are compared at once."""
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -139,8 +143,10 @@ class Checkpoint:
         self.shape: Shape = shape_of(self.config, self.family, str(self.folder))
         self._check_config()
         check_weights_name(self.config, self.folder)
+        self._indexed: dict[str, str] = {}
         self.tensors = TensorFiles(self._files(), mapped=mapped)
         self._same_head: bool | None = None
+        self._leave_out_what_is_not_the_models()
         # Some files are of the transformer alone, and lack its prefix.
         whole = f"{self.family.prefix}{self.family.embedding}.weight" in self.tensors.entries
         bare = f"{self.family.embedding}.weight" in self.tensors.entries
@@ -162,7 +168,7 @@ class Checkpoint:
                     raise LoraSuiteError(f"{index}: names the shard {shard!r}, which is outside the model folder")
                 if shard not in present:
                     raise LoraSuiteError(f"{index}: names the shard {shard}, which is missing from {self.folder}")
-            self._indexed: dict[str, str] = {str(k): str(v) for k, v in weight_map.items()}
+            self._indexed = {str(k): str(v) for k, v in weight_map.items()}
             return [self.folder / shard for shard in shards]
         pickles = sorted([*self.folder.glob("*.bin"), *self.folder.glob("*.pt"), *self.folder.glob("*.pth")])
         if pickles:
@@ -171,6 +177,25 @@ class Checkpoint:
                 "with AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER) in an environment you trust"
             )
         raise LoraSuiteError(f"{self.folder}: holds neither model.safetensors nor model.safetensors.index.json")
+
+    def _leave_out_what_is_not_the_models(self) -> None:
+        """Takes a wrapper's prefix off all names, and leaves out tensors transformers ignores; a notice says so."""
+        held = self.tensors.entries
+        if wrapper := wrapper_prefix(held):
+            held = {name.removeprefix(wrapper): entry for name, entry in held.items()}
+            self._indexed = {name.removeprefix(wrapper): shard for name, shard in self._indexed.items()}
+            notice(
+                f"{self.folder}: its tensors are named {wrapper}…, as a wrapper saves them; they are read without it"
+            )
+        unused = sorted(name for name in held if _UNUSED.search(name))
+        if unused:
+            notice(
+                f"{self.folder}: {len(unused)} tensors of its files are not part of the language model and are left "
+                f"out ({unused[0]})"
+            )
+        for name in unused:
+            self._indexed.pop(name, None)
+        self.tensors.entries = {name: entry for name, entry in held.items() if name not in set(unused)}
 
     def _check_config(self) -> None:
         """What is read of the config beside the sizes."""
@@ -217,7 +242,7 @@ class Checkpoint:
                 "all; check that config.json belongs to these weights"
             )
         expected = self._expected()
-        for name, shard in getattr(self, "_indexed", {}).items():
+        for name, shard in self._indexed.items():
             if name not in entries or entries[name].file.name != shard:
                 raise LoraSuiteError(
                     f"{self.folder / shard}: tensor {name} is missing, though the index names it there"

@@ -7,7 +7,8 @@ make it part of the model. A config that names another file of weights than the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from .errors import LoraSuiteError
 from .json_files import read_json
 from .notices import notice
+from .tensor_files import read_header
 from .vocabulary import check_ids
 
 CONFIG = "config.json"
@@ -27,6 +29,22 @@ _IMPLEMENTATIONS = tuple(f"{under}{of}_implementation" for under in ("", "_") fo
 _MOST_LABELS = 1 << 16
 _NO_ADAPTER = {"subfolder": CONFIG}
 """Where transformers is told to look for an adapter: below a regular file there is nothing."""
+
+
+_WRAPPERS = re.compile(r"(?:_orig_mod\.|module\.)+")
+
+
+def wrapper_prefix(names: Collection[str]) -> str:
+    """What torch.compile or a data-parallel wrapper put in front of every name of a checkpoint; empty if nothing."""
+    first = _WRAPPERS.match(next(iter(names), ""))
+    return first[0] if first and all(name.startswith(first[0]) for name in names) else ""
+
+
+def _stored_names(folder: Path) -> list[str]:
+    """The names of a folder's tensors, from the file or the index that is read."""
+    if (folder / SINGLE).exists():
+        return list(read_header(folder / SINGLE))
+    return list(read_json(folder / INDEX).get("weight_map") or {}) if (folder / INDEX).exists() else []
 
 
 @contextmanager
@@ -129,6 +147,8 @@ def load_bare_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
+    wrapper = wrapper_prefix(_stored_names(folder))
+    renamed = {"key_mapping": {f"^{re.escape(wrapper)}": ""}} if wrapper else {}
     with loading(f"{folder}: transformers cannot load this model", trust_remote_code=trust_remote_code):
         # safetensors only: nothing that is pickled is ever opened.
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -140,6 +160,7 @@ def load_bare_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool
             trust_remote_code=trust_remote_code,
             adapter_kwargs=dict(_NO_ADAPTER),
             output_loading_info=True,
+            **renamed,
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise LoraSuiteError(
