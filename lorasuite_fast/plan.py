@@ -27,7 +27,7 @@ from .families import ATTENTION, FAMILIES, ROLES, Shape
 from .fill import FILLS, SHARE, fill_layers
 from .json_files import parse_unique
 from .memory import Limits, parse_memory
-from .model_card import CARD, migration_section, model_card
+from .model_card import card_files, migration_step
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
 from .plan_check import check_plan, layer_index
@@ -454,8 +454,8 @@ class TransferPlan:
         with clock.phase("apply", len(self.layers)) as step:
             updates, results = self._project(source, models, fill, fill_share, step)
             files = adapter_files(updates, source, self.new.family, self.new.shape.L, self.new.name)
-            steps = migration_section(self, source, results, None)
-            write_folder(target, files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
+            told = card_files(self.new.name, migration_step(self, source, results, None))
+            write_folder(target, files | told, overwrite=overwrite)
         return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))
 
     def _distil(
@@ -473,9 +473,9 @@ class TransferPlan:
 
         result = distil_adapter(self, models, source, text, settings, clock, **options)
         with clock.phase("write", 1), result.work:
-            steps = migration_section(self, source, result.layers, result.distilled)
+            told = card_files(self.new.name, migration_step(self, source, result.layers, result.distilled))
             result.work.complete()
-            write_folder(target, result.files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
+            write_folder(target, result.files | told, overwrite=overwrite)
             result.work.discard()
         phases = [*self.phases, *clock.phases]
         return Migration(self, source.where, str(target), result.layers, phases, [], distilled=result.distilled)
