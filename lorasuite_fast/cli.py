@@ -31,6 +31,7 @@ from rich.table import Table
 
 from ._version import __version__
 from .errors import LoraSuiteError, WriteError, one_line
+from .escaping import printable, terminal
 from .given_paths import check_file, check_folder, same_model
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ _MEMORY_WORDS = (
 
 def _complain(message: str) -> None:
     rank = os.environ.get("RANK", "0")
-    typer.echo(f"error{f' (rank {rank})' if rank != '0' else ''}: {message}", err=True)
+    typer.echo(f"error{f' (rank {printable(rank)})' if rank != '0' else ''}: {one_line(message)}", err=True)
 
 
 def _fail(message: str) -> NoReturn:
@@ -342,18 +343,16 @@ def _share(value: float | None) -> str:
 def _measure(plan: TransferPlan) -> str:
     """Heading of the layers' similarity; plans of older releases name no measure."""
     measure = plan.options.get("similarity", "cka")
-    return "CKA" if measure == "cka" else str(measure)
+    return "CKA" if measure == "cka" else terminal(measure)
 
 
 def _print_transfer(console: Console, plan: TransferPlan) -> None:
     facts, old, new = plan.facts, plan.old.shape, plan.new.shape
-    console.print(
+    line = (
         f"old: {old.L} layers, d {old.d}, {old.attention}   new: {new.L} layers, d {new.d}, {new.attention}   "
-        f"method: {plan.options['method']}, {facts.get('method_reason', 'asked for')}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"method: {plan.options['method']}, {facts.get('method_reason', 'asked for')}"
     )
+    console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
     if plan.options["transfer"] == "identity":
         vocabulary = "the same vocabulary" if facts["same_vocabulary"] else "[yellow]different vocabularies[/yellow]"
         console.print(f"transfer matrix: the identity, as asked for; the two models have {vocabulary}")
@@ -414,7 +413,7 @@ def _kept(text: str) -> int | str | None:
 
 
 def _say(sentence: str) -> None:
-    typer.echo(sentence, err=True)
+    typer.echo(printable(sentence), err=True)
 
 
 def _settings(rank: int | None, layers: int | None, seed: int) -> Settings | None:
@@ -450,13 +449,13 @@ def _print_finetuned(console: Console, tuned: Finetuning) -> None:
     if lost:
         console.print(f"[yellow]data: {'; '.join(lost)}[/yellow]", soft_wrap=True, highlight=False)
     style = "yellow" if tuned.kept_start else None
-    console.print(tuned.summary, style=style, highlight=False, markup=False, soft_wrap=True)
+    console.print(printable(tuned.summary), style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_written(console: Console, report_file: Path | None, out: str | Path | None = None) -> None:
     for what, path in (("written", out), ("report", report_file)):
         if path is not None:
-            console.print(f"{what}: {path}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{what}: {printable(path)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_result(result: Migration, as_json: bool, report_file: Path | None = None) -> None:
@@ -470,11 +469,11 @@ def _print_result(result: Migration, as_json: bool, report_file: Path | None = N
     if result.distilled is not None:
         _print_distilled(console, result.distilled)
     if result.refined is not None:
-        console.print(result.refined.summary, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(result.refined.summary), highlight=False, markup=False, soft_wrap=True)
     if result.finetuned is not None:
         _print_finetuned(console, result.finetuned)
     elif result.warning:
-        console.print(f"[yellow]WARNING: {result.warning}.[/yellow]", soft_wrap=True)
+        console.print(f"[yellow]WARNING: {terminal(result.warning)}.[/yellow]", soft_wrap=True)
     if result.unused_old_layers:
         console.print(f"old layers without a partner, left out: {', '.join(map(str, result.unused_old_layers))}")
     _print_written(console, report_file, result.out)
@@ -767,10 +766,10 @@ def _print_outcomes(outcomes: dict[str, dict[str, str]], as_json: bool) -> None:
         typer.echo(json.dumps({"adapters": outcomes, "failed": len(failed)}))
     else:
         for name, outcome in sorted(outcomes.items()):
-            typer.echo(f"{name}: {outcome['out']}" if "out" in outcome else f"{name}: FAILED")
+            typer.echo(printable(f"{name}: {outcome['out']}" if "out" in outcome else f"{name}: FAILED"))
         typer.echo(f"carried: {len(outcomes) - len(failed)} of {len(outcomes)}")
         for name in failed:
-            typer.echo(f"error: {name}: {outcomes[name]['error']}", err=True)
+            typer.echo(printable(f"error: {name}: {outcomes[name]['error']}"), err=True)
     if failed:
         raise typer.Exit(2)
 
@@ -959,7 +958,7 @@ def refine(
         highlight=False,
         soft_wrap=True,
     )
-    console.print(result.summary, highlight=False, soft_wrap=True)
+    console.print(printable(result.summary), highlight=False, markup=False, soft_wrap=True)
     _print_written(console, report_file, result.out)
 
 
@@ -1136,7 +1135,7 @@ def _print_diagnosis(console: Console, found: Diagnosis) -> None:
         return "unknown" if size is None else f"{size / 2**30:,.1f} GiB"
 
     def line(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
+        console.print(printable(text), style=style, highlight=False, markup=False, soft_wrap=True)
 
     line("  ".join(f"{name} {version}" for name, version in found.versions.items()))
     table = Table(title="Packages", title_justify="left")

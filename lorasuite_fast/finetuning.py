@@ -32,11 +32,12 @@ from .checkpoint import Checkpoint, resolve_folder
 from .errors import LoraSuiteError, WriteError
 from .families import ATTENTION, ROLES, Family
 from .json_files import finite, read_json
-from .model_card import CARD, model_card, section, shown
+from .model_card import card_files, shown
 from .output import check_output, write_folder, writing
 from .peft_check import check_loads, empty_model
 from .phases import Phase, PhaseClock, Progress
 from .plan import migrate, pick_device, pick_dtype
+from .provenance import Step, without_machine
 from .refinement import TRAINING, last_checkpoint, step_batches
 from .report_file import check_report, write_report
 from .result import Migration
@@ -480,9 +481,11 @@ def finetune(
                 gradient_checkpointing,
             )
         summary = _summary(course, budget, len(training.samples))
-        steps_taken = section(
-            "Fine-tuning on labelled data",
+        taken = Step(
+            "fine-tuning",
             summary,
+            without_machine(options) | {"max_tokens": max_tokens, "completion_only": completion_only},
+            {"model": identity["model"]},
             {
                 "started from": "a new adapter" if adapter is None else shown(adapter),
                 "samples": f"{len(training.samples):,}, and {len(held_out.samples):,} for validation",
@@ -493,11 +496,11 @@ def finetune(
                 **({"retained": f"{named_text(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
             },
         )
-        card = model_card(checkpoint.name, steps_taken, start)
+        told = card_files(checkpoint.name, taken, start)
         config_of = course.source if start is None else start
         work.complete()
         place = empty_model(checkpoint.folder, trust_remote_code=trust_remote_code)
-        _write(path, course.source, config_of, checkpoint.name, card, place, overwrite)
+        _write(path, course.source, config_of, checkpoint.name, told, place, overwrite)
         remove_work(folder)
     finally:
         work.close()
@@ -757,13 +760,13 @@ def _divergence(at: int | None, what: str, first: float, end: float | None, tole
 
 
 def _write(
-    path: Path, weights: Path, config_of: Path, base: str, card: bytes, place: nn.Module, overwrite: bool
+    path: Path, weights: Path, config_of: Path, base: str, told: dict[str, bytes], place: nn.Module, overwrite: bool
 ) -> None:
     """Puts an adapter at OUT in the name of the model, with its configuration, once PEFT has put it on `place`."""
     files = {
         CONFIG: trained_config(read_json(config_of / CONFIG), base),
         WEIGHTS: (weights / WEIGHTS).read_bytes(),
-        CARD: card,
+        **told,
     }
     check_loads(files, place, base)
     write_folder(path, files, overwrite=overwrite)

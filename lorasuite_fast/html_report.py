@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .artifacts import REPORT_MARK
 from .build import EXACT_R2
+from .escaping import html_text as escape
 from .finetuning import Finetuning
 from .inspection import inspect_plan
 from .model_card import shown

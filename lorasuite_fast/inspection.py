@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from .escaping import printable, terminal
 from .plan import TransferPlan
 
 _KINDS = {
@@ -68,9 +68,9 @@ def print_plan(console: Console, plan: TransferPlan, measure: str) -> None:
     for name in ("", "old", "new"):
         table.add_column(name, overflow="fold")
     old, new = plan.old, plan.new
-    table.add_row("name", escape(old.name), escape(new.name))
-    table.add_row("fingerprint", escape(old.fingerprint), escape(new.fingerprint))
-    table.add_row("family", old.family, new.family)
+    table.add_row("name", terminal(old.name), terminal(new.name))
+    table.add_row("fingerprint", terminal(old.fingerprint), terminal(new.fingerprint))
+    table.add_row("family", terminal(old.family), terminal(new.family))
     for label, shown in (
         ("vocabulary", [f"{s.V:,}" for s in (old.shape, new.shape)]),
         ("layers", [f"{s.L}" for s in (old.shape, new.shape)]),
@@ -99,7 +99,7 @@ def print_plan(console: Console, plan: TransferPlan, measure: str) -> None:
         )
     console.print(table)
     options = "  ".join(f"{name} {_plain(value)}" for name, value in plan.options.items())
-    console.print(f"options: {options}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"options: {printable(options)}", highlight=False, markup=False, soft_wrap=True)
     sizes = "  ".join(f"{kind} {size / 2**20:,.2f} MiB" for kind, size in facts["bytes"].items())
     console.print(f"size: {sizes}", highlight=False, markup=False, soft_wrap=True)
 

@@ -6,15 +6,16 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._version import __version__
+from .artifacts import PROVENANCE, STEPS_MARK
 from .build import EXACT_R2
 from .errors import LoraSuiteError
+from .escaping import code_span, markdown, paragraph, python_literal
 from .json_files import read_bounded, read_json
 from .kinship import plan_kinship
+from .provenance import Step, provenance, read_steps, versions, without_machine
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 _MOST_CARD = 1 << 20
-_STEPS = "<!-- lorasuite-fast: how this adapter came about -->"
 _END = "<!-- lorasuite-fast: end -->"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CACHED = re.compile(r"models--(?P<id>[\w.-]+?--[\w.-]+)/snapshots/")
@@ -44,24 +44,27 @@ def shown(name: str | os.PathLike[str]) -> str:
     return hub_id(text) or Path(text).name or text
 
 
-def section(title: str, sentence: str, rows: Mapping[str, object]) -> str:
-    """One step on the adapter's way as Markdown: a heading, its outcome, and a table of figures."""
-    lines = [f"## {title}", "", sentence, "", "| | |", "|---|---|"]
-    lines += [f"| {_cell(label)} | {_cell(value)} |" for label, value in rows.items()]
+def section(title: str, sentence: str, rows: Mapping[str, object], *, warning: bool = False) -> str:
+    """One step on the adapter's way as Markdown: a heading, its outcome, and a table of figures, all of plain text."""
+    start = "**Warning:** " if warning else ""
+    lines = [f"## {markdown(title)}", "", start + paragraph(sentence), "", "| | |", "|---|---|"]
+    lines += [f"| {markdown(label)} | {markdown(value)} |" for label, value in rows.items()]
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: object) -> str:
-    return " ".join(str(value).split()).replace("|", "\\|")
-
-
-def model_card(new: str, steps: str, start: Path | None = None) -> bytes:
-    """The whole README.md.
+def card_files(new: str, step: Step, start: Path | None = None) -> dict[str, bytes]:
+    """The card and the data it is rendered from, to stand beside an adapter.
 
     Args:
-        new: the model's name, a hub id or a folder. steps: what `section` and `migration_section` give.
-        start: adapter folder this one was trained from; what its card says of its way is kept.
+        new: the model's name, a hub id or a folder. step: what was done. start: adapter folder this one was trained
+            from; the steps its data tell of come first.
     """
+    steps = [*read_steps(start), step]
+    return {CARD: model_card(new, steps), PROVENANCE: provenance(steps)}
+
+
+def model_card(new: str, steps: Sequence[Step]) -> bytes:
+    """The whole README.md of an adapter for the model `new`, a hub id or a folder."""
     from huggingface_hub import ModelCardData
 
     base = hub_id(new)
@@ -70,25 +73,16 @@ def model_card(new: str, steps: str, start: Path | None = None) -> bytes:
         library_name="peft", pipeline_tag="text-generation", tags=["lora", "peft", "lorasuite-fast"], **fields
     )
     name = shown(new)
-    note = "" if base else _NO_BASE.format(name=name)
-    versions = ", ".join(f"{p} {metadata.version(p)}" for p in ("torch", "transformers", "peft"))
     return _CARD.format(
         metadata=data.to_yaml().strip(),
-        name=name,
-        note=note,
-        model=base or f"path/to/{name}",
-        begin=_STEPS,
-        steps=(earlier_steps(start) + steps).strip(),
+        name=markdown(name),
+        note="" if base else _NO_BASE.format(name=code_span(name)),
+        model=python_literal(base or f"path/to/{name}"),
+        begin=STEPS_MARK,
+        steps="\n".join(map(_rendered, steps)).strip(),
         end=_END,
-        versions=f"lorasuite-fast {__version__}, {versions}",
-    ).encode()
-
-
-def earlier_steps(folder: Path | None) -> str:
-    """What a card written by this module says of the adapter's way so far; empty for any other folder."""
-    text = "" if folder is None else _card_text(folder)
-    found = re.search(f"{re.escape(_STEPS)}\n(.*){re.escape(_END)}", text, re.DOTALL)
-    return f"{found[1].strip()}\n\n" if found else ""
+        versions=", ".join(f"{package} {version}" for package, version in versions().items()),
+    ).encode("utf-8", "backslashreplace")
 
 
 def _card_text(folder: Path) -> str:
@@ -99,8 +93,27 @@ def _card_text(folder: Path) -> str:
         return ""
 
 
+def _rendered(step: Step) -> str:
+    marks = {f"fingerprint, {part}": mark for part, mark in step.fingerprints.items()}
+    text = section(_TITLES.get(step.step, step.step), step.outcome, {**step.figures, **marks}, warning=step.warning)
+    if not step.layers:
+        return text
+    head, *rows = step.layers
+    lines = ["", _row(head), "|" + "---|" * len(head), *map(_row, rows)]
+    return text + "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(markdown, cells))} |"
+
+
+_TITLES = {
+    "migration": "Migration",
+    "refinement": "Refinement without labels",
+    "fine-tuning": "Fine-tuning on labelled data",
+}
 _NO_BASE = """
-The model is a local folder, `{name}`, so that `base_model` is missing above: name the model's hub id there before you
+The model is a local folder, {name}, so that `base_model` is missing above: name the model's hub id there before you
 publish (`lorasuite_fast.push_to_hub(folder, repo_id, base_model=...)` does).
 """
 _CARD = """---
@@ -115,7 +128,7 @@ Made with lorasuite-fast, in the steps below. Read their figures before you rely
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{model}")
+model = AutoModelForCausalLM.from_pretrained({model})
 model = PeftModel.from_pretrained(model, "path/to/this/adapter")
 ```
 
@@ -129,22 +142,22 @@ model = PeftModel.from_pretrained(model, "path/to/this/adapter")
 """
 
 
-def migration_section(
+def migration_step(
     plan: TransferPlan,
     source: Adapter,
     layers: Sequence[LayerResult],
     distilled: Distilled | None,
     choice: Choice | None = None,
-) -> str:
+) -> Step:
     """What a migration did: method and why, fit, agreement, and a table of layers."""
     facts, options = plan.facts, plan.options
-    rows: dict[str, object] = {
+    text = shown(options["calibration"] if distilled is None else distilled.text)
+    rows = {
         "adapter": shown(source.where),
         "from": f"{shown(plan.old.name)} ({plan.old.family}, {plan.old.shape.L} layers, width {plan.old.shape.d})",
         "to": f"{shown(plan.new.name)} ({plan.new.family}, {plan.new.shape.L} layers, width {plan.new.shape.d})",
-        "fingerprints, old and new": f"`{plan.old.fingerprint}`, `{plan.new.fingerprint}`",
         "method": f"{options['method']}, {facts.get('method_reason', 'asked for')}",
-        "text": shown(options["calibration"] if distilled is None else distilled.text),
+        "text": text,
         "R² of the transfer matrix on held-out tokens": (
             f"{number(facts['r2'], 4)} old to new, {number(facts['r2_back'], 4)} new to old"
         ),
@@ -169,40 +182,44 @@ def migration_section(
             ),
             "of which depends on the text": _interval(judged["content_kl_share"]),
         }
-    lines = ["", "| new layer | old layer | similarity | heads | explained | relative size of the update |"]
-    lines.append("|---|---|---|---|---|---|")
+    table = [["new layer", "old layer", "similarity", "heads", "explained", "relative size of the update"]]
     for layer in layers:
         sizes = ", ".join(f"{role} {size:.3f}" for role, size in layer.update.items()) or "–"
-        old = "–" if layer.old_layer is None else layer.old_layer
-        figures = " | ".join(map(number, (layer.cka, layer.head_similarity, layer.explained)))
-        lines.append(f"| {layer.new_layer} | {old} | {figures} | {sizes} |")
-    return section("Migration", _verdict(plan, distilled, choice), rows) + "\n".join(lines) + "\n\n"
+        old = "–" if layer.old_layer is None else str(layer.old_layer)
+        figures = map(number, (layer.cka, layer.head_similarity, layer.explained))
+        table.append([str(layer.new_layer), old, *figures, sizes])
+    outcome, warning = _verdict(plan, distilled, choice)
+    marks = {"old": plan.old.fingerprint, "new": plan.new.fingerprint}
+    config = without_machine(options) | {"calibration": text}
+    return Step("migration", outcome, config, marks, rows, table, warning)
 
 
-def _verdict(plan: TransferPlan, distilled: Distilled | None, choice: Choice | None) -> str:
+def _verdict(plan: TransferPlan, distilled: Distilled | None, choice: Choice | None) -> tuple[str, bool]:
+    """The outcome, and whether it is a warning."""
     if distilled is None and choice is not None:
         if choice.warning:
-            return f"**Warning:** {choice.warning}."
+            return f"{choice.warning}.", True
         share = choice.agreement[choice.chosen]["kl_share"][0]
-        return f"Part of the adapter's effect arrived: {share:.0%} on held-out text."
+        return f"Part of the adapter's effect arrived: {share:.0%} on held-out text.", False
     if distilled is not None:
         if distilled.warning:
-            return f"**Warning:** {distilled.warning}."
-        return f"Part of the adapter's effect arrived: {distilled.agreement['kl_share'][0]:.0%} on held-out text."
+            return f"{distilled.warning}.", True
+        share = distilled.agreement["kl_share"][0]
+        return f"Part of the adapter's effect arrived: {share:.0%} on held-out text.", False
     if plan.exact and plan.options["method"] == "copy":
-        return "The new model's weights are the old one's: the adapter is what it was."
+        return "The new model's weights are the old one's: the adapter is what it was.", False
     if plan.exact:
-        return "A linear map carries one model onto the other: the adapter should arrive whole."
+        return "A linear map carries one model onto the other: the adapter should arrive whole.", False
     if plan.options["method"] == "copy":
-        return "The adapter was copied. What it still does was not measured: run `lorasuite-fast verify`."
+        return "The adapter was copied. What it still does was not measured: run lorasuite-fast verify.", False
     fits = plan.linear_fits
     if not fits or min(fits) >= EXACT_R2:
-        return "What arrived was not measured: run `lorasuite-fast verify`."
+        return "What arrived was not measured: run lorasuite-fast verify.", False
     return (
         f"What arrived was not measured. No linear map carries one model onto the other (R² below {EXACT_R2}): between "
         "such models a projection of the weights alone usually changes little or nothing for the better. Run "
-        "`lorasuite-fast verify`."
-    )
+        "lorasuite-fast verify."
+    ), False
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -259,12 +276,14 @@ def push_to_hub(
         (Path(copy) / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         (Path(copy) / WEIGHTS).symlink_to((path / WEIGHTS).resolve())
         (Path(copy) / CARD).write_bytes(_published_card(path, base))
+        if steps := read_steps(path):
+            (Path(copy) / PROVENANCE).write_bytes(provenance(steps))
         api = HfApi()
         api.create_repo(repo_id, token=token, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=copy,
-            allow_patterns=[CONFIG, WEIGHTS, CARD],
+            allow_patterns=[CONFIG, WEIGHTS, CARD, PROVENANCE],
             revision=revision,
             token=token,
             commit_message=commit_message,
@@ -276,6 +295,6 @@ def push_to_hub(
 def _published_card(folder: Path, base: str) -> bytes:
     """The folder's own card where a person wrote or named the base in it, else this module's for `base`."""
     text = _card_text(folder)
-    if text and (_STEPS not in text or re.search(r"^base_model:", text, re.MULTILINE)):
+    if text and (STEPS_MARK not in text or re.search(r"^base_model:", text, re.MULTILINE)):
         return text.encode()
-    return model_card(base, earlier_steps(folder))
+    return model_card(base, read_steps(folder))

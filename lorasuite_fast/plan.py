@@ -32,7 +32,7 @@ from .identical import identity_facts, identity_tensors, returned_files, same_te
 from .json_files import parse_unique
 from .kinship import SAME, Kinship
 from .memory import Limits, parse_memory
-from .model_card import CARD, migration_section, model_card
+from .model_card import card_files, migration_step
 from .number_range import check_range, in_range
 from .output import check_output, write_file, write_folder
 from .phases import Phase, PhaseClock, Progress
@@ -469,8 +469,8 @@ class TransferPlan:
         with clock.phase("apply", len(self.layers)) as step, in_range(f"{source.where} or the plan"):
             updates, results = self._project(source, models, fill, fill_share, step)
             files = adapter_files(updates, source, self.new.family, self.new.shape, self.new.name)
-            steps = migration_section(self, source, results, None)
-            write_folder(target, files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
+            told = card_files(self.new.name, migration_step(self, source, results, None))
+            write_folder(target, files | told, overwrite=overwrite)
         return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))
 
     def _distil(
@@ -497,9 +497,9 @@ class TransferPlan:
         with clock.phase("write", 1), result.work:
             distilled = None if chosen.options["method"] != "distill" else result.distilled
             best = others.get(chosen.options["method"], result)
-            steps = migration_section(chosen, source, best.layers, distilled, choice)
+            told = card_files(self.new.name, migration_step(chosen, source, best.layers, distilled, choice))
             result.work.complete()
-            write_folder(target, best.files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
+            write_folder(target, best.files | told, overwrite=overwrite)
             result.work.discard()
         unused = [] if distilled is not None else _unused(source, self)
         phases = [*self.phases, *clock.phases]
@@ -889,9 +889,8 @@ def give_back(
         facts,
     )
     results = update_sizes(source, successor)
-    steps = migration_section(plan, source, results, None)
-    files = returned_files(source, successor.name)
-    write_folder(out, files | {CARD: model_card(successor.name, steps)}, overwrite=overwrite)
+    told = card_files(successor.name, migration_step(plan, source, results, None))
+    write_folder(out, returned_files(source, successor.name) | told, overwrite=overwrite)
     return Migration(plan, source.where, str(out), results, clock.phases, [])
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .errors import LoraSuiteError
+from .escaping import markdown
 from .model_card import CARD, HUB_ID, hub_id, number, section, shown
 from .output import check_output, write_folder
 
@@ -145,7 +146,7 @@ def plan_card(plan: TransferPlan) -> bytes:
     rows: dict[str, object] = {
         which: (
             f"{shown(record.name)} ({record.family}, {record.shape.L} layers, width {record.shape.d}), "
-            f"fingerprint `{record.fingerprint}`"
+            f"fingerprint {record.fingerprint}"
         )
         for which, record in (("from", plan.old), ("to", plan.new))
     }
@@ -163,15 +164,15 @@ def plan_card(plan: TransferPlan) -> bytes:
     sentence = (
         "A linear map carries one model onto the other: an adapter should arrive whole."
         if plan.exact
-        else "What an adapter does after it has to be measured: run `lorasuite-fast verify`."
+        else "What an adapter does after it has to be measured: run lorasuite-fast verify."
     )
     return _CARD.format(
         metadata=data.to_yaml().strip(),
-        old=shown(plan.old.name),
-        new=shown(plan.new.name),
+        old=markdown(shown(plan.old.name)),
+        new=markdown(shown(plan.new.name)),
         section=section("The plan", sentence, rows).strip(),
         versions=f"lorasuite-fast {__version__}, torch {metadata.version('torch')}",
-    ).encode()
+    ).encode("utf-8", "backslashreplace")
 
 
 _CARD = """---

@@ -36,11 +36,12 @@ from .errors import LoraSuiteError
 from .families import ROLES, Family
 from .json_files import finite, read_json
 from .memory import parse_memory
-from .model_card import CARD, model_card, section, shown
+from .model_card import card_files, shown
 from .output import check_output, write_folder, writing
 from .peft_check import check_loads, empty_model
 from .phases import Phase, PhaseClock, Progress, release_memory
 from .plan import pick_device, pick_dtype
+from .provenance import Step, without_machine
 from .report_file import check_report, write_report
 from .retention import KEPT, RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, named_text, summed_shift
 from .samples import Sample, Samples
@@ -647,9 +648,11 @@ def refine(
                 trust_remote_code,
             )
         summary = _summary(course, budget)
-        steps_taken = section(
-            "Refinement without labels",
+        taken = Step(
+            "refinement",
             summary,
+            without_machine(options) | {"imitation": imitation, "top_k": top_k, "max_tokens": max_tokens},
+            {"old": teaching["old"], "new": teaching["new"]},
             {
                 "from": f"{shown(old_adapter)} on {shown(checkpoint_o.name)}",
                 "text": shown(source),
@@ -662,10 +665,10 @@ def refine(
                 **({"retained": f"{named_text(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
             },
         )
-        card = model_card(checkpoint_n.name, steps_taken, start)
+        told = card_files(checkpoint_n.name, taken, start)
         works[1].complete()
         empty = empty_model(checkpoint_n.folder, trust_remote_code=trust_remote_code)
-        _write(path, course.source, checkpoint_n.name, card, empty, overwrite)
+        _write(path, course.source, checkpoint_n.name, told, empty, overwrite)
         if cache is None:
             works[0].discard()
         remove_work(folder)
@@ -935,12 +938,12 @@ def _train(
     )
 
 
-def _write(path: Path, source: Path, base: str, card: bytes, place: nn.Module, overwrite: bool) -> None:
+def _write(path: Path, source: Path, base: str, told: dict[str, bytes], place: nn.Module, overwrite: bool) -> None:
     """Puts an adapter PEFT has saved at OUT, in the name of the new model, once PEFT has put it on `place`."""
     files = {
         CONFIG: trained_config(read_json(source / CONFIG), base),
         WEIGHTS: (source / WEIGHTS).read_bytes(),
-        CARD: card,
+        **told,
     }
     check_loads(files, place, base)
     write_folder(path, files, overwrite=overwrite)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from .base_fit import BaseFit
+from .escaping import terminal
 from .verification import BitsPerByte, Effect, Interval, LayerEffect, Verification
 
 _COLOURS = {
@@ -35,7 +35,7 @@ def print_verification(console: Console, result: Verification) -> None:
     """Prints what was compared, the tables and, last, the verdict."""
     facts = result.facts
     console.print(
-        f"{facts['positions']:,} aligned positions in {facts['texts']} texts ({escape(str(result.options['text']))}), "
+        f"{facts['positions']:,} aligned positions in {facts['texts']} texts ({terminal(result.options['text'])}), "
         f"{facts['shared_tokens']:,} shared tokens",
         highlight=False,
         soft_wrap=True,
@@ -52,7 +52,7 @@ def print_verification(console: Console, result: Verification) -> None:
             "[dim]General text was read; the effect shows best on text of the adapter's domain (--text).[/dim]"
         )
     colour = _COLOURS.get(result.kind, "default")
-    console.print(f"[bold {colour}]{escape(result.verdict)}[/bold {colour}]", highlight=False)
+    console.print(f"[bold {colour}]{terminal(result.verdict)}[/bold {colour}]", highlight=False)
 
 
 def _number(value: float | None, digits: int = 3) -> str:

@@ -223,4 +223,5 @@ def test_the_folder_holds_what_the_hub_and_the_tools_look_for(made: Any) -> None
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "lorasuite.json",
     ]

@@ -13,7 +13,8 @@ from hub_stub import Hub
 from huggingface_hub import ModelCard
 
 from lorasuite_fast import LoraSuiteError, TransferPlan, finetune, migrate, push_to_hub
-from lorasuite_fast.model_card import earlier_steps, hub_id, model_card, section, shown
+from lorasuite_fast.model_card import hub_id, model_card, section, shown
+from lorasuite_fast.provenance import Step, provenance, read_steps
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -58,7 +59,7 @@ def test_a_local_base_is_left_out_of_the_metadata_with_a_note(made: Any) -> None
 
 
 def test_a_hub_base_is_named_in_the_metadata() -> None:
-    found = ModelCard(model_card("someone/new-model", section("S", "done", {})).decode())
+    found = ModelCard(model_card("someone/new-model", [Step("migration", "done")]).decode())
     assert found.data.base_model == "someone/new-model"
     assert "is missing" not in found.text
     assert 'from_pretrained("someone/new-model")' in found.text
@@ -84,13 +85,51 @@ def test_a_fine_tuned_card_keeps_how_its_start_came_about(made: Any) -> None:
     text = (made.root / "tuned/README.md").read_text()
     assert text.index("## Migration") < text.index("## Fine-tuning on labelled data")
     assert made.tuned.summary in text
-    assert earlier_steps(made.root / "lstsq").strip() in text
+    first, second = read_steps(made.root / "tuned")
+    assert [first] == read_steps(made.root / "lstsq")
+    assert (first.step, second.step, second.outcome) == ("migration", "fine-tuning", made.tuned.summary)
 
 
-def test_a_foreign_card_is_not_taken_over(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("# my adapter\n\nsecret words\n")
-    assert earlier_steps(tmp_path) == ""
-    assert earlier_steps(None) == ""
+def test_provenance_is_data_and_names_no_machine(made: Any) -> None:
+    for name in ("lstsq", "distilled", "tuned"):
+        text = (made.root / name / "lorasuite.json").read_text()
+        for step in json.loads(text)["steps"]:
+            assert {"step", "config", "versions", "fingerprints", "figures"} <= step.keys()
+            assert not {"device", "dtype", "memory"} & step["config"].keys()
+            assert step["versions"]["torch"] == torch.__version__
+        for part in (str(made.root), "secret-place", str(Path.home()), str(Path.cwd())):
+            assert part not in text
+    (step,) = json.loads((made.root / "lstsq/lorasuite.json").read_text())["steps"]
+    plan = made.lstsq.plan
+    assert step["fingerprints"] == {"old": plan.old.fingerprint, "new": plan.new.fingerprint}
+
+
+def test_a_foreign_card_is_not_taken_over(made: Any, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text((made.root / "lstsq/README.md").read_text() + "secret words\n")
+    assert read_steps(tmp_path) == read_steps(None) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r | {"format": "other"},
+        lambda r: r | {"version": 2},
+        lambda r: r | {"steps": "all"},
+        lambda r: r | {"steps": ["one"]},
+        lambda r: r | {"steps": [{}]},
+        lambda r: r | {"steps": [r["steps"][0] | {"figures": {"a": ["b"]}}]},
+        lambda r: r | {"steps": [r["steps"][0] | {"outcome": "x" * 10_000}]},
+        lambda r: r | {"steps": [r["steps"][0] | {"config": {"a": {"b": 1}}}]},
+        lambda r: r | {"steps": [r["steps"][0] | {"config": {"a": [[[1]]]}}]},
+        lambda r: r | {"steps": [r["steps"][0] | {"layers": [1]}]},
+        lambda r: r | {"steps": [r["steps"][0] | {"warning": "yes"}]},
+    ],
+)
+def test_provenance_no_release_wrote_counts_as_none(change: Any, made: Any, tmp_path: Path) -> None:
+    record = json.loads((made.root / "lstsq/lorasuite.json").read_text())
+    assert provenance(read_steps(made.root / "lstsq")) == (made.root / "lstsq/lorasuite.json").read_bytes()
+    (tmp_path / "lorasuite.json").write_text(json.dumps(change(record)))
+    assert read_steps(tmp_path) == []
 
 
 def test_the_same_migration_writes_the_same_card(made: Any, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +16,17 @@ import pytest
 import torch
 from hub_stub import Hub
 from huggingface_hub import ModelCard, errors
+from markdown_it import MarkdownIt
+from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan
-from lorasuite_fast.cli import app
+from lorasuite_fast.cli import _print_transfer, app
+from lorasuite_fast.html_report import report_html
+from lorasuite_fast.inspection import print_plan
+from lorasuite_fast.plan_folder import plan_card
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -247,3 +255,32 @@ def test_the_command_line_takes_a_saved_folder(made: Any, tmp_path: Path) -> Non
     )
     assert applied.exit_code == 0, applied.output
     assert (tmp_path / "o/adapter_config.json").is_file()
+
+
+EVIL = '<script>x</script> | `a` ```\n[l](javascript:1) **b** [red]r[/red] [/] \x1b[31m\u202e "); import os'
+
+
+def test_a_strangers_reason_does_nothing_in_card_report_and_terminal(made: Any) -> None:
+    plan = replace(
+        made.plan,
+        facts=made.plan.facts | {"method_reason": EVIL},
+        old=replace(made.plan.old, name=EVIL),
+        options=made.plan.options | {"calibration": EVIL},
+    )
+    card = plan_card(plan).decode()
+    blocks = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card[4:].partition("\n---\n")[2])
+    kinds = {token.type for block in blocks for token in (block, *(block.children or []))}
+    assert not {"html_block", "html_inline", "link_open", "strong_open", "code_inline"} & kinds
+    assert sum(block.type == "fence" for block in blocks) == 1
+    page = report_html(plan)
+    assert "<script" not in page
+    for text in (card, page):
+        assert all(line.isprintable() for line in text.splitlines())
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=400)
+    print_plan(console, plan, "CKA")
+    _print_transfer(console, plan)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
+    assert shown.count("[red]r[/red]") == 3
+    assert all(line.isprintable() for line in shown.splitlines())
+    assert "\x1b[31mr" not in out.getvalue()
