@@ -21,7 +21,7 @@ from torch import Tensor
 from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, by_module, check_base, read_adapter
 from .build import AUTO, EXACT_R2, Inputs, Options, build
-from .candidates import Candidate, weight_candidates
+from .candidates import Candidate, weight_candidates, without_candidates
 from .checkpoint import Checkpoint
 from .choice import Choice, choose
 from .errors import LoraSuiteError, WriteError
@@ -29,7 +29,7 @@ from .families import ATTENTION, FAMILIES, ROLES, Shape
 from .fill import SHARE, fill_layers
 from .identical import identity_facts, identity_tensors, returned_files, same_tensors, same_weights, update_sizes
 from .json_files import parse_unique
-from .kinship import SAME, Kinship
+from .kinship import SAME, Kinship, plan_kinship
 from .memory import Limits, parse_memory
 from .model_card import CARD, migration_section, model_card
 from .output import check_output, write_file, write_folder
@@ -608,6 +608,14 @@ class TransferPlan:
         )
 
     @property
+    def method(self) -> str:
+        """The method's name; for a plan that leaves the choice to `apply`, auto and its candidates."""
+        candidates = self.options.get("candidates")
+        if candidates is None:
+            return str(self.options["method"])
+        return f"{AUTO} (apply chooses among {', '.join(candidates)})"
+
+    @property
     def exact(self) -> bool:
         """Whether an adapter arrives whole: the weights are the same, or a linear map fits both ways and least squares
         carry it."""
@@ -637,6 +645,7 @@ class TransferPlan:
             "new": asdict(self.new),
             "options": self.options,
             "facts": self.facts,
+            "relatives": plan_kinship(self.facts),
             "layers": [{"new": j, "old": i, "cka": round(float(cka[i, j]), 6)} for j, i in sorted(self.layers.items())],
             "phases": [phase.as_dict() for phase in self.phases],
         }
@@ -702,10 +711,10 @@ def _chosen(
     broken = {name: "it gives NaN or infinity on the text" for name in others if name not in judged}
     choice = choose(judged | {"distill": result.distilled.agreement}, left_out | broken)
     reason = f"{plan.facts['method_reason']}; measured on held-out text: {choice.table}"
-    options = plan.options | {"method": choice.chosen}
-    if choice.chosen != "distill":
-        del options["candidates"]
-    return replace(plan, options=options, facts=plan.facts | {"method_reason": reason}), choice
+    settled = replace(plan, options=without_candidates(plan))
+    if choice.chosen in others:
+        settled = others[choice.chosen].plan
+    return replace(settled, facts=plan.facts | {"method_reason": reason}), choice
 
 
 def _unused(source: Adapter, plan: TransferPlan) -> list[int]:
