@@ -849,8 +849,9 @@ def migrate(
     """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
 
     With `refine` the result is then the start of a training without labels (`refinement.refine`) of as many steps;
-    "auto" takes as many as the text is worth, and none where least squares are exact. With `finetune` it is trained on
-    labelled data last (`finetuning.finetune`).
+    "auto" takes as many as the text is worth, and none where the adapter arrives whole. A start that was copied or
+    carried by least squares keeps its rank and modules and is trained at half the usual rate. With `finetune` it is
+    trained on labelled data last (`finetuning.finetune`).
 
     Args:
         old, new: model folders or hub ids. adapter: a PEFT LoRA folder trained on old. out: the folder to write.
@@ -918,10 +919,12 @@ def migrate(
         plan.finish()
         raise
     if refine:
+        from .refinement import CARRIED_RATE, RATE
         from .refinement import refine as run
 
-        # Such a start is trained as it is.
-        keeps_dora = source.dora and result.plan.options["method"] != "distill"
+        # Such a start is trained as it is: its rank and modules are the old adapter's.
+        method = result.plan.options["method"]
+        carried = method in ("copy", "lstsq") or (source.dora and method != "distill")
         refined = run(
             old,
             adapter,
@@ -930,8 +933,9 @@ def migrate(
             out,
             text=refine_text,
             steps=refine,
-            roles=None if keeps_dora else FAMILIES[plan.new.family].roles,
-            rank=None if keeps_dora else int(source.config["r"]),
+            roles=None if carried else FAMILIES[plan.new.family].roles,
+            rank=None if carried else int(source.config["r"]),
+            learning_rate=CARRIED_RATE if method in ("copy", "lstsq") else RATE,
             seed=plan.options["seed"],
             device=plan.options["device"],
             dtype=options.get("dtype", "auto"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, kinship, migrate, verify
+from lorasuite_fast import LoraSuiteError, TransferPlan, distillation, kinship, migrate, verify
+from lorasuite_fast.calibration import load_examples
 from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.choice import choose
 from lorasuite_fast.cli import app
 from lorasuite_fast.distillation import Settings
+from lorasuite_fast.distilled_adapter import TEXTS
 from lorasuite_fast.kinship import weight_distance
 
-from planted import effect, random_adapter, save_folder, tiny_model, tiny_tokenizer
+from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
 VOCABULARY = 420
 QUICK = Settings(max_tokens=32)
@@ -43,13 +46,13 @@ def old_model(**shape: Any) -> Any:
     return tiny_model("llama", 0, **{"d": 32, "layers": 3, "vocab": VOCABULARY} | shape)
 
 
-def moved(folder: Path, share: float, *, layers: list[int] | None = None) -> Path:
-    """The old model with noise of a share of every projection's norm added, or fewer of its layers."""
+def moved(folder: Path, share: float, *, layers: list[int] | None = None, everywhere: bool = False) -> Path:
+    """The old model with noise of a share of its norm on every projection (and the embedding), or fewer layers."""
     model = old_model()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "proj" in name:
+            if "proj" in name or ("embed" in name and everywhere):
                 noise = torch.randn(weight.shape, generator=generator)
                 weight += share * weight.norm() / noise.norm() * noise
     if layers is not None:
@@ -86,7 +89,7 @@ def test_a_copy_may_have_another_vocabulary_and_depth(root: Path, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("shape", "named"),
-    [({"d": 48}, "width 32 and 48"), ({"kv_heads": 2}, "key/value heads 4 and 2")],
+    [({"d": 48}, "width 32 and 48"), ({"kv_heads": 4}, "key/value heads 2 and 4")],
     ids=["width", "key/value heads"],
 )
 def test_a_copy_between_other_shapes_is_refused_with_them(
@@ -152,18 +155,8 @@ def test_near_relatives_are_copied_without_a_distillation(root: Path, tmp_path: 
     assert result.plan.facts["kinship"]["kind"] == kinship.TRAINED
 
 
-def true_share(root: Path, new: Path, adapter: Path) -> float:
-    """1 - |change of the new logits - change of the old ones|² / |change of the old ones|², on random tokens."""
-    ids = torch.randint(VOCABULARY, (8, 32), generator=torch.Generator().manual_seed(0))
-    old, carried = (
-        effect(AutoModelForCausalLM.from_pretrained(model), folder, ids).log_softmax(-1).flatten().double()
-        for model, folder in ((root / "old", root / "adapter"), (new, adapter))
-    )
-    return float(1 - (carried - old).square().sum() / old.square().sum())
-
-
 def test_auto_writes_the_candidate_that_agrees_best(root: Path, tmp_path: Path) -> None:
-    new = moved(tmp_path / "new", 0.2)
+    new = moved(tmp_path / "new", 0.05, everywhere=True)
     result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
     choice = result.choice
     assert choice is not None
@@ -178,23 +171,33 @@ def test_auto_writes_the_candidate_that_agrees_best(root: Path, tmp_path: Path) 
         assert choice.table in text
 
 
-def test_auto_judges_what_would_be_written(root: Path, tmp_path: Path) -> None:
-    """`verify`, through transformers and PEFT, ranks the candidates as the streamed pass did."""
-    new = moved(tmp_path / "new", 0.2)
+def held_out(file: Path) -> Path:
+    """The texts a distillation with default options holds out, as a file."""
+    texts = load_examples(None, TEXTS, 0)
+    random.Random(0).shuffle(texts)
+    chosen = [texts[n] for n in sorted(distillation._held_texts(len(texts)))]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
+    return file
+
+
+def test_auto_judges_what_is_written_as_verify_does(root: Path, tmp_path: Path) -> None:
+    """`verify` reads both models whole, through transformers and PEFT."""
+    new, text = moved(tmp_path / "new", 0.2), held_out(tmp_path / "text.jsonl")
     result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
     assert result.choice is not None
-    shares = {}
     for name in ("copy", "lstsq", "paper"):
         migrate(root / "old", new, root / "adapter", tmp_path / name, method=name, examples=16)
-        found = verify(root / "old", root / "adapter", new, tmp_path / name, max_tokens=64)
+        found = verify(
+            root / "old", root / "adapter", new, tmp_path / name, text=text, max_tokens=32, examples=TEXTS, bootstrap=1
+        )
         assert found.effect is not None
-        shares[name] = found.effect.carried.kl_share.value or 0.0
-        assert abs(shares[name] - result.choice.agreement[name]["kl_share"][0]) < 0.1
-    assert shares["copy"] > shares["paper"]
+        assert found.effect.carried.kl_share.value == pytest.approx(
+            result.choice.agreement[name]["kl_share"][0], abs=1e-4
+        )
 
 
 def test_a_saved_plan_of_auto_chooses_for_each_adapter(root: Path, tmp_path: Path) -> None:
-    new = moved(tmp_path / "new", 0.2)
+    new = moved(tmp_path / "new", 0.05, everywhere=True)
     TransferPlan.build(root / "old", new, examples=16).save(tmp_path / "plan")
     plan = TransferPlan.load(tmp_path / "plan")
     assert "apply chooses among copy, lstsq, paper, distill" in plan.method
