@@ -80,15 +80,15 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def general_documents() -> list[Document]:
-    """Return the prose of ``GENERAL_PACKAGES`` and of the standard library, one document per source file.
+def general_documents(packages: Sequence[str] = GENERAL_PACKAGES) -> list[Document]:
+    """Return the prose of some packages and of the standard library, one document per source file.
 
     A paragraph most of whose six-word runs were already seen is dropped, so that templates repeated over hundreds of
     files (model docstrings, licence headers) count once and do not leak into the held-out part.
     """
     seen: set[int] = set()
     documents = []
-    for path in _general_files():
+    for path in _general_files(packages):
         paragraphs = [p for p in _paragraphs(path) if _is_prose(p) and _is_new(p, seen)]
         if paragraphs:
             documents.append(paragraphs)
@@ -141,8 +141,8 @@ def _verse(raw: str) -> str:
     return " ".join(text.split())
 
 
-def _general_files() -> Iterator[Path]:
-    for name in GENERAL_PACKAGES:
+def _general_files(packages: Sequence[str]) -> Iterator[Path]:
+    for name in packages:
         dist = distribution(name)
         files = sorted(str(f) for f in dist.files or ())
         for file in files:

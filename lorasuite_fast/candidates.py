@@ -29,9 +29,10 @@ class Candidate:
     """One adapter for the new model: what would be written of it, and what came of each layer.
 
     Attributes:
-        files: of a PEFT LoRA folder. updates: the same by (new layer, role).
+        plan: with what the method stores. files: of a PEFT LoRA folder. updates: the same by (new layer, role).
     """
 
+    plan: TransferPlan
     files: dict[str, bytes]
     updates: dict[tuple[int, str], Update]
     layers: list[LayerResult]
@@ -45,6 +46,11 @@ def applicable(families: tuple[Family, Family], shapes: tuple[Shape, Shape], rol
     same = not layer_differences(families, shapes, wanted)
     matched = families[0].gated == families[1].gated or not set(wanted) & set(MLP)
     return tuple(name for name in METHODS if (name != "copy" or same) and (name != "lstsq" or matched))
+
+
+def without_candidates(plan: TransferPlan) -> dict[str, Any]:
+    """The options of a plan whose method is settled."""
+    return {name: value for name, value in plan.options.items() if name != "candidates"}
 
 
 def weight_candidates(
@@ -80,7 +86,7 @@ def weight_candidates(
     found_candidates: dict[str, Candidate] = {}
     for name in names:
         shared = {key: plan.tensors[key] for key in ("W_h", "S", "cka")}
-        options = plan.options | {"method": name, "roles": list(source.roles)}
+        options = without_candidates(plan) | {"method": name, "roles": list(source.roles)}
         carried = replace(plan, options=options, tensors=shared | stored.pop(name))
         try:
             found_candidates[name] = _candidate(carried, models, source, fill)
@@ -95,7 +101,7 @@ def _candidate(
     updates, layers = plan._project(source, lambda: models, *fill, lambda _: None)
     new = models[1]
     files = adapter_files(updates, source, new.family.model_type, new.shape, new.name)
-    return Candidate(files, by_role(updates, new.family, new.shape), layers)
+    return Candidate(plan, files, by_role(updates, new.family, new.shape), layers)
 
 
 def _kept(name: str, tensor: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ from .escaping import printable, terminal
 from .given_paths import check_file, check_folder, same_model
 
 if TYPE_CHECKING:
+    from .choice import Choice
     from .distillation import Distilled, Settings
     from .doctor import Diagnosis
     from .finetuning import Finetuning
@@ -346,13 +347,18 @@ def _measure(plan: TransferPlan) -> str:
     return "CKA" if measure == "cka" else terminal(measure)
 
 
-def _print_transfer(console: Console, plan: TransferPlan) -> None:
+def _print_transfer(console: Console, plan: TransferPlan, *, measured: bool = False) -> None:
+    from .kinship import plan_kinship
+
     facts, old, new = plan.facts, plan.old.shape, plan.new.shape
     line = (
         f"old: {old.L} layers, d {old.d}, {old.attention}   new: {new.L} layers, d {new.d}, {new.attention}   "
-        f"method: {plan.options['method']}, {facts.get('method_reason', 'asked for')}"
+        f"method: {plan.method}, {facts.get('method_reason', 'asked for')}"
     )
     console.print(printable(line), highlight=False, markup=False, soft_wrap=True)
+    relatives = plan_kinship(facts)
+    if relatives is not None:
+        console.print(printable(relatives), highlight=False, markup=False, soft_wrap=True)
     if plan.options["transfer"] == "identity":
         vocabulary = "the same vocabulary" if facts["same_vocabulary"] else "[yellow]different vocabularies[/yellow]"
         console.print(f"transfer matrix: the identity, as asked for; the two models have {vocabulary}")
@@ -366,7 +372,7 @@ def _print_transfer(console: Console, plan: TransferPlan) -> None:
         + f", R² on held-out tokens {_share(r2)} old to new, {_share(back)} new to old",
         highlight=False,
     )
-    if r2 is not None and min(r2, back) < EXACT_R2 and plan.options["method"] != "distill":
+    if r2 is not None and min(r2, back) < EXACT_R2 and plan.options["method"] in ("lstsq", "paper") and not measured:
         console.print(
             "[yellow]No linear map carries one embedding onto the other (R² below 0.999): between such models the\n"
             "projection alone usually changes little or nothing for the better. Measure before you rely on it.[/yellow]"
@@ -437,6 +443,17 @@ def _print_distilled(console: Console, distilled: Distilled) -> None:
     )
 
 
+def _print_choice(console: Console, choice: Choice) -> None:
+    console.print(
+        f"candidates, by what depends on the text in their agreement on held-out text: {choice.table}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    for name, reason in choice.left_out.items():
+        console.print(f"{name} was not judged: {reason}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _print_finetuned(console: Console, tuned: Finetuning) -> None:
     lost = [
         f"{count:,} of its samples {what}"
@@ -463,9 +480,11 @@ def _print_result(result: Migration, as_json: bool, report_file: Path | None = N
         typer.echo(json.dumps(result.as_dict()))
         return
     console = Console()
-    _print_transfer(console, result.plan)
+    _print_transfer(console, result.plan, measured=result.choice is not None)
     _print_layers(console, result)
     console.print(_phase_table(result.phases))
+    if result.choice is not None:
+        _print_choice(console, result.choice)
     if result.distilled is not None:
         _print_distilled(console, result.distilled)
     if result.refined is not None:

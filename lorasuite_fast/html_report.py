@@ -18,6 +18,7 @@ from .build import EXACT_R2
 from .escaping import html_text as escape
 from .finetuning import Finetuning
 from .inspection import inspect_plan
+from .kinship import plan_kinship
 from .model_card import shown
 from .phases import Phase
 from .plan import TransferPlan
@@ -406,10 +407,11 @@ def _models(plan: TransferPlan) -> str:
 def _plan_summary(plan: TransferPlan) -> Part:
     facts = plan.facts
     rows = {
-        "method": f"{plan.options['method']}, {facts.get('method_reason', 'asked for')}",
+        "method": f"{plan.method}, {facts.get('method_reason', 'asked for')}",
         "shared tokens": f"{facts['shared_tokens']:,}",
         "same vocabulary": "yes" if facts["same_vocabulary"] else "no",
         "layers with a partner": f"{len(plan.layers)} of {plan.new.shape.L}",
+        "relatives": plan_kinship(facts) or "–",
     }
     return Part("Summary", _expectation(plan) + _facts(rows) + _models(plan))
 
@@ -417,9 +419,11 @@ def _plan_summary(plan: TransferPlan) -> Part:
 def _expectation(plan: TransferPlan) -> str:
     """What the fit of the transfer matrices lets one expect of an adapter."""
     fits = plan.linear_fits
+    if plan.options["method"] == "copy" and plan.exact:
+        return _verdict("The new model's weights are the old one's: the adapter is what it was.", "good")
     if plan.exact:
         return _verdict("A linear map carries one model onto the other: an adapter should arrive whole.", "good")
-    if fits and min(fits) < EXACT_R2:
+    if fits and min(fits) < EXACT_R2 and plan.options["method"] != "copy":
         return _verdict(
             f"No linear map carries one model onto the other (R² below {EXACT_R2}): measure what an adapter still does "
             "before you rely on it (lorasuite-fast verify).",
@@ -456,7 +460,7 @@ def _heads(plan: TransferPlan) -> Part:
         similarity = plan.tensors[f"layers.{j}.heads.similarity"]
         rows.append((j, [float(similarity[a, b]) if a >= 0 else None for b, a in enumerate(match)], match))
     if not rows:
-        text = "This method does not match heads." if plan.options["method"] == "distill" else ""
+        text = "This method does not match heads." if plan.options["method"] in ("copy", "distill") else ""
         return Part("Heads", f"<p>{text}</p>" if text else "")
     table = _details(
         ("layer", "new head", "old head", "cosine"),
@@ -509,11 +513,15 @@ def _migration_parts(result: Migration) -> list[Part]:
     rows: dict[str, object] = {
         "adapter": shown(result.adapter),
         "written": shown(result.out),
-        "method": f"{plan.options['method']}, {plan.facts.get('method_reason', 'asked for')}",
+        "method": f"{plan.method}, {plan.facts.get('method_reason', 'asked for')}",
+        "relatives": plan_kinship(plan.facts) or "–",
         "seconds": _number(result.seconds, 1),
         "new layers without a partner": _listed(j for j in range(plan.new.shape.L) if j not in plan.layers),
         "old layers left out": _listed(result.unused_old_layers),
     }
+    if (choice := result.choice) is not None:
+        rows["candidates, agreement on held-out text that depends on the text"] = choice.table
+        rows["candidates not judged"] = "; ".join(f"{name}: {why}" for name, why in choice.left_out.items()) or "none"
     if (distilled := result.distilled) is not None:
         share, content = distilled.agreement["kl_share"], distilled.agreement["content_kl_share"]
         rows |= {
@@ -527,6 +535,9 @@ def _migration_parts(result: Migration) -> list[Part]:
     verdict = ""
     if result.warning:
         verdict = _verdict(result.warning, "bad")
+    elif distilled is None and choice is not None:
+        share = choice.agreement[choice.chosen]["kl_share"]
+        verdict = _verdict(f"On held-out text {share[0]:.0%} of the effect arrived.", "part")
     elif distilled is not None:
         verdict = _verdict(f"On held-out text {distilled.agreement['kl_share'][0]:.0%} of the effect arrived.", "part")
     elif result.finetuned is None and result.refined is None:
@@ -662,6 +673,8 @@ def _verification_parts(result: Verification) -> list[Part]:
         parts.append(_changes(result))
     if result.fit is not None:
         parts.append(_fit(result.fit))
+    if result.relatives is not None:
+        parts.append(_relatives(result.relatives))
     if (bits := result.bits_per_byte) is not None:
         table = _table(
             ("", "alone", "adapted", "gain"),
@@ -753,6 +766,12 @@ def _fit(fit: BaseFit) -> Part:
         + _table(("", "as they are", "shuffled"), words, "Next token at the aligned positions")
         + _figure(_bars(bars, caption, 1.0), caption),
     )
+
+
+def _relatives(relatives: dict[str, Any]) -> Part:
+    rows = [(kind, f"{distance:.2%}") for kind, distance in relatives.get("distances", {}).items()]
+    table = _table(("module", "distance"), rows, "Distance of the weights from the old ones, relative to their size")
+    return Part("Relatives", f"<p>{escape(relatives['sentence'])}</p>" + (table if rows else ""))
 
 
 def _refinement(result: Refinement) -> Part:

@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .escaping import printable, terminal
+from .kinship import plan_kinship
 from .plan import TransferPlan
 
 _KINDS = {
@@ -98,6 +99,10 @@ def print_plan(console: Console, plan: TransferPlan, measure: str) -> None:
             *(_counts(neurons), _cosine(neurons, "mean_cosine")),
         )
     console.print(table)
+    console.print(f"method: {plan.method}", highlight=False, markup=False, soft_wrap=True)
+    relatives = plan_kinship(plan.facts)
+    if relatives is not None:
+        console.print(f"relatives: {relatives}", highlight=False, markup=False, soft_wrap=True)
     options = "  ".join(f"{name} {_plain(value)}" for name, value in plan.options.items())
     console.print(f"options: {printable(options)}", highlight=False, markup=False, soft_wrap=True)
     sizes = "  ".join(f"{kind} {size / 2**20:,.2f} MiB" for kind, size in facts["bytes"].items())

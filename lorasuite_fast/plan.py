@@ -22,7 +22,7 @@ from ._version import __version__
 from .adapter import Adapter, Update, adapter_files, by_module, check_base, read_adapter
 from .artifacts import PLAN_FORMAT, Given
 from .build import AUTO, EXACT_R2, Inputs, Options, build
-from .candidates import Candidate, weight_candidates
+from .candidates import Candidate, weight_candidates, without_candidates
 from .checkpoint import Checkpoint
 from .choice import Choice, choose
 from .errors import LoraSuiteError, WriteError
@@ -30,7 +30,7 @@ from .families import ATTENTION, FAMILIES, ROLES, Shape
 from .fill import FILLS, SHARE, fill_layers
 from .identical import identity_facts, identity_tensors, returned_files, same_tensors, same_weights, update_sizes
 from .json_files import parse_unique
-from .kinship import SAME, Kinship
+from .kinship import SAME, Kinship, plan_kinship
 from .memory import Limits, parse_memory
 from .model_card import card_files, migration_step
 from .number_range import check_range, in_range
@@ -641,6 +641,14 @@ class TransferPlan:
         )
 
     @property
+    def method(self) -> str:
+        """The method's name; for a plan that leaves the choice to `apply`, auto and its candidates."""
+        candidates = self.options.get("candidates")
+        if candidates is None:
+            return str(self.options["method"])
+        return f"{AUTO} (apply chooses among {', '.join(candidates)})"
+
+    @property
     def exact(self) -> bool:
         """Whether an adapter arrives whole: the weights are the same, or a linear map fits both ways and least squares
         carry it."""
@@ -680,6 +688,7 @@ class TransferPlan:
             "new": asdict(self.new),
             "options": self.options,
             "facts": self.facts,
+            "relatives": plan_kinship(self.facts),
             "layers": [{"new": j, "old": i, "cka": round(float(cka[i, j]), 6)} for j, i in sorted(self.layers.items())],
             "phases": [phase.as_dict() for phase in self.phases],
         }
@@ -745,10 +754,10 @@ def _chosen(
     broken = {name: "it gives NaN or infinity on the text" for name in others if name not in judged}
     choice = choose(judged | {"distill": result.distilled.agreement}, left_out | broken)
     reason = f"{plan.facts['method_reason']}; measured on held-out text: {choice.table}"
-    options = plan.options | {"method": choice.chosen}
-    if choice.chosen != "distill":
-        del options["candidates"]
-    return replace(plan, options=options, facts=plan.facts | {"method_reason": reason}), choice
+    settled = replace(plan, options=without_candidates(plan))
+    if choice.chosen in others:
+        settled = others[choice.chosen].plan
+    return replace(settled, facts=plan.facts | {"method_reason": reason}), choice
 
 
 def _unused(source: Adapter, plan: TransferPlan) -> list[int]:
@@ -933,9 +942,10 @@ def migrate(
     """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
 
     With `refine` the result is then the start of a training without labels (`refinement.refine`) of as many steps;
-    "auto" takes as many as the text is worth, and none where least squares are exact. None, the default, is "auto" on a
-    GPU and 0 without one, here and on the command line. With `finetune` it is trained on
-    labelled data last (`finetuning.finetune`).
+    "auto" takes as many as the text is worth, and none where the adapter arrives whole. None, the default, is "auto" on
+    a GPU and 0 without one, here and on the command line. A start that was copied or carried by least squares keeps its
+    rank and modules and is trained at half the usual rate. With `finetune` it is trained on labelled data last
+    (`finetuning.finetune`).
 
     Args:
         old, new: model folders or hub ids. adapter: a PEFT LoRA folder trained on old. out: the folder to write.
@@ -1017,10 +1027,12 @@ def migrate(
         plan.finish()
         raise
     if refine:
+        from .refinement import CARRIED_RATE, RATE
         from .refinement import refine as run
 
-        # Such a start is trained as it is.
-        keeps_dora = source.dora and result.plan.options["method"] != "distill"
+        # Such a start is trained as it is: its rank and modules are the old adapter's.
+        method = result.plan.options["method"]
+        carried = method in ("copy", "lstsq") or (source.dora and method != "distill")
         refined = run(
             old,
             adapter,
@@ -1029,8 +1041,9 @@ def migrate(
             out,
             text=refine_text,
             steps=refine,
-            roles=None if keeps_dora else FAMILIES[plan.new.family].roles,
-            rank=None if keeps_dora else int(source.config["r"]),
+            roles=None if carried else FAMILIES[plan.new.family].roles,
+            rank=None if carried else int(source.config["r"]),
+            learning_rate=CARRIED_RATE if method in ("copy", "lstsq") else RATE,
             seed=plan.options["seed"],
             device=plan.options["device"],
             dtype=options.get("dtype", "auto"),

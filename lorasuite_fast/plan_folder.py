@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .errors import LoraSuiteError
 from .escaping import markdown
+from .kinship import plan_kinship
 from .model_card import CARD, HUB_ID, hub_id, number, section, shown
 from .output import check_output, write_folder
 
@@ -152,7 +153,8 @@ def plan_card(plan: TransferPlan) -> bytes:
     }
     text = options["calibration"]
     rows |= {
-        "method": f"{options['method']}, {facts.get('method_reason', 'asked for')}",
+        "method": f"{plan.method}, {facts.get('method_reason', 'asked for')}",
+        "relatives": plan_kinship(facts) or "–",
         "projections": ", ".join(options["roles"]),
         "text": text if text in _TEXTS else shown(text),
         "R² of the transfer matrix on held-out tokens": (

@@ -22,7 +22,9 @@ from .calibration import MIN_EXAMPLES, load_examples, whole_characters
 from .checkpoint import Checkpoint
 from .effect import NEGLIGIBLE_KL, EffectSums, effect_sums, resamples, statistics
 from .errors import LoraSuiteError
+from .identical import same_tensors, same_weights
 from .json_files import parse_json
+from .kinship import comparable, kinship, weight_distance
 from .mapping import map_layers
 from .number_range import in_range
 from .phases import Phase, PhaseClock, Progress, release_memory
@@ -190,6 +192,9 @@ class Verification:
     phases: list[Phase]
     seconds: float
     fingerprints: dict[str, str | None] = field(default_factory=dict)
+    relatives: dict[str, Any] | None = None
+    """Before a migration: which kind of relatives the two models are (`kinship.Kinship`), with a sentence that says
+    what to expect; None for a family that only transformers reads."""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, what `--json` prints."""
@@ -419,9 +424,26 @@ def verify(
         clock.phases,
         time.perf_counter() - start,
         {"old": _fingerprint(old, "old"), "new": _fingerprint(new, "new")},
+        None if fit is None else _relatives(old, new, fit),
     )
     write_report(result, report)
     return result
+
+
+def _relatives(old: str | os.PathLike[str], new: str | os.PathLike[str], fit: BaseFit) -> dict[str, Any] | None:
+    """Which kind of relatives two models are, from their weights and how well their embeddings fit."""
+    try:
+        models = Checkpoint(old, "old"), Checkpoint(new, "new")
+    except LoraSuiteError:
+        return None
+    same = same_tensors(*models) and same_weights(*models)
+    found = kinship(
+        weight_distance(*models) if comparable(*models) else None,
+        (fit.embedding_r2, fit.embedding_r2_back),
+        same_depth=models[0].shape.L == models[1].shape.L,
+        same=same,
+    )
+    return found.as_dict() | {"sentence": found.sentence}
 
 
 def _fingerprint(source: str | os.PathLike[str], role: str) -> str | None:

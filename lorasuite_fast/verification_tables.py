@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -45,6 +47,8 @@ def print_verification(console: Console, result: Verification) -> None:
         _print_layers(console, result.layers)
     if result.fit is not None:
         _print_fit(console, result.fit)
+    if result.relatives is not None:
+        _print_relatives(console, result.relatives)
     if result.bits_per_byte is not None:
         _print_bits(console, result.bits_per_byte)
     if result.options["text"] == "shipped" and result.effect is not None:
@@ -161,6 +165,16 @@ def _print_fit(console: Console, fit: BaseFit) -> None:
             "low; give more text[/dim]",
             highlight=False,
         )
+
+
+def _print_relatives(console: Console, relatives: dict[str, Any]) -> None:
+    distances = relatives.get("distances", {})
+    if distances:
+        table = _table("Weights: distance from the old ones, relative to their size", "module", "distance")
+        for kind, distance in distances.items():
+            table.add_row(kind, f"{distance:.2%}")
+        console.print(table)
+    console.print(f"relatives: {relatives['sentence']}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print_bits(console: Console, bits: BitsPerByte) -> None:

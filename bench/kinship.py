@@ -1,0 +1,287 @@
+"""A ladder of relatives of the demo's old model: what each way of carrying the demo adapter is worth on every rung.
+
+    python bench/kinship.py                      every rung, then bench/reports/kinship.md
+    python bench/kinship.py steps-20 pruned-150  only these; the report has every rung that was measured
+
+A rung whose figures are in the work folder already is not made again. Figures are bits per byte of the demo's two test
+texts, the agreement of every candidate on held-out text (what `auto` chooses by), and the rank correlation of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_pair import LENGTH, Recipe, bits_per_byte, packed, train
+from demo_text import general_documents
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from lorasuite_fast import LoraSuiteError, Migration, TransferPlan, migrate
+from lorasuite_fast.candidates import applicable
+from lorasuite_fast.choice import FIGURE, WHOLE
+from lorasuite_fast.families import FAMILIES, ROLES
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = ROOT / "lorasuite_fast/demo"
+REPORT = ROOT / "bench/reports/kinship.md"
+sys.path.insert(0, str(ROOT / "tests"))
+
+from planted import plant  # noqa: E402
+
+METHODS = ("copy", "lstsq", "paper", "distill")
+TEXTS = ("domain_test", "general_test")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One relative of the old model.
+
+    Attributes:
+        shape: "same", "grown" (a planted upgrade: another width, depth, head count, the same tokens under other ids) or
+            "pruned" (without its third layer). steps, rate: of the training on general text that follows.
+    """
+
+    title: str
+    shape: str
+    steps: int
+    rate: float
+
+
+RUNGS = {
+    "same": Rung("the old model itself", "same", 0, 0.0),
+    "steps-20": Rung("20 steps at 3e-5", "same", 20, 3e-5),
+    "steps-30": Rung("30 steps at 3e-4", "same", 30, 3e-4),
+    "steps-150": Rung("150 steps at 1e-3", "same", 150, 1e-3),
+    "steps-600": Rung("600 steps at 2e-3", "same", 600, 2e-3),
+    "grown-150": Rung("grown, then 150 steps at 1e-3", "grown", 150, 1e-3),
+    "pruned-150": Rung("a layer pruned, then 150 steps at 1e-3", "pruned", 150, 1e-3),
+}
+
+
+def make(rung: Rung, folder: Path) -> None:
+    """Writes the rung's model, in float32."""
+    model: Any = AutoModelForCausalLM.from_pretrained(DEMO / "old", dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(DEMO / "old")
+    if rung.shape == "grown":
+        shape = {"d_new": 192, "layers_new": 6, "heads_new": 6, "intermediate_new": 448}
+        planted = plant(model, tokenizer, **shape, added_tokens=0, dropped=0.0, seed=0)
+        model, tokenizer = planted.model, planted.tokenizer
+    elif rung.shape == "pruned":
+        del model.model.layers[2]
+        model.config.num_hidden_layers -= 1
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[:-1]
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.layer_idx = index
+    if rung.steps:
+        recipe = Recipe(rate=rung.rate, steps=rung.steps, batch=4, seed=7, warm_up=min(20, rung.steps // 5))
+        train(model, packed(documents(), tokenizer, recipe), recipe)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def documents() -> list[list[str]]:
+    """The text of every rung: prose of Python's standard library, which every machine has."""
+    return general_documents(packages=())
+
+
+def score(folder: Path, adapter: Path | None = None) -> dict[str, float]:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    return {name: bits_per_byte(model, tokenizer, (DEMO / f"{name}.txt").read_text("utf-8")) for name in TEXTS}
+
+
+def timed(call: Callable[[], Migration]) -> tuple[Migration, float]:
+    start = time.perf_counter()
+    return call(), time.perf_counter() - start
+
+
+def measure(name: str, work: Path) -> dict[str, Any]:
+    """Makes a rung and measures every row."""
+    rung, new, adapter = RUNGS[name], work / name / "model", DEMO / "adapter"
+    if not (new / "config.json").exists():
+        temporary = work / name / "making"
+        shutil.rmtree(temporary, ignore_errors=True)
+        make(rung, temporary)
+        temporary.rename(new)
+    rows: dict[str, Any] = {"bare": score(new)}
+    for method in METHODS:
+        out = work / name / method
+        try:
+            migrated, seconds = timed(
+                lambda method=method, out=out: migrate(DEMO / "old", new, adapter, out, method=method, overwrite=True)
+            )
+        except LoraSuiteError as error:
+            rows[method] = {"refused": str(error)}
+            continue
+        rows[method] = score(new, out) | {"seconds": seconds}
+        if method == "distill":
+            plan = migrated.plan
+    auto, seconds = timed(lambda: migrate(DEMO / "old", new, adapter, work / name / "auto", overwrite=True))
+    rows["auto"] = score(new, work / name / "auto") | {"seconds": seconds, "method": auto.plan.options["method"]}
+    choice = auto.choice or judged(plan, adapter, work / name / "judged").choice
+    assert choice is not None
+    return {
+        "rows": rows,
+        "kinship": plan.facts["kinship"],
+        "r2": [plan.facts["r2"], plan.facts["r2_back"]],
+        "agreement": {candidate: {k: v[0] for k, v in f.items()} for candidate, f in choice.agreement.items()},
+        "would_choose": choice.chosen,
+        "measured": auto.choice is not None,
+    }
+
+
+def judged(plan: TransferPlan, adapter: Path, out: Path) -> Migration:
+    """Every candidate measured, also where `auto` needs no measurement."""
+    families = FAMILIES[plan.old.family], FAMILIES[plan.new.family]
+    candidates = list(applicable(families, (plan.old.shape, plan.new.shape), plan.options["roles"]))
+    return replace(plan, options=plan.options | {"candidates": candidates}).apply(adapter, out, overwrite=True)
+
+
+def ranks(values: list[float]) -> list[float]:
+    """Ranks from 0, the mean of them where values are equal."""
+    return [sum(v < x for v in values) + (sum(v == x for v in values) - 1) / 2 for x in values]
+
+
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's."""
+    a, b = (torch.tensor(ranks(values), dtype=torch.float64) for values in (x, y))
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / (a.norm() * b.norm()))
+
+
+def gain(rows: dict[str, Any], row: str, adapter_gain: float) -> float:
+    """Of the bits per byte the adapter gains on its own base, the share it gains here."""
+    return float((rows["bare"]["domain_test"] - rows[row]["domain_test"]) / adapter_gain)
+
+
+def report(found: dict[str, dict[str, Any]], own: dict[str, dict[str, float]]) -> str:
+    before, after = own["old"]["domain_test"], own["old + adapter"]["domain_test"]
+    lines = [
+        "# Relatives: a ladder of kinship",
+        "",
+        f"`python bench/kinship.py`, {torch.get_num_threads()} thread(s) of a CPU that other programs used as well, "
+        f"torch {torch.__version__}; one seed. Every new model is the demo's old one, trained on with prose of "
+        f"Python's standard library (windows of {LENGTH} tokens, 4 a step, AdamW). The demo's adapter takes its base "
+        f"from {before:.3f} to {after:.3f} bits per byte of its domain. `auto` reads the shipped text, no labels.",
+        "",
+        *_bits_table(found),
+        "",
+        *_agreement_table(found, before - after),
+        "",
+        "Seconds, with the building of the plan:",
+        "",
+        "| new model | copied | lstsq | paper | distill | auto |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, figures in found.items():
+        rows = figures["rows"]
+        cells = ["–" if "seconds" not in rows[row] else f"{rows[row]['seconds']:.1f}" for row in (*METHODS, "auto")]
+        lines.append(f"| {RUNGS[name].title} | {' | '.join(cells)} |")
+    missing = [rung.title for name, rung in RUNGS.items() if name not in found]
+    lines += ["", "Not run here: " + ("; ".join(missing) + "; " if missing else "") + NOT_RUN, ""]
+    return "\n".join(lines)
+
+
+def _bits_table(found: dict[str, dict[str, Any]]) -> list[str]:
+    columns = "bare | copied | lstsq | paper | distill | **auto**"
+    lines = [f"| new model | weights apart | R² | {columns} | auto chose | best |", "|" + "---|" * 11]
+    for name, figures in found.items():
+        rows = figures["rows"]
+        cells = [_cell(rows[row]) for row in ("bare", *METHODS)]
+        best = min((row for row in METHODS if "refused" not in rows[row]), key=lambda row: rows[row]["domain_test"])
+        distances = [v for k, v in figures["kinship"].get("distances", {}).items() if k in ROLES]
+        apart = f"{max(distances):.1%}" if distances else "–"
+        r2 = min(value for value in figures["r2"] if value is not None)
+        chosen = rows["auto"]["method"] + ("" if figures["measured"] else ", unmeasured")
+        row = [RUNGS[name].title, apart, f"{r2:.4f}", *cells, f"**{_cell(rows['auto'])}**", chosen, best]
+        lines.append(f"| {' | '.join(row)} |")
+    lines += ["", "General text, bits per byte:", "", f"| new model | {columns} |", "|" + "---|" * 7]
+    for name, figures in found.items():
+        cells = [_cell(figures["rows"][row], "general_test") for row in ("bare", *METHODS, "auto")]
+        lines.append(f"| {RUNGS[name].title} | {' | '.join(cells)} |")
+    return lines
+
+
+def _agreement_table(found: dict[str, dict[str, Any]], adapter_gain: float) -> list[str]:
+    lines = [
+        "Agreement on held-out text, what depends on the text (in brackets with the constant shift), and the share of "
+        "the adapter's gain:",
+        "",
+        "| new model | candidate | agreement | share of the gain |",
+        "|---|---|---|---|",
+    ]
+    points: list[tuple[float, float, float]] = []
+    behind: list[float] = []
+    for name, figures in found.items():
+        shares = {row: gain(figures["rows"], row, adapter_gain) for row in figures["agreement"]}
+        behind.append(max(shares.values()) - gain(figures["rows"], "auto", adapter_gain))
+        for row, agreement in figures["agreement"].items():
+            points.append((agreement[FIGURE], agreement[WHOLE], shares[row]))
+            figure = f"{agreement[FIGURE]:.3f} ({agreement[WHOLE]:.3f})"
+            lines.append(f"| {RUNGS[name].title} | {row} | {figure} | {shares[row]:.1%} |")
+    content, whole, true = (list(column) for column in zip(*points, strict=True))
+    return [
+        *lines,
+        "",
+        f"Rank correlation of the agreement with the gain over all {len(points)} candidates of all rungs: "
+        f"{rank_correlation(content, true):.3f} for the content part, which chooses, "
+        f"{rank_correlation(whole, true):.3f} with the constant shift. `auto` stays behind the best candidate by at "
+        f"most {max(behind):.1%} of the adapter's gain.",
+    ]
+
+
+NOT_RUN = (
+    "a second seed, a larger vocabulary, tuning on instructions, LoRA trained on labels on every rung, refinement from "
+    "each start, and the same ladder from SmolLM2-135M."
+)
+
+
+def _cell(row: dict[str, Any], text: str = "domain_test") -> str:
+    value = row.get(text, math.nan)
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What carries an adapter between relatives.")
+    parser.add_argument("rungs", nargs="*", metavar="RUNG", help=f"some of: {', '.join(RUNGS)} (default: all)")
+    parser.add_argument("--work", type=Path, default=Path(".cache/kinship"), help="work folder")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    arguments = parser.parse_args()
+    unknown = set(arguments.rungs) - set(RUNGS)
+    if unknown:
+        parser.error(f"unknown rungs: {', '.join(sorted(unknown))}")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(arguments.threads)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    for name in arguments.rungs or RUNGS:
+        path = arguments.work / f"{name}.json"
+        if not path.exists():
+            start = time.perf_counter()
+            figures = measure(name, arguments.work)
+            path.write_text(json.dumps(figures, indent=1))
+            print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
+    found = {name: json.loads(path.read_text()) for name in RUNGS if (path := arguments.work / f"{name}.json").exists()}
+    own = {"old": score(DEMO / "old"), "old + adapter": score(DEMO / "old", DEMO / "adapter")}
+    REPORT.write_text(report(found, own), "utf-8")
+    print(f"written: {REPORT}")
+
+
+if __name__ == "__main__":
+    main()

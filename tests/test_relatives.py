@@ -1,0 +1,337 @@
+"""Relatives: an adapter is copied, given back or chosen among candidates, and the kind of relatives is told."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from lorasuite_fast import LoraSuiteError, TransferPlan, distillation, kinship, migrate, verify
+from lorasuite_fast.calibration import load_examples
+from lorasuite_fast.checkpoint import Checkpoint
+from lorasuite_fast.choice import choose
+from lorasuite_fast.cli import app
+from lorasuite_fast.distillation import Settings
+from lorasuite_fast.distilled_adapter import TEXTS
+from lorasuite_fast.kinship import weight_distance
+
+from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
+
+VOCABULARY = 420
+QUICK = Settings(max_tokens=32)
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An old model with an adapter of all attention projections."""
+    folder = tmp_path_factory.mktemp("relatives")
+    save_folder(old_model(), tiny_tokenizer(VOCABULARY), folder / "old")
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    random_adapter(folder / "old", folder / "adapter", targets=targets, rank=4, alpha=8, seed=0, size=0.3)
+    return folder
+
+
+def old_model(**shape: Any) -> Any:
+    return tiny_model("llama", 0, **{"d": 32, "layers": 3, "vocab": VOCABULARY} | shape)
+
+
+def moved(folder: Path, share: float, *, layers: list[int] | None = None, everywhere: bool = False) -> Path:
+    """The old model with noise of a share of its norm on every projection (and the embedding), or fewer layers."""
+    model = old_model()
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "proj" in name or ("embed" in name and everywhere):
+                noise = torch.randn(weight.shape, generator=generator)
+                weight += share * weight.norm() / noise.norm() * noise
+    if layers is not None:
+        model.model.layers = torch.nn.ModuleList(model.model.layers[i] for i in layers)
+        model.config.num_hidden_layers = len(layers)
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = model.config.layer_types[: len(layers)]
+    return save_folder(model, tiny_tokenizer(VOCABULARY), folder)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / WEIGHTS)
+
+
+def test_a_copy_has_the_tensors_of_the_adapter(root: Path, tmp_path: Path) -> None:
+    result = migrate(root / "old", moved(tmp_path / "new", 0.3), root / "adapter", tmp_path / "out", method="copy",
+                     examples=8)  # fmt: skip
+    before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert result.plan.options["method"] == "copy"
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "new"), tmp_path / "out")
+
+
+def test_a_copy_may_have_another_vocabulary_and_depth(root: Path, tmp_path: Path) -> None:
+    new = moved(tmp_path / "new", 0.05, layers=[0, 2])
+    result = migrate(root / "old", new, root / "adapter", tmp_path / "out", method="copy", layers="last", examples=8)
+    assert result.plan.layers == {0: 1, 1: 2}
+    before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
+    for name, tensor in after.items():
+        old = name.replace("layers.1.", "layers.2.") if "layers.1." in name else name.replace("layers.0.", "layers.1.")
+        assert torch.equal(tensor, before[old])
+
+
+@pytest.mark.parametrize(
+    ("shape", "named"),
+    [({"d": 48}, "width 32 and 48"), ({"kv_heads": 4}, "key/value heads 2 and 4")],
+    ids=["width", "key/value heads"],
+)
+def test_a_copy_between_other_shapes_is_refused_with_them(
+    shape: dict[str, int], named: str, root: Path, tmp_path: Path
+) -> None:
+    save_folder(old_model(**shape), tiny_tokenizer(VOCABULARY), tmp_path / "new")
+    with pytest.raises(LoraSuiteError, match=f"method copy: .*{named}.*; use method auto"):
+        migrate(root / "old", tmp_path / "new", root / "adapter", tmp_path / "out", method="copy", examples=8)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_saved_plan_of_method_copy_is_applied(root: Path, tmp_path: Path) -> None:
+    new = moved(tmp_path / "new", 0.3)
+    TransferPlan.build(root / "old", new, method="copy", examples=8).save(tmp_path / "plan")
+    TransferPlan.load(tmp_path / "plan").apply(root / "adapter", tmp_path / "out")
+    before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["itself", "a copy", "another dtype"])
+def test_the_same_model_gives_the_adapter_back(kind: str, root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    new = root / "old" if kind == "itself" else tmp_path / "new"
+    if kind == "a copy":
+        shutil.copytree(root / "old", new)
+    elif kind == "another dtype":
+        save_folder(old_model(), tiny_tokenizer(VOCABULARY), new, torch.bfloat16)
+    monkeypatch.setattr(TransferPlan, "build", lambda *_, **__: pytest.fail("more than the weights was compared"))
+    result = migrate(root / "old", new, root / "adapter", tmp_path / "out")
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (root / "adapter" / WEIGHTS).read_bytes()
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == str(new)
+    assert result.plan.exact
+    assert "weights are the old one's" in result.plan.facts["method_reason"]
+    result.plan.save(tmp_path / "plan")
+    TransferPlan.load(tmp_path / "plan").apply(root / "adapter", tmp_path / "again")
+    before, after = tensors(root / "adapter"), tensors(tmp_path / "again")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_one_changed_weight_is_not_the_same_model(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "old", tmp_path / "new")
+    stored = load_file(tmp_path / "new/model.safetensors")
+    stored["model.layers.2.mlp.down_proj.weight"][-1, -1] += 1e-3
+    save_file(stored, tmp_path / "new/model.safetensors", metadata={"format": "pt"})
+    result = migrate(root / "old", tmp_path / "new", root / "adapter", tmp_path / "out", examples=8)
+    assert "differ by at most" in result.plan.facts["method_reason"]
+
+
+def test_equal_weights_that_compute_something_else_are_not_the_same_model(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "old", tmp_path / "new")
+    config = json.loads((tmp_path / "new/config.json").read_text())
+    (tmp_path / "new/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    found = weight_distance(Checkpoint(root / "old"), Checkpoint(tmp_path / "new"))
+    assert not any(found.distances.values())
+    assert not found.near
+    result = migrate(root / "old", tmp_path / "new", root / "adapter", tmp_path / "out", examples=8, settings=QUICK)
+    assert "weights are the old one's" not in result.plan.facts["method_reason"]
+
+
+def test_near_relatives_are_copied_without_a_distillation(root: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(TransferPlan, "_distil", lambda *_, **__: pytest.fail("distilled"))
+    result = migrate(root / "old", moved(tmp_path / "new", 0.005), root / "adapter", tmp_path / "out", examples=8)
+    assert result.plan.options["method"] == "copy"
+    assert result.plan.facts["kinship"]["kind"] == kinship.TRAINED
+
+
+def test_auto_writes_the_candidate_that_agrees_best(root: Path, tmp_path: Path) -> None:
+    new = moved(tmp_path / "new", 0.05, everywhere=True)
+    result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
+    choice = result.choice
+    assert choice is not None
+    assert list(choice.agreement) == ["copy", "lstsq", "paper", "distill"]
+    assert result.plan.options["method"] == choice.chosen == "copy"
+    figures = {name: found["content_kl_share"][0] for name, found in choice.agreement.items()}
+    assert max(figures, key=figures.__getitem__) == "copy"
+    before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert result.warning is None
+    for text in ((tmp_path / "out/README.md").read_text(), json.dumps(result.as_dict(), ensure_ascii=False)):
+        assert choice.table in text
+
+
+def held_out(file: Path) -> Path:
+    """The texts a distillation with default options holds out, as a file."""
+    texts = load_examples(None, TEXTS, 0)
+    random.Random(0).shuffle(texts)
+    chosen = [texts[n] for n in sorted(distillation._held_texts(len(texts)))]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
+    return file
+
+
+def test_auto_judges_what_is_written_as_verify_does(root: Path, tmp_path: Path) -> None:
+    """`verify` reads both models whole, through transformers and PEFT."""
+    new, text = moved(tmp_path / "new", 0.2), held_out(tmp_path / "text.jsonl")
+    result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
+    assert result.choice is not None
+    for name in ("copy", "lstsq", "paper"):
+        migrate(root / "old", new, root / "adapter", tmp_path / name, method=name, examples=16)
+        found = verify(
+            root / "old", root / "adapter", new, tmp_path / name, text=text, max_tokens=32, examples=TEXTS, bootstrap=1
+        )
+        assert found.effect is not None
+        assert found.effect.carried.kl_share.value == pytest.approx(
+            result.choice.agreement[name]["kl_share"][0], abs=1e-4
+        )
+
+
+def test_a_saved_plan_of_auto_chooses_for_each_adapter(root: Path, tmp_path: Path) -> None:
+    new = moved(tmp_path / "new", 0.05, everywhere=True)
+    TransferPlan.build(root / "old", new, examples=16).save(tmp_path / "plan")
+    plan = TransferPlan.load(tmp_path / "plan")
+    assert "apply chooses among copy, lstsq, paper, distill" in plan.method
+    result = plan.apply(root / "adapter", tmp_path / "out", settings=QUICK)
+    assert result.plan.options["method"] == "copy"
+    migrate(root / "old", new, root / "adapter", tmp_path / "whole", examples=16, settings=QUICK)
+    assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+
+
+def test_a_plan_of_the_chosen_method_can_be_saved_and_applied(root: Path, tmp_path: Path) -> None:
+    new = moved(tmp_path / "new", 0.2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lorasuite_fast.plan.choose", lambda judged, out: choose({"lstsq": judged["lstsq"]}, out))
+        result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
+    assert result.plan.options["method"] == "lstsq"
+    result.plan.save(tmp_path / "plan")
+    TransferPlan.load(tmp_path / "plan").apply(root / "adapter", tmp_path / "again")
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
+
+
+def test_a_rank_asked_for_leaves_only_distill(root: Path, tmp_path: Path) -> None:
+    new = moved(tmp_path / "new", 0.2)
+    settings = Settings(rank=2, max_tokens=32)
+    result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=settings)
+    assert result.choice is None
+    assert result.plan.options["method"] == "distill"
+
+
+def figures(content: float, whole: float | None = None, spread: float = 0.01) -> dict[str, tuple[float, float, float]]:
+    whole = content if whole is None else whole
+    return {
+        name: (value, value - spread, value + spread)
+        for name, value in (("content_kl_share", content), ("kl_share", whole))
+    }
+
+
+@pytest.mark.parametrize(
+    ("judged", "chosen"),
+    [
+        ({"copy": figures(0.5), "lstsq": figures(0.6), "distill": figures(0.4)}, "lstsq"),
+        ({"copy": figures(0.598), "lstsq": figures(0.6), "distill": figures(0.6)}, "copy"),
+        ({"copy": figures(0.002), "distill": figures(0.0, spread=0.0)}, "distill"),
+        ({"copy": figures(0.02), "distill": figures(0.0, spread=0.0)}, "copy"),
+        ({"copy": figures(-0.1, 0.2), "paper": figures(-0.2, 0.1), "distill": figures(0.0, spread=0.0)}, "copy"),
+        ({"copy": figures(-0.1), "paper": figures(-0.2), "distill": figures(-0.001)}, "distill"),
+    ],
+    ids=["best", "tie", "chance", "nothing beside something", "constant", "all harm"],
+)
+def test_the_choice_is_the_best_then_the_simplest(judged: Any, chosen: str) -> None:
+    assert choose(judged, {}).chosen == chosen
+
+
+def test_a_choice_that_only_shifts_by_a_constant_is_warned_of() -> None:
+    choice = choose({"copy": figures(-0.1, 0.2), "distill": figures(0.0, spread=0.0)}, {})
+    assert choice.warning is not None
+    assert "constant" in choice.warning
+    assert choose({"copy": figures(0.2)}, {}).warning is None
+
+
+@pytest.mark.parametrize("share", [0.001, 0.05, 0.5])
+def test_the_distance_of_weights_is_the_share_they_moved_by(share: float, root: Path, tmp_path: Path) -> None:
+    found = weight_distance(Checkpoint(root / "old"), Checkpoint(moved(tmp_path / "new", share)))
+    assert set(found.distances) >= {"q", "k", "v", "o", "gate", "up", "down", "other", "embedding"}
+    for role in ("q", "k", "v", "o", "gate", "up", "down"):
+        assert found.distances[role] == pytest.approx(share, rel=1e-4)
+    assert found.distances["embedding"] == found.distances["other"] == 0
+    assert found.near == (share < 0.01)
+
+
+def test_the_layers_of_a_pruned_model_are_found_by_their_weights(root: Path, tmp_path: Path) -> None:
+    found = weight_distance(Checkpoint(root / "old"), Checkpoint(moved(tmp_path / "new", 0.05, layers=[0, 2])))
+    assert found.layers == {0: 0, 1: 2}
+    assert kinship.kinship(found, same_depth=False).kind == kinship.DEPTH
+
+
+def test_unlike_weights_of_one_shape_are_strangers(root: Path, tmp_path: Path) -> None:
+    save_folder(tiny_model("llama", 1, d=32, layers=3, vocab=VOCABULARY), tiny_tokenizer(VOCABULARY), tmp_path / "new")
+    found = weight_distance(Checkpoint(root / "old"), Checkpoint(tmp_path / "new"))
+    assert abs(found.cosine) < kinship.RELATED
+    assert kinship.kinship(found, (0.2, 0.3)).kind == kinship.STRANGERS
+    assert kinship.kinship(None, (0.2, 0.3)).kind == kinship.STRANGERS
+    assert kinship.kinship(None, (0.8, 0.9)).kind == kinship.RESIZED
+    assert kinship.kinship(None, (0.9995, 0.9999)).kind == kinship.REWRITTEN
+
+
+@pytest.mark.parametrize(("share", "kind"), [(None, kinship.SAME), (0.2, kinship.TRAINED)])
+def test_verify_tells_the_kind_of_relatives(share: float | None, kind: str, root: Path, tmp_path: Path) -> None:
+    new = root / "old" if share is None else moved(tmp_path / "new", share)
+    report = tmp_path / "report.html"
+    result = verify(root / "old", None, new, None, examples=8, max_tokens=32, report=report)
+    assert result.relatives is not None
+    assert result.relatives["kind"] == kind
+    assert result.relatives["sentence"] in report.read_text().replace("&#x27;", "'")
+    printed = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["verify", str(root / "old"), str(new), "--examples", "8"])
+    assert result.relatives["sentence"].split(":")[0] in printed.stdout
+
+
+def test_a_plans_summary_tells_the_kind_of_relatives(root: Path, tmp_path: Path) -> None:
+    plan = TransferPlan.build(root / "old", moved(tmp_path / "new", 0.2), method="copy", examples=8)
+    assert plan.summary()["relatives"].startswith("One model trained on from the other (projections up to 20.0% apart")
+    plan.save(tmp_path / "plan")
+    printed = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["inspect", str(tmp_path / "plan")])
+    assert plan.summary()["relatives"] in printed.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda h: h["options"].update(candidates=["magic", "distill"]), "candidates"),
+        (lambda h: h["options"].update(candidates=["copy", "distill"], method="copy"), "candidates"),
+        (lambda h: h["options"].update(candidates="copy"), "candidates"),
+        (lambda h: h["facts"].update(kinship={"kind": "cousins"}), "kinship"),
+        (lambda h: h["facts"]["kinship"]["distances"].update(q=-1.0), "kinship"),
+        (lambda h: h["facts"]["kinship"].update(same_config=1), "kinship"),
+    ],
+)
+def test_a_plan_with_unknown_candidates_or_relatives_is_refused(
+    change: Any, named: str, root: Path, tmp_path: Path, plan_header: Any
+) -> None:
+    stored, header = plan_header
+    changed = copy.deepcopy(header)
+    change(changed)
+    save_file(stored, tmp_path / "plan", metadata={"plan": json.dumps(changed)})
+    with pytest.raises(LoraSuiteError, match=named):
+        TransferPlan.load(tmp_path / "plan")
+
+
+@pytest.fixture(scope="module")
+def plan_header(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], Any]:
+    folder = tmp_path_factory.mktemp("plan")
+    TransferPlan.build(root / "old", moved(folder / "new", 0.2), examples=8).save(folder / "plan")
+    plan = TransferPlan.load(folder / "plan")
+    from safetensors import safe_open
+
+    with safe_open(folder / "plan", framework="pt") as file:
+        header = json.loads(file.metadata()["plan"])
+    return dict(plan.tensors.items()), header
