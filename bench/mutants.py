@@ -124,7 +124,10 @@ MODULES: dict[str, Module] = {
                 "_project_rows(layer, role, b, mean_of_matched=True), a @ W_h",
             ),
             ("pinv_times(W_h, pinv_times(weight_o, b))", "pinv_times(W_h, weight_o.T @ b)"),
-            ("if q <= p:", "if q > p:", "both branches are exact, the other one only needs the larger Gram matrix"),
+            (
+                "if q <= p:",
+                "if q > p:",
+            ),
             ("(b.T @ b) * (a @ a.T)", "(b.T @ b) @ (a @ a.T)"),
             ("torch.where(norms > 0, total / norms, 0)", "total / norms"),
             ("has.to(product))", "1)"),
@@ -498,7 +501,6 @@ MODULES: dict[str, Module] = {
             ("_REPEATS ** len(quantified)", "1"),
             ("if base is None or base == name:", "if True:"),
             ("if found != fingerprint:", "if found == fingerprint:"),
-            ("updates.items() if u.alpha", "updates.items() if u.alpha and u.alpha"),
         ],
     ),
     "magnitude.py": _module(

@@ -199,6 +199,16 @@ PARTS = {
 }
 
 
+def held_out_r2(x: Tensor, y: Tensor, w: Tensor) -> float:
+    """Of the weighted ridge map from x to y, on every 20th row, fitted on the others."""
+    held = torch.zeros(len(w), dtype=torch.bool)
+    held[19::20] = True
+    gram = x[~held].T @ (w[~held, None] * x[~held])
+    gram = gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    error = y[held] - x[held] @ torch.linalg.inv(gram) @ x[~held].T @ (w[~held, None] * y[~held])
+    return float(1 - (w[held] @ error.square()).sum() / (w[held] @ y[held].square()).sum())
+
+
 class Dense:
     """Everything the last layer's fit needs, from whole transformers models in float64, all positions in memory."""
 
@@ -261,6 +271,7 @@ class Dense:
         w = sum((x[~held] @ rows_o.T).softmax(-1).sum(0) for x in (before, after))
         w = w / w.sum()
         rows_o, rows_n = rows_o - w @ rows_o, rows_n - w @ rows_n
+        self.output_r2 = held_out_r2(rows_n, rows_o, w)
         metric = rows_n.T @ (w[:, None] * rows_n)
         eye = torch.eye(len(metric), dtype=torch.float64)
         U = torch.linalg.inv(metric + 1e-2 * metric.diagonal().mean() * eye) @ rows_n.T @ (w[:, None] * rows_o)
@@ -307,7 +318,9 @@ def test_the_streamed_fit_equals_a_dense_float64_one(family: str, unrelated: Pai
     # So few that every position counts for the tokens' weights; with more they are taken from a sample.
     found = pair.distil(Settings(layers=1, micro_batch=7), load_examples(None, 40, 0))
     assert found.positions - found.held_positions <= 4096
-    wanted = Dense(pair.root).updates()
+    dense = Dense(pair.root)
+    wanted = dense.updates()
+    assert found.output_r2 == pytest.approx(dense.output_r2, abs=1e-4)
     assert set(found.fitted) == {(3, "o"), (3, "down")}
     for role, update in wanted.items():
         factors = found.fitted[3, role]
