@@ -406,6 +406,8 @@ MODULES: dict[str, Module] = {
         "test_distill.py::test_flipped_targets_carry_nothing_and_say_so",
         "test_distill.py::test_shuffled_targets_leave_only_a_constant_shift",
         "test_distill.py::test_updates_are_gone_with_their_context",
+        "test_distill.py::test_every_update_has_the_rank_asked_for",
+        "test_distill.py::test_too_few_texts_are_refused_however_long_they_are",
         "test_distill.py::test_too_little_text_is_refused",
         "test_distill.py::test_a_planted_last_layer_reaches_what_the_best_linear_map_reaches",
         mutants=[

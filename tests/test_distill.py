@@ -432,6 +432,8 @@ def test_the_gain_a_text_is_judged_with_is_chosen_by_the_others() -> None:
     found = {0.0: [2.0, 2.0, 2.0], 0.5: [0.0, 2.1, 2.1], 1.0: [9.0, 9.0, 9.0]}
     divergences = {gain: torch.tensor(values, dtype=torch.float64) for gain, values in found.items()}
     assert distillation._best_gain(divergences) == 0.5
+    equal = {gain: torch.tensor([1.0 + (gain > 1)]) for gain in (1.25, 1.0, 0.5)}
+    assert distillation._best_gain(equal) == 0.5
     # Without the first text, which alone gains by an update, the others want none.
     assert distillation._gains_by_others(divergences).tolist() == [0.0, 0.5, 0.5]
     states = {gain: [torch.full((2, 3), gain), torch.full((1, 3), gain)] for gain in found}
@@ -465,6 +467,16 @@ def test_a_saved_plan_distils_with_other_text(planted: Pair, tmp_path: Path) -> 
     assert result.distilled.texts == 40
     assert result.as_dict()["distillation"]["text"] == str(text)
     assert "| text | text.jsonl |" in (tmp_path / "out/README.md").read_text()
+
+
+def test_every_update_has_the_rank_asked_for(planted: Pair) -> None:
+    found = planted.distil(Settings(rank=2, layers=1), load_examples(None, 24, 0))
+    assert {(len(f.b.T), len(f.a)) for f in found.updates.values()} == {(2, 2)}
+
+
+def test_too_few_texts_are_refused_however_long_they_are(planted: Pair) -> None:
+    with pytest.raises(LoraSuiteError, match=r"in 7 texts .* it needs 256 positions in 8 texts"):
+        planted.distil(Settings(), texts=["the rain on the other side, not heard by the sea. " * 8] * 7)
 
 
 def test_too_little_text_is_refused(planted: Pair) -> None:
