@@ -88,7 +88,7 @@ def test_the_scale_is_alpha_over_the_rank_by_the_pattern_that_names_the_module(
         ({}, factors(0, (8, 3), (2, 8)), "the weight of old is"),
         ({}, factors(0, (7, 2), (2, 8)), "the weight of old is"),
         ({}, factors(0, (8, 2), (2, 9)), "the weight of old is"),
-        ({}, factors(0, (8, 0), (0, 8)), "has rank 0"),
+        ({}, factors(0, (8, 0), (0, 8)), "has rank 0; there is nothing to migrate"),
         ({}, {Q.format(0, "A"): np.ones((2, 8)), Q.format(0, "B"): np.full((8, 2), np.nan)}, "NaN or infinity"),
     ],
 )
@@ -202,3 +202,21 @@ def test_an_adapter_of_another_model_at_hand_is_refused(tmp_path: Path) -> None:
     check_base(adapter, "another", str(base))
     with pytest.raises(LoraSuiteError, match="while the plan's old model is old"):
         check_base(adapter, "another", "old")
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(6, 6 / 3.00001), (0, 2 / 3.00001)])
+def test_adalora_is_the_lora_of_its_first_rank_and_singular_values(alpha: float, scale: float, tmp_path: Path) -> None:
+    """PEFT adds 1e-5 to the rank, and takes the rank in the place of an alpha of 0."""
+    config = {"peft_type": "ADALORA", "init_r": 3, "target_r": 2, "lora_alpha": alpha}
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}"
+    draw = np.random.default_rng(0)
+    tensors = {name.format("A"): draw.normal(size=(2, 8)), name.format("B"): draw.normal(size=(8, 2))}
+    tensors[name.format("E")] = np.array([[3.0], [0.5]])
+    adapter = read(written(tmp_path / "a", config, tensors))
+    found = adapter.updates[0, "q"]
+    assert found.scale == pytest.approx(scale, rel=1e-7)
+    b, a = (torch.from_numpy(tensors[name.format(which)]).float() for which in "BA")
+    torch.testing.assert_close(found.factors.b, b * torch.tensor([3.0, 0.5]))
+    torch.testing.assert_close(found.factors.a, a)
+    assert adapter.config["peft_type"] == "LORA"
+    assert "target_r" not in adapter.config

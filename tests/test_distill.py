@@ -199,6 +199,16 @@ PARTS = {
 }
 
 
+def held_out_r2(x: Tensor, y: Tensor, w: Tensor) -> float:
+    """Of the weighted ridge map from x to y, on every 20th row, fitted on the others."""
+    held = torch.zeros(len(w), dtype=torch.bool)
+    held[19::20] = True
+    gram = x[~held].T @ (w[~held, None] * x[~held])
+    gram = gram + 1e-2 * gram.diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
+    error = y[held] - x[held] @ torch.linalg.inv(gram) @ x[~held].T @ (w[~held, None] * y[~held])
+    return float(1 - (w[held] @ error.square()).sum() / (w[held] @ y[held].square()).sum())
+
+
 class Dense:
     """Everything the last layer's fit needs, from whole transformers models in float64, all positions in memory."""
 
@@ -261,6 +271,7 @@ class Dense:
         w = sum((x[~held] @ rows_o.T).softmax(-1).sum(0) for x in (before, after))
         w = w / w.sum()
         rows_o, rows_n = rows_o - w @ rows_o, rows_n - w @ rows_n
+        self.output_r2 = held_out_r2(rows_n, rows_o, w)
         metric = rows_n.T @ (w[:, None] * rows_n)
         eye = torch.eye(len(metric), dtype=torch.float64)
         U = torch.linalg.inv(metric + 1e-2 * metric.diagonal().mean() * eye) @ rows_n.T @ (w[:, None] * rows_o)
@@ -307,7 +318,9 @@ def test_the_streamed_fit_equals_a_dense_float64_one(family: str, unrelated: Pai
     # So few that every position counts for the tokens' weights; with more they are taken from a sample.
     found = pair.distil(Settings(layers=1, micro_batch=7), load_examples(None, 40, 0))
     assert found.positions - found.held_positions <= 4096
-    wanted = Dense(pair.root).updates()
+    dense = Dense(pair.root)
+    wanted = dense.updates()
+    assert found.output_r2 == pytest.approx(dense.output_r2, abs=1e-4)
     assert set(found.fitted) == {(3, "o"), (3, "down")}
     for role, update in wanted.items():
         factors = found.fitted[3, role]
@@ -419,6 +432,8 @@ def test_the_gain_a_text_is_judged_with_is_chosen_by_the_others() -> None:
     found = {0.0: [2.0, 2.0, 2.0], 0.5: [0.0, 2.1, 2.1], 1.0: [9.0, 9.0, 9.0]}
     divergences = {gain: torch.tensor(values, dtype=torch.float64) for gain, values in found.items()}
     assert distillation._best_gain(divergences) == 0.5
+    equal = {gain: torch.tensor([1.0 + (gain > 1)]) for gain in (1.25, 1.0, 0.5)}
+    assert distillation._best_gain(equal) == 0.5
     # Without the first text, which alone gains by an update, the others want none.
     assert distillation._gains_by_others(divergences).tolist() == [0.0, 0.5, 0.5]
     states = {gain: [torch.full((2, 3), gain), torch.full((1, 3), gain)] for gain in found}
@@ -452,6 +467,16 @@ def test_a_saved_plan_distils_with_other_text(planted: Pair, tmp_path: Path) -> 
     assert result.distilled.texts == 40
     assert result.as_dict()["distillation"]["text"] == str(text)
     assert "| text | text.jsonl |" in (tmp_path / "out/README.md").read_text()
+
+
+def test_every_update_has_the_rank_asked_for(planted: Pair) -> None:
+    found = planted.distil(Settings(rank=2, layers=1), load_examples(None, 24, 0))
+    assert {(len(f.b.T), len(f.a)) for f in found.updates.values()} == {(2, 2)}
+
+
+def test_too_few_texts_are_refused_however_long_they_are(planted: Pair) -> None:
+    with pytest.raises(LoraSuiteError, match=r"in 7 texts .* it needs 256 positions in 8 texts"):
+        planted.distil(Settings(), texts=["the rain on the other side, not heard by the sea. " * 8] * 7)
 
 
 def test_too_little_text_is_refused(planted: Pair) -> None:

@@ -169,10 +169,10 @@ def test_the_scale_is_the_best_factor_and_of_nothing_one() -> None:
 
 @pytest.mark.parametrize("direction", [1, -1])
 def test_a_constant_may_take_ten_times_the_row_and_no_more(direction: int) -> None:
-    """1 / g is a unit vector, and a row of length 1 is orthogonal to the shift: the change's size is the constant."""
+    """1 / g is a unit vector, and a row of length 2 is orthogonal to the shift: the change's size is the constant."""
     reciprocal = torch.tensor([0.5, 0.5, 0.5, 0.5], dtype=F64)
-    a = torch.tensor([[1.0, -1.0, 0.0, 0.0]], dtype=F64) / 2**0.5
-    for constant, kept in ((9.9 * direction, True), (10.1 * direction, False)):
+    a = torch.tensor([[1.0, -1.0, 0.0, 0.0]], dtype=F64) * 2**0.5
+    for constant, kept in ((19.9 * direction, True), (20.1 * direction, False)):
         found = _with_constant(a, torch.tensor([constant], dtype=F64), reciprocal, reciprocal)
         torch.testing.assert_close(found, a + constant * reciprocal if kept else a)
 

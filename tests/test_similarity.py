@@ -17,7 +17,15 @@ from lorasuite_fast import TransferPlan
 from lorasuite_fast.build import _minibatches
 from lorasuite_fast.cli import app
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.similarity import MEASURES, StreamingSimilarity, layer_gram, layer_similarity, streaming
+from lorasuite_fast.similarity import (
+    MEASURES,
+    Components,
+    StreamingSimilarity,
+    kept_for_cca,
+    layer_gram,
+    layer_similarity,
+    streaming,
+)
 from lorasuite_kernels import StreamingCKA, full_gram, gram
 
 from planted import Planted, plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
@@ -188,6 +196,14 @@ def test_unpacked_gram_matrices_have_their_diagonals(m: int) -> None:
     x = activations(18, 2, m, 7)
     centred = x - x.mean(1, keepdim=True)
     assert torch.allclose(full_gram(gram(x)), centred @ centred.mT, atol=1e-9)
+
+
+@pytest.mark.parametrize(("m", "kept"), [(9, 4), (8, 1)])
+def test_cca_keeps_every_component_up_to_half_the_examples(m: int, kept: int) -> None:
+    """Of nine examples four components cannot meet by necessity; of eight they can, and the first explains 99 %."""
+    directions = torch.linalg.qr(torch.randn(m, 4, dtype=torch.float64)).Q
+    found = kept_for_cca(Components(directions, torch.tensor([1.0, 0.05, 0.04, 0.03], dtype=torch.float64)))
+    assert len(found.sizes) == found.directions.shape[1] == kept
 
 
 def test_input_that_does_not_fit_is_named() -> None:

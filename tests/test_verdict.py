@@ -12,7 +12,16 @@ import pytest
 import torch
 
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.verification import Interval, _bits, _interval, _relative, load_labelled, verdict, verify
+from lorasuite_fast.verification import (
+    Interval,
+    _bits,
+    _interval,
+    _layer_effects,
+    _relative,
+    load_labelled,
+    verdict,
+    verify,
+)
 
 
 def at(value: float | None, spread: float = 0.05) -> Interval:
@@ -86,6 +95,29 @@ def test_a_change_is_measured_against_the_stream_without_its_mean() -> None:
     stream = torch.randn(1, 40, 6, generator=torch.Generator().manual_seed(0))
     change = 0.1 * (stream - stream.mean(1, keepdim=True))
     assert _relative(change, stream + 100) == pytest.approx([0.1], rel=1e-3)
+
+
+def test_a_layer_that_does_not_change_is_like_no_other() -> None:
+    """Its similarity has no value; 0 would say that it is unlike."""
+    rng = torch.Generator().manual_seed(0)
+    before, change = (torch.randn(3, 30, 6, generator=rng) for _ in range(2))
+    change[0] = 0
+    old, new = (
+        SimpleNamespace(
+            before=SimpleNamespace(layers=before),
+            after=SimpleNamespace(layers=before + size * change),
+            updates={1: 0.5},
+        )
+        for size in (1.0, 2.0)
+    )
+    table = _layer_effects(old, new)  # type: ignore[arg-type]
+    assert [row.old_layer for row in table] == [0, 1, 2]
+    assert table[0].cka is None
+    assert table[0].new_change == 0
+    assert [row.cka for row in table[1:]] == pytest.approx([1, 1], abs=1e-5)
+    for row in table[1:]:
+        assert row.new_change == pytest.approx(2 * (row.old_change or 0), rel=1e-5)
+    assert (table[1].new_update, table[2].new_update) == (0.5, None)
 
 
 def side(*nats: list[float]) -> Any:
