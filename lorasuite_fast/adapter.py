@@ -353,6 +353,8 @@ def adapter_files(
         "init_lora_weights": True,
         "exclude_modules": None,
     }
+    if family.transposed or "fan_in_fan_out" in config:
+        config["fan_in_fan_out"] = family.transposed
     config |= _targets(updates, modules, family, new_shape.L) | _ranks(updates, modules, source)
     files = {
         CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
@@ -372,7 +374,7 @@ def _targets(
     first = next(iter(covered.values()))
     if any(layer_set != first for layer_set in covered.values()):
         return {"target_modules": sorted(modules.values()), "layers_to_transform": None, "layers_pattern": None}
-    names = [module.rpartition(".")[2] for module in covered]
+    names = [family.suffix(module) for module in covered]
     everywhere = first == set(range(layers))
     return {
         "target_modules": names,

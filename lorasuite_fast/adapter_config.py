@@ -26,7 +26,6 @@ _CLEARED: dict[str, Any] = {
 _PLAIN_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal")
 """Those that leave the base weights as they are."""
 _UNSUPPORTED = {
-    "fan_in_fan_out": "adapters with fan_in_fan_out",
     "lora_bias": "adapters with lora_bias",
     "modules_to_save": "adapters that save whole modules (modules_to_save)",
     "trainable_token_indices": "adapters with trainable tokens",
@@ -44,12 +43,14 @@ _READ = (
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version"),
     *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
+    # PEFT corrects it by the module it meets.
+    "fan_in_fan_out",
     # Without the key they belong to, which is refused, they mean nothing.
     *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
 )
 _KNOWN = {*_READ, *ALLOCATION, *_CLEARED, *_UNSUPPORTED, "runtime_config"}
 _TASKS = (None, "CAUSAL_LM")
-_FLAGS = ("use_dora", "use_rslora", "inference_mode")
+_FLAGS = ("use_dora", "use_rslora", "inference_mode", "fan_in_fan_out")
 _MOST_PATTERNS, _MOST_CHARACTERS, _MOST_DEPTH = 4096, 1000, 20
 _REPEATS = 64
 _MOST_TRIES = 2 * _REPEATS**3

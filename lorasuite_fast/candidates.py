@@ -17,7 +17,7 @@ from .kinship import layer_differences
 from .loader import stream_layers
 from .memory import Demand
 from .phases import memory as process_memory
-from .projection import METHODS, Pair
+from .projection import METHODS, Pair, read_alike
 from .result import LayerResult
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def applicable(families: tuple[Family, Family], shapes: tuple[Shape, Shape], rol
         return ("distill",)
     same = not layer_differences(families, shapes, wanted)
     matched = families[0].gated == families[1].gated or not set(wanted) & set(MLP)
+    matched = matched and read_alike(families, wanted)
     return tuple(name for name in METHODS if (name != "copy" or same) and (name != "lstsq" or matched))
 
 

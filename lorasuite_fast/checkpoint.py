@@ -203,6 +203,12 @@ class Checkpoint:
         epsilon = self.config.get(self.family.epsilon, 0.0)
         if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 <= epsilon < 1:
             raise LoraSuiteError(f"{where}: {self.family.epsilon} must be a small number, found {epsilon!r}")
+        factors = ["embedding_multiplier", "residual_multiplier", "logits_scaling"] if self.family.multipliers else []
+        factors += ["logit_scale"] if self.family.logit_scale != 1.0 else []
+        for key in factors:
+            value = self.config.get(key, 1.0)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise LoraSuiteError(f"{where}: {key} must be a positive number, found {value!r}")
         biases = {p.bias for p in self.family.projections.values() if isinstance(p.bias, str)}
         for key in sorted({*biases, "tie_word_embeddings"}):
             if not isinstance(self.config.get(key), bool | None):
@@ -213,7 +219,7 @@ class Checkpoint:
         return bias if isinstance(bias, bool) else bool(self.config.get(bias, projection.bias_default))
 
     def _norm_tensors(self, norm: str) -> list[str]:
-        return [f"{norm}.weight", f"{norm}.bias"] if self.family.layer_norm else [f"{norm}.weight"]
+        return [f"{norm}.{part}" for part in self.family.stored_norm]
 
     def _expected(self) -> dict[str, tuple[int, ...] | None]:
         """Every tensor the family row and the config ask for; None where the shape is not ours to know."""
@@ -221,6 +227,7 @@ class Checkpoint:
         expected: dict[str, tuple[int, ...] | None] = {self.embedding_name: (shape.V, shape.d)}
         for norm in filter(None, (family.final_norm, family.embedding_norm)):
             expected |= dict.fromkeys((f"{self.prefix}{name}" for name in self._norm_tensors(norm)), (shape.d,))
+        expected |= {f"{self.prefix}{name}": None for name in family.outside}
         for i in range(shape.L):
             layer = self.layer(i)
             for norm in family.norms():
@@ -229,7 +236,7 @@ class Checkpoint:
                 expected[f"{layer}.{extra}"] = None
             for projection in family.projections.values():
                 out, into = family.module_shape(projection.module, shape)
-                expected[f"{layer}.{projection.module}.weight"] = (out, into)
+                expected[f"{layer}.{projection.module}.weight"] = (into, out) if family.transposed else (out, into)
                 if self._has_bias(projection):
                     expected[f"{layer}.{projection.module}.bias"] = (out,)
         return expected
@@ -296,7 +303,25 @@ class Checkpoint:
     @property
     def epsilon(self) -> float:
         """Of the norms, with transformers' defaults."""
-        return float(self.config.get(self.family.epsilon, 1e-5 if self.family.layer_norm else 1e-6))
+        default = self.family.epsilon_default or (1e-5 if self.family.layer_norm else 1e-6)
+        return float(self.config.get(self.family.epsilon, default))
+
+    @property
+    def embedding_factor(self) -> float:
+        """What embeddings are multiplied by on their way into the residual stream."""
+        stated = self.config.get("embedding_multiplier", 1.0) if self.family.multipliers else 1.0
+        return float(stated) * (self.shape.d**0.5 if self.family.scaled_embedding else 1.0)
+
+    @property
+    def residual_factor(self) -> float:
+        """What the outputs of o and down are multiplied by before they join the residual stream."""
+        return float(self.config.get("residual_multiplier", 1.0)) if self.family.multipliers else 1.0
+
+    @property
+    def logit_factor(self) -> float:
+        """What the head's outputs are multiplied by."""
+        stated = self.config.get("logit_scale", self.family.logit_scale) if self.family.logit_scale != 1.0 else 1.0
+        return float(stated) / float(self.config.get("logits_scaling", 1.0) if self.family.multipliers else 1.0)
 
     def layer(self, i: int) -> str:
         """What the names of a layer's tensors begin with, as they are stored."""

@@ -32,7 +32,7 @@ from .alignment import AlignedText, Alignment
 from .checkpoint import Checkpoint
 from .effect import FEWEST, NEGLIGIBLE_KL, effect_sums, resamples, statistics
 from .errors import LoraSuiteError
-from .families import Family
+from .families import READING, Family
 from .hidden_states import MICRO_BATCH, LayerStream, StreamedLayer, padded
 from .magnitude import stored_factors
 from .memory import WEIGHED, DistillDemand, DistillLimits, Scratch
@@ -180,10 +180,11 @@ class ChunkedHead(Head):
         return len(self.tokens)
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
-        """Consecutive chosen tokens and their rows, (at most `rows`, d) float32."""
+        """Consecutive chosen tokens and their rows times the scale, (at most `rows`, d) float32."""
         for start in range(0, self.size, self.rows):
             part = slice(start, start + self.rows)
-            yield part, self.weight[self.tokens[part]].float()
+            rows = self.weight[self.tokens[part]].float()
+            yield part, rows if self.scale == 1 else rows * self.scale
 
     def logits(self, last: Tensor) -> Tensor:
         logits = last.new_empty(len(last), self.size)
@@ -269,7 +270,9 @@ class _Side:
         weight = unembedding(self.model)
         if self.device.type != "cpu":
             weight, tokens = weight[tokens].to(self.device), torch.arange(len(tokens))
-        head = ChunkedHead(weight, bias, cap=config.get("final_logit_softcapping") or None, tokens=tokens, rows=rows)
+        cap, scale = config.get("final_logit_softcapping") or None, self.model.logit_factor
+        bias = None if bias is None else bias * scale
+        head = ChunkedHead(weight, bias, scale, cap, tokens=tokens, rows=rows)
         stored = self.model.head() or self.model.embedding_name
         for _, part in head.parts():
             self.model.check_finite(part, stored)
@@ -285,14 +288,13 @@ def unembedding(model: Checkpoint) -> Tensor:
 
 
 def final_norm(model: Checkpoint) -> tuple[Tensor, Tensor | None]:
-    """Gain and shift (None for RMSNorm) of the norm in front of the head, (d,) float32."""
+    """Gain and shift (None where it has none) of the norm in front of the head, (d,) float32."""
     name = f"{model.prefix}{model.family.final_norm}"
-    found = {
-        kind: model.tensors.view(f"{name}.{kind}").float() for kind in ("weight", "bias")[: 1 + model.family.layer_norm]
-    }
+    found = {kind: model.tensors.view(f"{name}.{kind}").float() for kind in model.family.stored_norm}
     for kind, tensor in found.items():
         model.check_finite(tensor, f"{name}.{kind}")
-    return found["weight"] + model.family.gain_offset, found.get("bias")
+    gain = found["weight"] + model.family.gain_offset if "weight" in found else torch.ones(model.shape.d)
+    return gain, found.get("bias")
 
 
 def gained_rows(rows: Tensor, model: Checkpoint) -> Tensor:
@@ -856,6 +858,8 @@ class _Fit:
                     if gain is not None:
                         # What the norm behind the projection divides by; the rest of its derivative is left out.
                         x = x / (y.square().mean(-1, keepdim=True) + model.epsilon).sqrt()
+                    elif role not in READING:
+                        x = x * model.residual_factor
                     sums.add(x[train], self._left(n, base[n], output)[0][train])
             metric, cross = self.metric.to(device), sums.cross
             if gain is not None:

@@ -16,6 +16,8 @@ from .errors import LoraSuiteError
 ATTENTION = ("q", "k", "v", "o")
 MLP = ("gate", "up", "down")
 ROLES = ATTENTION + MLP
+READING = ("q", "k", "v", "gate", "up")
+"""Roles that read the residual stream; o and down write to it."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class Projection:
     Attributes:
         module: module path inside the layer; its weight is (out, in). Projections naming one module share a fused
             weight, of which each has some rows (`Family.rows`).
-        norm: the norm whose output it reads; None where it reads heads (o) or neurons (down). Two projections naming
-            one norm are parallel.
+        norm: the norm whose output it reads; None where it reads heads (o), neurons (down), or the residual stream
+            as it is. Two projections naming one norm are parallel.
         after: the norm its output passes before it joins the residual stream, if there is one.
         bias: the config key that says whether there is a bias, or True / False. bias_default: where the key is absent.
     """
@@ -48,13 +50,20 @@ class Family:
             not say.
         fused: layout of the rows of a fused q, k, v weight: None, "blocks" (per head its q, k and v) or "stacked" (all
             of q, all of k, all of v; likewise gate and up).
-        layer_norm: norms subtract the mean and have a bias (LayerNorm), instead of RMSNorm.
+        layer_norm: norms subtract the mean (LayerNorm), instead of RMSNorm.
+        norm_parts: what the file stores of a norm; None for a weight, and a bias too where it is a LayerNorm.
         gain_offset: added to a norm's stored weight to get its gain (1 where the file stores gain - 1).
-        epsilon: config key of the norms' epsilon.
+        epsilon: config key of the norms' epsilon. epsilon_default: where config.json does not say; None for 1e-5
+            (LayerNorm) or 1e-6.
         embedding_norm: a norm between the embedding and the residual stream.
         scaled_embedding: embeddings are multiplied by sqrt(d) on their way into the residual stream.
+        multipliers: config.json has factors on the embeddings and on what a layer adds to the stream (Granite).
+        logit_scale: factor on the logits, where the config does not say.
+        transposed: weights are stored (in, out), as in transformers' Conv1D.
         head_dim: config.json's default for head_dim; None for d / H.
+        kv_heads: G, where the config does not say it in the usual way; None for its num_key_value_heads, or else H.
         mlp_ratio: f / d, where the config does not say f.
+        outside: further tensors outside the layers, such as learned positions.
         extra: further tensors a layer holds, that no projection needs. optional: those it may hold.
         ignored: tensor name endings some files hold though they follow from the config.
         config_names: further names of config keys, by the usual one.
@@ -71,12 +80,19 @@ class Family:
     tied: bool = False
     fused: str | None = None
     layer_norm: bool = False
+    norm_parts: tuple[str, ...] | None = None
     gain_offset: float = 0.0
     epsilon: str = "rms_norm_eps"
+    epsilon_default: float | None = None
     embedding_norm: str | None = None
     scaled_embedding: bool = False
+    multipliers: bool = False
+    logit_scale: float = 1.0
+    transposed: bool = False
     head_dim: int | None = None
+    kv_heads: int | None = None
     mlp_ratio: int | None = None
+    outside: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
@@ -91,6 +107,15 @@ class Family:
     def gated(self) -> bool:
         """Whether the MLP's neurons are `act(gate·x) (up·x)`, instead of `act(up·x)`."""
         return "gate" in self.projections
+
+    @property
+    def stored_norm(self) -> tuple[str, ...]:
+        """What the file stores of a norm: none, one or both of "weight" and "bias"."""
+        return ("weight", "bias")[: 1 + self.layer_norm] if self.norm_parts is None else self.norm_parts
+
+    def reads_through_norms(self, role: str) -> bool:
+        """Whether a projection reads a norm of the residual stream, instead of the stream itself, or no stream."""
+        return self.projections[role].norm is not None
 
     def layer(self, i: int) -> str:
         return f"{self.prefix}{self.layers}.{i}"
@@ -121,9 +146,16 @@ class Family:
         return torch.arange(start, start + shape.expected(role)[0])
 
     def module_shape(self, module: str, shape: Shape) -> tuple[int, int]:
-        """(out, in) of a module's weight, fused or not."""
+        """(out, in) of a module's weight, fused or not, however it is stored."""
         sizes = [shape.expected(role) for role in self.sharing(module)]
         return sum(out for out, _ in sizes), sizes[0][1]
+
+    def suffix(self, module: str) -> str:
+        """The shortest end of a module's path that no other module of a layer has."""
+        parts = module.split(".")
+        others = [other for other in self.modules() if other != module]
+        ends = (".".join(parts[-n:]) for n in range(1, len(parts)))
+        return next((end for end in ends if not any(f".{o}".endswith(f".{end}") for o in others)), module)
 
 
 def _llama_projections(qkv_bias: str | bool, o_bias: str | bool, mlp_bias: str | bool) -> dict[str, Projection]:
@@ -296,9 +328,12 @@ def shape_of(config: dict[str, Any], family: Family, where: str) -> Shape:
         if config.get(key, understood) != understood:
             raise LoraSuiteError(f"{where}: config.json sets {key} to {config[key]!r}, which is not supported")
     H, d = read("num_attention_heads"), read("hidden_size")
-    G = H if family.fused == "blocks" else read("num_key_value_heads", H)
+    G = H if family.fused == "blocks" else family.kv_heads or read("num_key_value_heads", H)
     h = read("head_dim", family.head_dim or d // H)
     if H % G:
         raise LoraSuiteError(f"{where}: config.json: {H} attention heads cannot share {G} key/value heads")
-    f = family.mlp_ratio * d if family.mlp_ratio else read("intermediate_size")
+    ratio = family.mlp_ratio * d if family.mlp_ratio else None
+    stated = ratio is None or "intermediate_size" in family.config_names
+    f = read("intermediate_size", ratio) if stated else ratio
+    assert f is not None
     return Shape(V=read("vocab_size"), d=d, h=h, H=H, G=G, f=f, L=read("num_hidden_layers"))

@@ -317,7 +317,7 @@ def _new_adapter(loaded: LoadedModel, family: Family, new: Mapping[str, Any], se
     lacking = [role for role in new["roles"] if role not in family.projections]
     if lacking:
         raise LoraSuiteError(f"a {family.model_type} layer has no {', '.join(lacking)}; its roles: {family.roles}")
-    modules = {family.projections[role].module.rpartition(".")[2] for role in new["roles"]}
+    modules = {family.suffix(family.projections[role].module) for role in new["roles"]}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=new["rank"],

@@ -229,8 +229,7 @@ def _outside(old: Checkpoint, new: Checkpoint) -> Iterator[tuple[str, str, str]]
         pairs.append(("head", heads[0], heads[1]))
     for norm in filter(None, (old.family.final_norm, old.family.embedding_norm)):
         pairs += [
-            ("ends", f"{old.prefix}{norm}.{kind}", f"{new.prefix}{norm}.{kind}")
-            for kind in ("weight", "bias")[: 1 + old.family.layer_norm]
+            ("ends", f"{old.prefix}{norm}.{kind}", f"{new.prefix}{norm}.{kind}") for kind in old.family.stored_norm
         ]
     for kind, name_o, name_n in pairs:
         if old.tensors.entry(name_o).shape == new.tensors.entry(name_n).shape:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
+from .families import READING
 from .tensor_files import DTYPES, Entry, TensorFiles
 
 _ALIGN = 256
@@ -55,26 +56,47 @@ class Layer:
     def weight(self, role: str, dtype: torch.dtype) -> Tensor:
         """(out, in) weight of one projection; its rows of a fused one."""
         family = self.checkpoint.family
-        weight = self.read(f"{family.projections[role].module}.weight", dtype)
+        weight = self.module_weight(family.projections[role].module, dtype)
         rows = family.rows(role, self.checkpoint.shape)
         return weight if rows is None else weight[rows.to(weight.device)]
 
+    def module_weight(self, module: str, dtype: torch.dtype) -> Tensor:
+        """(out, in) weight of a module, fused or not."""
+        weight = self.read(f"{module}.weight", dtype)
+        return weight.T if self.checkpoint.family.transposed else weight
+
     def gain(self, role: str, dtype: torch.dtype) -> Tensor:
-        """(d,) gain of the norm a projection reads through."""
+        """(d,) gain of the norm a projection reads through; 1 where the norm has none."""
         norm = self.checkpoint.family.projections[role].norm
         if norm is None:
-            raise ValueError(f"{role} does not read the residual stream")
-        return self.read(f"{norm}.weight", dtype) + self.checkpoint.family.gain_offset
+            raise ValueError(f"{role} reads no norm of the residual stream")
+        return self._gain(norm, dtype)
+
+    def _gain(self, norm: str, dtype: torch.dtype) -> Tensor:
+        family = self.checkpoint.family
+        if "weight" not in family.stored_norm:
+            return torch.ones(self.checkpoint.shape.d, dtype=dtype, device=self.device)
+        return self.read(f"{norm}.weight", dtype) + family.gain_offset
 
     def shift(self, role: str, dtype: torch.dtype) -> Tensor | None:
-        """(d,) bias of the norm a projection reads through; None where the family's norms have none."""
-        norm = self.checkpoint.family.projections[role].norm
-        return self.read(f"{norm}.bias", dtype) if norm and self.checkpoint.family.layer_norm else None
+        """(d,) bias of the LayerNorm a projection reads through, 0 where it has none; None where there is no such."""
+        family = self.checkpoint.family
+        norm = family.projections[role].norm
+        if norm is None or not family.layer_norm:
+            return None
+        if "bias" not in family.stored_norm:
+            return torch.zeros(self.checkpoint.shape.d, dtype=dtype, device=self.device)
+        return self.read(f"{norm}.bias", dtype)
 
     def gain_after(self, role: str, dtype: torch.dtype) -> Tensor | None:
-        """(d,) gain of the norm a projection's output passes before it joins the residual stream, if there is one."""
-        norm = self.checkpoint.family.projections[role].after
-        return None if norm is None else self.read(f"{norm}.weight", dtype) + self.checkpoint.family.gain_offset
+        """(d,) gain on a projection's output before it joins the residual stream: of a norm, or a multiplier."""
+        family = self.checkpoint.family
+        norm = family.projections[role].after
+        if norm is not None:
+            return self._gain(norm, dtype)
+        if not family.multipliers or role in READING:
+            return None
+        return torch.full((self.checkpoint.shape.d,), self.checkpoint.residual_factor, dtype=dtype, device=self.device)
 
     def release(self) -> None:
         """Lets go of the tensors; views of them must not be used any more."""

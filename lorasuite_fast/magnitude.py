@@ -82,7 +82,7 @@ def with_magnitudes(
     for (layer, module), update in updates.items():
         roles = family.sharing(module)
         read = Layer.of(new, layer, roles)
-        magnitude = row_norms(read.read(f"{module}.weight", torch.float32), update)
+        magnitude = row_norms(read.module_weight(module, torch.float32), update)
         if not magnitude.all():
             raise LoraSuiteError(
                 f"{new.folder}: {family.layer(layer)}.{module} has rows of zeros, by whose norm DoRA would divide; "

@@ -25,10 +25,20 @@ def skeleton(family: Family, shape: Shape) -> nn.Module:
     for i in range(shape.L):
         for module in family.modules():
             out, into = family.module_shape(module, shape)
-            _put(root, f"{family.layer(i)}.{module}", nn.Linear(into, out, bias=False, device="meta"))
+            _put(root, f"{family.layer(i)}.{module}", _linear(out, into, transposed=family.transposed))
     _put(root, f"{family.prefix}{family.embedding}", nn.Embedding(shape.V, shape.d, device="meta"))
     _put(root, family.head[0], nn.Linear(shape.d, shape.V, bias=False, device="meta"))
     return root
+
+
+def _linear(out: int, into: int, *, transposed: bool) -> nn.Module:
+    if not transposed:
+        return nn.Linear(into, out, bias=False, device="meta")
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        conv: nn.Module = Conv1D(out, into)
+    return conv
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import LoraSuiteError
-from .families import ATTENTION, FAMILIES, MLP, ROLES, Family, Shape
+from .families import ATTENTION, FAMILIES, MLP, READING, ROLES, Family, Shape
 from .kinship import is_kinship
 from .projection import METHODS
 from .similarity import MEASURES
@@ -166,11 +166,11 @@ def _expected(plan: TransferPlan, families: tuple[Family, Family]) -> dict[str, 
             continue
         sides = list(zip(("old", "new"), families, (old.d, new.d), strict=True))
         for side, family, d in sides:
-            if families[0].projections[role].norm is not None:
+            if role in READING:
                 layer[f"{role}.gain_{side}"] = (d,)
             if family.projections[role].norm is not None and family.layer_norm:
                 layer[f"{role}.shift_{side}"] = (d,)
-            if family.projections[role].after is not None:
+            if family.projections[role].after is not None or (family.multipliers and role not in READING):
                 layer[f"{role}.after_{side}"] = (d,)
         if role == "o" and any(family.projections["o"].after is not None for family in families):
             layer["o.scale"] = (1,)

@@ -13,7 +13,7 @@ weight itself says what it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from lorasuite_kernels import apply_head_blocks, balance, head_blocks, head_simi
 
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
-from .families import ATTENTION, MLP, Shape
+from .families import ATTENTION, MLP, READING, Family, Shape
 from .loader import Layer
 from .mapping import match_heads, match_neurons
 from .transfer import RCOND, solve_normal
@@ -67,9 +67,20 @@ class Pair:
         Of a LayerNorm, which centres what it reads, also with the centring.
         """
         # One at a time, so that no two raw weights are there at once.
-        dtype, centred = self.W_h.dtype, side.checkpoint.family.layer_norm
-        folded = (side.weight(role, dtype) * side.gain(role, dtype) for role in roles)
-        return [without_mean(w) if centred else w for w in folded]
+        dtype, family = self.W_h.dtype, side.checkpoint.family
+        folded = ((role, side.weight(role, dtype) * self.gain(side, role, dtype)) for role in roles)
+        centred = {role: family.layer_norm and family.reads_through_norms(role) for role in roles}
+        return [without_mean(w) if centred[role] else w for role, w in folded]
+
+    def gain(self, side: Layer, role: str, dtype: torch.dtype) -> Tensor:
+        """(d,) gain of the norm a projection reads through.
+
+        A stream that is read as it is has the gain of its own size, here in units of the old stream's.
+        """
+        if side.checkpoint.family.reads_through_norms(role):
+            return side.gain(role, dtype)
+        size = self.rms_ratio if side is self.new else 1.0
+        return torch.full((side.checkpoint.shape.d,), size, dtype=dtype, device=side.device)
 
     def read_in(self, weight: Tensor) -> Tensor:
         """An old map of the normalised residual stream as a map of the new one: W S^T rms_n / rms_o.
@@ -170,6 +181,28 @@ def _unscaled(W_h: Tensor, factor: float) -> Tensor:
     return W_h if factor == 1 else W_h / factor
 
 
+def read_alike(families: tuple[Family, Family], roles: Iterable[str]) -> bool:
+    """Whether some roles read the stream alike in both families: through norms, or as it is.
+
+    Heads are compared by all their roles, so that q, k and v count where any of the attention's roles is asked for.
+    """
+    wanted = set(roles)
+    compared = {role for part in (ATTENTION, MLP) if wanted & set(part) for role in part} & set(READING)
+    old, new = families
+    both = [role for role in compared if role in old.projections and role in new.projections]
+    return all(old.reads_through_norms(role) == new.reads_through_norms(role) for role in both)
+
+
+def check_reading(families: tuple[Family, Family], roles: Iterable[str]) -> None:
+    """Raises LoraSuiteError where one family reads through norms and the other the stream as it is."""
+    if not read_alike(families, roles):
+        names = [family.model_type for family in families]
+        raise LoraSuiteError(
+            f"{names[0]} and {names[1]}: one reads its residual stream through norms, the other as it is, and no "
+            "linear map leads from one to the other; use method distill"
+        )
+
+
 class Paper:
     """Eq. (3): `C = W_o[a] W_h W_n[b]^T`, ΔW_n[b] = C^T ΔW_o[a] W_h; for o, ΔW_n[:, b] = W_h^T ΔW_o[:, a] C.
 
@@ -227,14 +260,15 @@ class LeastSquares:
 
     def build(self, pair: Pair, roles: tuple[str, ...]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
+        check_reading((pair.old.checkpoint.family, pair.new.checkpoint.family), roles)
         if set(roles) & set(ATTENTION):
             tensors |= self._attention(pair, roles)
         if set(roles) & set(MLP):
             tensors |= self._neurons(pair)
         for role in roles:
             for side, layer in (("old", pair.old), ("new", pair.new)):
-                if pair.old.checkpoint.family.projections[role].norm is not None:
-                    tensors[f"{role}.gain_{side}"] = layer.gain(role, torch.float32)
+                if role in READING:
+                    tensors[f"{role}.gain_{side}"] = pair.gain(layer, role, torch.float32)
                 found = {"shift": layer.shift(role, torch.float32), "after": layer.gain_after(role, torch.float32)}
                 tensors |= {f"{role}.{name}_{side}": t.clone() for name, t in found.items() if t is not None}
         return tensors
@@ -258,7 +292,7 @@ class LeastSquares:
         if "o" in roles:
             blocks["o"] = head_blocks(v, whiten(v_n, new.G), match, blocks=groups, old_share=share)
         tensors = _attention_tensors(similarity, match, blocks)
-        if "o" in roles and any(side.gain_after("o", torch.float32) is not None for side in (pair.old, pair.new)):
+        if "o" in roles and any(side.checkpoint.family.projections["o"].after for side in (pair.old, pair.new)):
             carried = carry_heads(tensors, "o", o_t, old, new)
             tensors["o.scale"] = _fitted_scale(carried.float(), o_n.T.float()).view(1)
         return tensors

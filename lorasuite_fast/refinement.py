@@ -385,9 +385,9 @@ def _new_peft(
 
 
 def _module_names(family: Family, roles: set[str]) -> list[str]:
-    """Last parts of the module paths of some roles; of those the family has."""
+    """Ends of the module paths of some roles that tell them apart; of those the family has."""
     paths = (family.projections[role].module for role in family.roles if role in roles)
-    return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    return list(dict.fromkeys(family.suffix(path) for path in paths))
 
 
 def _memory_of_training(

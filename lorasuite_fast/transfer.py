@@ -56,7 +56,7 @@ class Stream:
         """Raises LoraSuiteError if the embedding or its norm holds NaN or infinity."""
         table = model.tensors.view(model.embedding_name)
         model.check_finite(table, model.embedding_name)
-        factor = model.shape.d**0.5 if model.family.scaled_embedding else 1.0
+        factor = model.embedding_factor
         if model.family.embedding_norm is None:
             return cls(table, factor)
         names = [f"{model.prefix}{model.family.embedding_norm}.{kind}" for kind in ("weight", "bias")]

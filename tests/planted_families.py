@@ -27,13 +27,18 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from planted import Planted, _draw, _head_map, _map_ids, _normal, _plant_tokenizer, _planted_generation
 
 
 @dataclass(frozen=True)
 class Names:
-    """Where transformers keeps a family's tensors; per layer where not said otherwise."""
+    """Where transformers keeps a family's tensors; per layer where not said otherwise.
+
+    `attention_norm` and `mlp_norm` are None where the projections read the stream as it is; `positions` is a table of
+    learned ones outside the layers; `head_norms` are those of q and k, over a head or (`wide_norms`) over all heads.
+    """
 
     prefix: str
     embedding: str
@@ -43,8 +48,8 @@ class Names:
     o: str
     up: str
     down: str
-    attention_norm: str
-    mlp_norm: str
+    attention_norm: str | None
+    mlp_norm: str | None
     k: str | None = None
     v: str | None = None
     gate: str | None = None
@@ -55,6 +60,23 @@ class Names:
     fused: str | None = None
     head_bias: bool = False
     embedding_norm: str | None = None
+    positions: str | None = None
+    transposed: bool = False
+    head_norms: tuple[str, str] = ("self_attn.q_norm", "self_attn.k_norm")
+    wide_norms: bool = False
+
+    @property
+    def targets(self) -> tuple[list[str], list[str]]:
+        """PEFT target modules of the attention, and of the MLP."""
+        attention = list(dict.fromkeys(m for m in (self.q, self.k, self.v, self.o) if m))
+        mlp = list(dict.fromkeys(m for m in (self.gate, self.up, self.down) if m))
+        last = [m.rpartition(".")[2] for m in (*attention, *mlp)]
+
+        def short(module: str) -> str:
+            end = module.rpartition(".")[2]
+            return end if last.count(end) == 1 else module
+
+        return [short(m) for m in attention], [short(m) for m in mlp]
 
 
 _GEMMA: dict[str, Any] = {
@@ -90,16 +112,33 @@ NAMES = {
     "gemma2": Names(**_GEMMA, **_SANDWICH),
     "gemma3_text": Names(**_GEMMA, **_SANDWICH),
 }  # fmt: skip
-TARGETS = {
-    "gpt_neox": (["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]),
-    "bloom": (["query_key_value", "dense"], ["dense_h_to_4h", "dense_4h_to_h"]),
-    "phi": (["q_proj", "k_proj", "v_proj", "dense"], ["fc1", "fc2"]),
-    "phi3": (["qkv_proj", "o_proj"], ["gate_up_proj", "down_proj"]),
-} | dict.fromkeys(
-    ("gemma", "gemma2", "gemma3_text"),
-    (["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]),
-)
-"""PEFT target modules of the attention, and of the MLP."""
+TARGETS = {family: names.targets for family, names in NAMES.items()}
+EXTRA: dict[str, dict[str, Any]] = {}
+"""Config keys of a family beside the usual ones."""
+RENAMED: dict[str, dict[str, str]] = {}
+"""What a family's config calls a usual key; "" for one it does not have."""
+
+
+def _plain_config(family: str, common: dict[str, Any], usual: dict[str, Any], sizes: dict[str, Any]) -> Any:
+    """A config whose keys are the usual ones, but for RENAMED, with those of EXTRA."""
+    renamed = RENAMED.get(family, {})
+    keys = {renamed.get(key, key): value for key, value in (common | usual | sizes).items()}
+    return CONFIG_MAPPING[family](**{k: v for k, v in keys.items() if k}, **EXTRA.get(family, {}))
+
+
+def kv_heads_of(config: Any) -> int:
+    """G, as transformers' modules have it."""
+    if config.model_type in ("falcon", "gpt_bigcode"):
+        return 1
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def neurons_of(config: Any) -> int:
+    """f, as transformers' modules have it."""
+    named = ("ffn_dim", "ffn_hidden_size", "n_inner") if config.model_type != "bloom" else ()
+    usual = () if config.model_type == "bloom" else ("intermediate_size",)
+    found = (getattr(config, name, None) for name in (*named, *usual))
+    return next((f for f in found if f), 4 * config.hidden_size)
 
 
 def config_of(family: str, *, d: int, layers: int, heads: int, kv_heads: int, head_dim: int, f: int, vocab: int,
@@ -110,6 +149,9 @@ def config_of(family: str, *, d: int, layers: int, heads: int, kv_heads: int, he
     }  # fmt: skip
     usual = {"num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": f,
              "max_position_embeddings": 256, "pad_token_id": 0}  # fmt: skip
+    if family not in OLDER:
+        sizes = {"rms_norm_eps": eps, "num_key_value_heads": kv_heads, "head_dim": head_dim}
+        return _plain_config(family, common, usual, sizes)
     if family not in ("gemma", "gemma2", "gemma3_text") and head_dim != d // heads:
         raise ValueError(f"{family} has heads of d / H = {d // heads}, not {head_dim}")
     if family == "bloom":
@@ -132,15 +174,25 @@ def config_of(family: str, *, d: int, layers: int, heads: int, kv_heads: int, he
     return Gemma3TextConfig(**common, **usual, **gemma)
 
 
+OLDER = ("gpt_neox", "bloom", "phi", "phi3", "gemma", "gemma2", "gemma3_text")
+"""Families whose configurations are written out."""
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
+MULTIPLIED = {"embedding_multiplier": 1.5, "residual_multiplier": 0.8, "attention_multiplier": 0.25,
+              "logits_scaling": 0.7, "logit_scale": 0.6}  # fmt: skip
+"""What multiplies where in the new model of a planted upgrade."""
+
+
 def random_model(config: Any, seed: int) -> PreTrainedModel:
     """Random float32 weights: std 1/sqrt(fan in), biases 0.3, gains in (0.5, 1.5)."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    offset = NAMES[config.model_type].offset
+    names = NAMES[config.model_type]
+    offset = names.offset
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
-                weight.copy_(_normal(rng, *weight.shape) / math.sqrt(weight.shape[1]))
+                stored_across = names.transposed and f".{names.layers}." in name
+                weight.copy_(_normal(rng, *weight.shape) / math.sqrt(weight.shape[0 if stored_across else 1]))
             elif name.endswith("bias"):
                 weight.copy_(_normal(rng, *weight.shape) * 0.3)
             else:
@@ -176,12 +228,12 @@ class _Planter:
     def __init__(self, model: PreTrainedModel, config: Any, rng: torch.Generator, stretch: float) -> None:
         self.names = NAMES[config.model_type]
         self.config_o, self.config_n, self.rng, self.stretch = model.config, config, rng, stretch
-        self.old = {name: tensor.double() for name, tensor in model.state_dict().items()}
+        self.old = {name: self.turned(name, tensor.double()) for name, tensor in model.state_dict().items()}
         self.new: dict[str, Tensor] = {}
         self.d_o, self.d_n = model.config.hidden_size, config.hidden_size
         self.Q = _rotation(rng, self.names, self.d_o, self.d_n)
         self.H_o, self.H_n = model.config.num_attention_heads, config.num_attention_heads
-        self.G_o, self.G_n = (getattr(c, "num_key_value_heads", c.num_attention_heads) for c in (model.config, config))
+        self.G_o, self.G_n = (kv_heads_of(c) for c in (model.config, config))
         self.h_o, self.h_n = (
             getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads for c in (model.config, config)
         )
@@ -189,18 +241,33 @@ class _Planter:
         if self.h_n != self.h_o:
             self.R = torch.linalg.qr(_normal(rng, self.h_n, self.h_o)).Q.T
 
+    def turned(self, name: str, tensor: Tensor) -> Tensor:
+        """A weight of a layer as (out, in), from how it is stored, and back."""
+        return tensor.T if self.names.transposed and tensor.ndim == 2 and f".{self.names.layers}." in name else tensor
+
+    def times(self, key: str) -> float:
+        """A multiplier of the old model over the new one's."""
+        return float(getattr(self.config_o, key, 1.0) / getattr(self.config_n, key, 1.0))
+
     def norm(self, old: str, new: str) -> None:
         """A norm in front of something, with new gains and shifts; what reads through it makes up for them."""
-        self.new[f"{new}.weight"] = 0.5 + torch.rand(self.d_n, generator=self.rng).double() - self.names.offset
-        if self.names.layer_norm:
+        if f"{old}.weight" in self.old:
+            self.new[f"{new}.weight"] = 0.5 + torch.rand(self.d_n, generator=self.rng).double() - self.names.offset
+        if f"{old}.bias" in self.old:
             # Off centre: the constant an adapter reads off the old shift can then be expressed (see _with_constant).
             self.new[f"{new}.bias"] = _normal(self.rng, self.d_n) * 0.3 + 0.2
 
     def gains(self, old: str, new: str) -> tuple[Tensor, Tensor]:
+        if f"{old}.weight" not in self.old:
+            return torch.ones(self.d_o).double(), torch.ones(self.d_n).double()
         return self.old[f"{old}.weight"] + self.names.offset, self.new[f"{new}.weight"] + self.names.offset
 
-    def read(self, weight: Tensor, bias: Tensor | None, old: str, new: str) -> tuple[Tensor, Tensor | None]:
+    def read(
+        self, weight: Tensor, bias: Tensor | None, old: str | None, new: str | None
+    ) -> tuple[Tensor, Tensor | None]:
         """An old map (out, d_o) of what norm `old` gives as a map of what norm `new` gives, and its bias."""
+        if old is None or new is None:
+            return weight @ self.Q / self.stretch, bias
         g_o, g_n = self.gains(old, new)
         folded = weight * g_o
         if self.names.layer_norm:
@@ -208,9 +275,11 @@ class _Planter:
         carried = folded @ self.Q * math.sqrt(self.d_o / self.d_n) / g_n
         if not self.names.layer_norm:
             return carried, bias
-        b_o, b_n = self.old[f"{old}.bias"], self.new[f"{new}.bias"]
         # What a LayerNorm hands on has no part along 1 / g, so the map may have any there.
         carried = carried + _normal(self.rng, len(weight), 1) * 0.2 / g_n
+        if f"{old}.bias" not in self.old:
+            return carried, bias
+        b_o, b_n = self.old[f"{old}.bias"], self.new[f"{new}.bias"]
         wanted = weight @ b_o - carried @ b_n
         if bias is None:
             return carried + (wanted / (b_n / g_n).sum())[:, None] / g_n, None
@@ -227,7 +296,11 @@ class _Planter:
             return new
 
         scaled = math.sqrt(self.d_o / self.d_n) if "gemma" in self.config_o.model_type else 1.0
+        scaled *= self.times("embedding_multiplier")
         self.new[table] = placed(self.old[table]) @ self.Q * self.stretch * scaled
+        if names.positions:
+            table_of_positions = f"{names.prefix}{names.positions}.weight"
+            self.new[table_of_positions] = self.old[table_of_positions] @ self.Q * self.stretch
         if names.embedding_norm:
             norm = f"{names.prefix}{names.embedding_norm}"
             gain = self.old[f"{norm}.weight"][0] * self.stretch * math.sqrt(self.d_o / self.d_n)
@@ -238,6 +311,7 @@ class _Planter:
         head = self.old.get("lm_head.weight", self.old[table])
         bias = placed(self.old["lm_head.bias"]) if names.head_bias else None
         self.new["lm_head.weight"], bias = self.read(placed(head), bias, final, final)
+        self.new["lm_head.weight"] *= self.times("logit_scale") / self.times("logits_scaling")
         if bias is not None:
             self.new["lm_head.bias"] = bias
 
@@ -245,20 +319,36 @@ class _Planter:
         """New layer j from old layer i; an empty one has random weights that write nothing."""
         names = self.names
         old, new = (f"{names.prefix}{names.layers}.{n}." for n in (i, j))
-        for norm in {names.attention_norm, names.mlp_norm}:
+        for norm in sorted({names.attention_norm, names.mlp_norm} - {None}):
             self.norm(f"{old}{norm}", f"{new}{norm}")
-        for norm in ("self_attn.q_norm", "self_attn.k_norm"):
-            if f"{old}{norm}.weight" in self.old:
-                self.new[f"{new}{norm}.weight"] = self.old[f"{old}{norm}.weight"]
+        self._head_norms(old, new, head_map)
         sizes = {}
         for norm in filter(None, (names.after_attention, names.after_mlp)):
             # Sizes of the outputs are free here; rotated channels keep their gains.
             sizes[norm] = 0.5 + float(torch.rand(1, generator=self.rng))
-            gain = self.Q.abs().T @ (self.old[f"{old}{norm}.weight"] + 1) * math.sqrt(self.d_o / self.d_n)
-            self.new[f"{new}{norm}.weight"] = gain * self.stretch + (gain == 0) - 1
-        keep = 0.0 if empty else 1.0
+            gain = self.Q.abs().T @ (self.old[f"{old}{norm}.weight"] + names.offset) * math.sqrt(self.d_o / self.d_n)
+            self.new[f"{new}{norm}.weight"] = gain * self.stretch + (gain == 0) - names.offset
+        keep = 0.0 if empty else self.times("residual_multiplier")
         self._attention(old, new, head_map, keep * sizes.get(names.after_attention or "", self.stretch))
         self._mlp(old, new, neuron_map, keep * sizes.get(names.after_mlp or "", self.stretch))
+
+    def _head_norms(self, old: str, new: str, head_map: list[int]) -> None:
+        """Norms of q and k: of a head as they were; over all heads, of which new ones are silent, in their places."""
+        group_o, group_n = self.H_o // self.G_o, self.H_n // self.G_n
+        grouped = {b // group_n: a // group_o for a, b in enumerate(head_map)}
+        places = {b: a for a, b in enumerate(head_map)}, grouped
+        for norm, source, counts in zip(
+            self.names.head_norms, places, ((self.H_o, self.H_n), (self.G_o, self.G_n)), strict=True
+        ):
+            if f"{old}{norm}.weight" not in self.old:
+                continue
+            gain = self.old[f"{old}{norm}.weight"]
+            if self.names.wide_norms:
+                wide = torch.ones(counts[1], self.h_n, dtype=torch.float64)
+                scale = math.sqrt(counts[0] / counts[1])
+                wide[list(source)] = scale * gain.view(-1, self.h_o)[list(source.values())]
+                gain = wide.flatten()
+            self.new[f"{new}{norm}.weight"] = gain
 
     def _split(self, module: str) -> tuple[list[Tensor], list[Tensor | None]]:
         """q, k and v of the old layer: weights (heads, h, d) and biases (heads, h)."""
@@ -268,8 +358,9 @@ class _Planter:
             parts = weight.view(H, 3, h, -1)
             biases = None if bias is None else bias.view(H, 3, h)
             return [parts[:, n] for n in range(3)], [None if biases is None else biases[:, n] for n in range(3)]
-        q, k, v = weight.split([H * h, G * h, G * h])
-        return [w.view(-1, h, w.shape[1]) for w in (q, k, v)], [None] * 3
+        sizes = [H * h, G * h, G * h]
+        parts = [w.view(-1, h, w.shape[1]) for w in weight.split(sizes)]
+        return parts, [None] * 3 if bias is None else [b.view(-1, h) for b in bias.split(sizes)]
 
     def _attention(self, old: str, new: str, head_map: list[int], size: float) -> None:
         names, h_n = self.names, self.h_n
@@ -283,14 +374,15 @@ class _Planter:
         group_o, group_n = self.H_o // self.G_o, self.H_n // self.G_n
         query = {b: a for a, b in enumerate(head_map)}
         grouped = {b // group_n: a // group_o for b, a in query.items()}
-        norms = f"{old}{names.attention_norm}", f"{new}{names.attention_norm}"
+        norms = [names.attention_norm and f"{side}{names.attention_norm}" for side in (old, new)]
         made = []
         for n, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
             source, count = (query, self.H_n) if n == 0 else (grouped, self.G_n)
-            factor = math.sqrt(self.h_n / self.h_o) if n == 0 else 1.0
+            factor = math.sqrt(self.h_n / self.h_o) * self.times("attention_multiplier") if n == 0 else 1.0
             flat, flat_bias = self.read(weight.flatten(0, 1), None if bias is None else bias.flatten(), *norms)
             rows = factor * torch.einsum("ahd,hk->akd", flat.view(-1, self.h_o, self.d_n), self.R)
-            placed = _normal(self.rng, count, h_n, self.d_n) * rows.std()
+            silent = 0.0 if names.wide_norms and n < 2 else 1.0
+            placed = _normal(self.rng, count, h_n, self.d_n) * rows.std() * silent
             placed[list(source)] = rows[list(source.values())]
             shift = None
             if flat_bias is not None:
@@ -303,6 +395,8 @@ class _Planter:
                 self.new[f"{new}{names.q}.bias"] = torch.stack([b for _, b in made], 1).flatten()
         elif names.fused:
             self.new[f"{new}{names.q}.weight"] = torch.cat([w.flatten(0, 1) for w, _ in made])
+            if made[0][1] is not None:
+                self.new[f"{new}{names.q}.bias"] = torch.cat([b.flatten() for _, b in made])
         else:
             for name, (weight, bias) in zip((names.q, names.k, names.v), made, strict=True):
                 self.new[f"{new}{name}.weight"] = weight.flatten(0, 1)
@@ -314,9 +408,8 @@ class _Planter:
 
     def _mlp(self, old: str, new: str, neuron_map: list[int], size: float) -> None:
         names = self.names
-        f_o, f_n = (c.hidden_size * 4 if c.model_type == "bloom" else c.intermediate_size
-                    for c in (self.config_o, self.config_n))  # fmt: skip
-        norms = f"{old}{names.mlp_norm}", f"{new}{names.mlp_norm}"
+        f_o, f_n = (neurons_of(c) for c in (self.config_o, self.config_n))
+        norms = [names.mlp_norm and f"{side}{names.mlp_norm}" for side in (old, new)]
         for module in dict.fromkeys(filter(None, (names.gate, names.up))):
             weight, bias = self.read(self.old[f"{old}{module}.weight"], self.old.get(f"{old}{module}.bias"), *norms)
             parts = len(weight) // f_o
@@ -358,11 +451,9 @@ def plant_family(
     old, rng = model.config, torch.Generator().manual_seed(seed)
     family, layers_o = old.model_type, old.num_hidden_layers
     new_tokenizer, token_map, vocab = _plant_tokenizer(tokenizer, old.vocab_size, 20, 0.1, rng)
-    kv_heads_o = getattr(old, "num_key_value_heads", old.num_attention_heads)
+    kv_heads_o = kv_heads_of(old)
     h = getattr(old, "head_dim", None) or old.hidden_size // old.num_attention_heads
-    epsilon = next(
-        getattr(old, key) for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon") if hasattr(old, key)
-    )
+    epsilon = next((getattr(old, key) for key in _EPSILONS if hasattr(old, key)), 1e-5)
     config = config_of(
         family,
         d=d_new,
@@ -384,7 +475,15 @@ def plant_family(
         config.layer_types = [kinds.get(j, "full_attention") for j in range(layers_new)]
     planter = _Planter(model, config, rng, stretch)
     planter.ends(token_map)
-    f_o = 4 * old.hidden_size if family == "bloom" else old.intermediate_size
+    for key in ("no_rope_layers",):
+        if getattr(old, key, None) is not None:
+            setattr(
+                config, key, [getattr(old, key)[layer_map.index(j) if j in layer_map else 0] for j in range(layers_new)]
+            )
+    for key, value in MULTIPLIED.items():
+        if hasattr(old, key) and family in ("granite", "cohere", "cohere2"):
+            setattr(config, key, value)
+    f_o = neurons_of(old)
     head_maps, neuron_maps = [], []
     for j in range(layers_new):
         heads = head_map or _head_map(rng, old.num_attention_heads, kv_heads_o, heads_new, kv_heads_new or heads_new)
@@ -395,7 +494,8 @@ def plant_family(
             neuron_maps.append(neurons)
     new = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     new.generation_config = _planted_generation(model, token_map)
-    missing = new.load_state_dict(copy.deepcopy(planter.new), strict=False)
+    state = {name: planter.turned(name, tensor) for name, tensor in planter.new.items()}
+    missing = new.load_state_dict(copy.deepcopy(state), strict=False)
     if missing.unexpected_keys or [name for name in missing.missing_keys if "inv_freq" not in name]:
         raise ValueError(f"{family}: {missing}")
     ones = [torch.ones(f_o, dtype=torch.float64) for _ in layer_map]
