@@ -27,7 +27,7 @@ _RIDGES = (1e-6, 1e-4, 1e-2)
 
 @dataclass(frozen=True)
 class LayerFit:
-    """R², on held-out texts, of a linear map from a new layer's hidden states to an old one's of equal relative depth.
+    """R², on held-out texts, of a linear map from a new layer's hidden states to those of the old layer beside it.
 
     Rows are divided by their root mean square, as the next norm does. `positions` is how many the map was fitted on,
     `new_width` what it maps from. With fewer positions than a few widths R² comes out too low, which is why the
@@ -52,6 +52,9 @@ class BaseFit:
         top1_agreement: share of aligned positions where both models have the same best shared token.
         top1_shuffled: the same with the new model's positions permuted.
         kl: mean KL(old ‖ new) over the shared tokens, in nats. kl_shuffled: with the new model's positions permuted.
+        layers: some of the pairs of `layer_map`, or of equal relative depth where it is None.
+        layer_map: new layer -> old layer as a plan of the two models maps them. layer_r2: of the plan's transfer matrix
+            on the states of each new layer and its partner. None where no plan of the two can be built.
     """
 
     embedding_r2: float | None
@@ -63,6 +66,8 @@ class BaseFit:
     kl: float
     kl_shuffled: float
     layers: list[LayerFit]
+    layer_map: dict[int, int] | None = None
+    layer_r2: dict[int, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,18 @@ def depth_pairs(L_o: int, L_n: int) -> list[tuple[int, int]]:
     count = min(L_o, L_n, _PAIRS)
     depths = [k / (count - 1) for k in range(count)] if count > 1 else [1.0]
     return [(round(x * (L_o - 1)), round(x * (L_n - 1))) for x in depths]
+
+
+def layers_compared(fit: BaseFit) -> str:
+    """Which layers' states stand beside each other."""
+    return "layers of equal relative depth" if fit.layer_map is None else "layers as a plan maps them"
+
+
+def mapped_pairs(mapping: dict[int, int]) -> list[tuple[int, int]]:
+    """At most 8 pairs (old layer, new layer) of a plan's map, evenly spaced, the last pair last."""
+    pairs = [(i, j) for j, i in sorted(mapping.items())]
+    count = min(len(pairs), _PAIRS)
+    return [pairs[round(k * (len(pairs) - 1) / (count - 1))] for k in range(count)] if count > 1 else pairs[-1:]
 
 
 def base_fit(

@@ -205,14 +205,21 @@ def build(
             work.close()
 
 
-def _steps(
+@dataclass(frozen=True)
+class Compared:
+    """Two models compared: the transfer matrices and their fit, the layers' similarity, which layer continues which,
+    and R² of W_h on the states of each such pair."""
+
+    carried: Transfer
+    similarity: Tensor
+    mapping: dict[int, int]
+    layer_r2: dict[int, float]
+
+
+def compare(
     inputs: Inputs, options: Options, limits: Limits, clock: PhaseClock, ranks: Ranks, work: Work | None
-) -> Built:
-    weights: WeightDistance | None = None
-    if comparable(inputs.old, inputs.new):
-        with clock.phase("weights", 1) as step:
-            weights = ranks.share(weight_distance(inputs.old, inputs.new) if ranks.first else None)
-            step(1)
+) -> Compared:
+    """The part of the recipe that compares the models; `verify` tells the same figures by it."""
     with clock.phase("transfer matrix", 1, limits.predicted["transfer matrix"]) as step:
         carried = ranks.share(_transfer(inputs, options, limits, work) if ranks.first else None)
         step(1)
@@ -231,6 +238,31 @@ def _steps(
         layer_r2 = {j: _layer_r2(old.sample[i], new.sample[j], carried.W_h) for j, i in mapping.items()}
         check_range(f"{inputs.old.folder} and {inputs.new.folder}", *layer_r2.values())
         step(1)
+    return Compared(carried, similarity, mapping, layer_r2)
+
+
+def compare_bases(
+    old: str | os.PathLike[str], new: str | os.PathLike[str], options: Options, clock: PhaseClock
+) -> Compared:
+    """`compare` of two models, alone.
+
+    Raises:
+        LoraSuiteError: as a plan of them would be refused; families that only transformers reads among it.
+    """
+    inputs = Inputs.open(old, new, options)
+    return compare(inputs, options, _limits(inputs, options), clock, Ranks(), None)
+
+
+def _steps(
+    inputs: Inputs, options: Options, limits: Limits, clock: PhaseClock, ranks: Ranks, work: Work | None
+) -> Built:
+    weights: WeightDistance | None = None
+    if comparable(inputs.old, inputs.new):
+        with clock.phase("weights", 1) as step:
+            weights = ranks.share(weight_distance(inputs.old, inputs.new) if ranks.first else None)
+            step(1)
+    compared = compare(inputs, options, limits, clock, ranks, work)
+    carried, mapping, layer_r2 = compared.carried, compared.mapping, compared.layer_r2
     method, reason = choose_method(options.method, carried.r2, carried.r2_back, min(layer_r2.values()))
     head = head_r2(inputs.old, inputs.new, inputs.tokenizers, carried.W_h) if method == "lstsq" else None
     if options.method == AUTO and head is not None and head < EXACT_R2:
@@ -246,7 +278,7 @@ def _steps(
     phase = "heads and projections"
     with clock.phase(phase, len(mapping), limits.predicted[phase]) as step:
         pairs = _pairs(inputs, options, carried, mapping, ranks, work, step)
-    tensors = {"W_h": carried.W_h, "S": carried.S, "cka": similarity}
+    tensors = {"W_h": carried.W_h, "S": carried.S, "cka": compared.similarity}
     for j in mapping:
         tensors |= {f"layers.{j}.{name}": tensor for name, tensor in pairs[j].items()}
     facts = {

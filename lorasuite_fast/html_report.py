@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
 from .artifacts import REPORT_MARK
+from .base_fit import layers_compared
 from .build import EXACT_R2
 from .escaping import html_text as escape
 from .finetuning import Finetuning
@@ -759,7 +760,7 @@ def _fit(fit: BaseFit) -> Part:
         ("KL, nats", _number(fit.kl), _number(fit.kl_shuffled)),
     ]
     bars = [(f"new {x.new_layer}, old {x.old_layer}", x.r2, _number(x.r2)) for x in fit.layers]
-    caption = "Held-out R² of linear maps from new to old hidden states, layers of equal relative depth."
+    caption = f"Held-out R² of linear maps from new to old hidden states, {layers_compared(fit)}."
     return Part(
         "Fit of the models",
         _table(("held-out R²", "old to new", "new to old"), tables, "Linear maps between the shared tokens' rows")

@@ -6,7 +6,7 @@ import math
 import os
 import random
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from lorasuite_kernels import StreamingCKA
 
 from .aligned_states import LoadedModel, States, load_tokenizer, read_sizes
 from .alignment import Alignment, TokenEnds
-from .base_fit import BaseFit, TokenRows, base_fit, depth_pairs, prediction, token_rows
+from .base_fit import BaseFit, TokenRows, base_fit, depth_pairs, mapped_pairs, prediction, token_rows
+from .build import AUTO, Compared, Options, compare_bases
 from .calibration import MIN_EXAMPLES, load_examples, whole_characters
 from .checkpoint import Checkpoint
 from .effect import NEGLIGIBLE_KL, EffectSums, effect_sums, resamples, statistics
 from .errors import LoraSuiteError
+from .families import ROLES
 from .identical import same_tensors, same_weights
 from .json_files import parse_json
 from .kinship import comparable, kinship, weight_distance
@@ -264,6 +266,43 @@ class _Reading:
         return _Side(read[0], read[1], model.update_sizes(), None, nats, counted)
 
 
+def _compared(
+    old: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    text: str | os.PathLike[str] | None,
+    examples: int,
+    seed: int,
+    clock: PhaseClock,
+    device: torch.device,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+) -> Compared | None:
+    """What a plan of the two models finds on the same text; None where no plan of them can be built."""
+    options = Options(
+        calibration=text,
+        examples=examples,
+        layers="cka",
+        similarity="cka",
+        heads="hungarian",
+        transfer="embedding",
+        method=AUTO,
+        roles=ROLES,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        ridge=0.0,
+        memory=None,
+        mapped=True,
+        trust_remote_code=trust_remote_code,
+    )
+    try:
+        return compare_bases(old, new, options, clock)
+    except LoraSuiteError:
+        return None
+    finally:
+        release_memory()
+
+
 def verify(
     old: str | os.PathLike[str],
     old_adapter: str | os.PathLike[str] | None,
@@ -333,7 +372,10 @@ def verify(
             f"of {len(aligned)} texts; too few to compare anything"
         )
     of_text = torch.cat([torch.full((len(a.ends),), n) for n, a in enumerate(aligned)])
-    pairs = depth_pairs(sizes_o.L, sizes_n.L)
+    compared = (
+        None if adapted else _compared(old, new, text, examples, seed, clock, run_device, run_dtype, trust_remote_code)
+    )
+    pairs = mapped_pairs(compared.mapping) if compared else depth_pairs(sizes_o.L, sizes_n.L)
     layers_o = list(range(sizes_o.L)) if adapted else [i for i, _ in pairs]
     layers_n = list(range(sizes_n.L)) if adapted else [j for _, j in pairs]
     stored = max(len(layers_o) * sizes_o.d, len(layers_n) * sizes_n.d)
@@ -388,6 +430,14 @@ def verify(
                 seed=seed,
                 report=step,
             )
+            if compared is not None:
+                fit = replace(
+                    fit,
+                    embedding_r2=compared.carried.r2,
+                    embedding_r2_back=compared.carried.r2_back,
+                    layer_map=compared.mapping,
+                    layer_r2=compared.layer_r2,
+                )
             kind, sentence = prediction(fit)
     result = Verification(
         os.fspath(old),

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .base_fit import BaseFit
+from .base_fit import BaseFit, layers_compared
 from .escaping import terminal
 from .verification import BitsPerByte, Effect, Interval, LayerEffect, Verification
 
@@ -154,7 +154,7 @@ def _print_fit(console: Console, fit: BaseFit) -> None:
     table.add_row("same best token", _number(fit.top1_agreement), _number(fit.top1_shuffled))
     table.add_row("KL(old ‖ new), nats", _number(fit.kl), _number(fit.kl_shuffled))
     console.print(table)
-    table = _table("Hidden states, layers of equal relative depth", "new layer", "old layer", "held-out R², new to old")
+    table = _table(f"Hidden states, {layers_compared(fit)}", "new layer", "old layer", "held-out R², new to old")
     for layer in fit.layers:
         table.add_row(str(layer.new_layer), str(layer.old_layer), _number(layer.r2))
     console.print(table)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, base_fit, migrate, verify
+from lorasuite_fast import LoraSuiteError, TransferPlan, base_fit, migrate, verify
 from lorasuite_fast.aligned_states import Head, States
 from lorasuite_fast.base_fit import BaseFit, prediction
 from lorasuite_fast.calibration import load_examples
@@ -547,6 +547,18 @@ def test_a_planted_upgrade_is_predicted_to_carry(root: Path) -> None:
     assert fit.kl == pytest.approx(0, abs=1e-4)
     assert result.effect is None
     assert result.layers == []
+
+
+def test_fit_and_layer_map_are_those_of_a_plan(root: Path) -> None:
+    """Of one pair, on the same text, `verify` and `migrate` tell the same figures."""
+    for new in ("new", "far"):
+        plan = TransferPlan.build(root / "old", root / new, roles=("q",), method="distill", device="cpu", examples=8)
+        fit = verify(root / "old", None, root / new, None, device="cpu", examples=8).fit
+        assert fit is not None
+        assert (fit.embedding_r2, fit.embedding_r2_back) == pytest.approx((plan.facts["r2"], plan.facts["r2_back"]))
+        assert fit.layer_map == plan.layers
+        assert fit.layer_r2 == pytest.approx({int(j): r2 for j, r2 in plan.facts["layer_r2"].items()})
+        assert {(layer.new_layer, layer.old_layer) for layer in fit.layers} <= set(plan.layers.items())
 
 
 def test_too_little_text_for_the_hidden_states_does_not_spoil_the_prediction(root: Path) -> None:
