@@ -183,6 +183,7 @@ def test_what_is_not_run_still_stands_on_a_page() -> None:
 
 
 def test_a_command_that_fails_or_is_unknown_is_noticed(world: Path, here: Path) -> None:
+    shutil.copytree(world, here, dirs_exist_ok=True)
     with pytest.raises(AssertionError, match="OLD model no-model"):
         run_command("lorasuite-fast migrate no-model new-model my-adapter out")
     with pytest.raises(AssertionError, match="NOT_RUN"):
