@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .alignment import TokenEnds
-from .checkpoint import check_config, resolve_folder
+from .checkpoint import check_config, open_tokenizer, resolve_folder
 from .errors import LoraSuiteError
 from .json_files import read_json
-from .vocabulary import check_ids
+from .loading import loading
 
 _MICRO_BATCH = 8
 _LOGITS = 2**25
@@ -76,26 +76,6 @@ class States:
     head: Head
 
 
-@contextmanager
-def _loading(what: str) -> Iterator[None]:
-    """Turns what transformers and PEFT raise into one line, and keeps their progress bars off the terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (LoraSuiteError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        # A panic inside `tokenizers` is no Exception.
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise LoraSuiteError(f"{what} ({first})") from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
 class LoadedModel:
     """A causal language model of transformers with its tokenizer, and an adapter once `attach` has put one on.
 
@@ -121,7 +101,7 @@ class LoadedModel:
         self.name, self.what, self.device = os.fspath(source), what, device
         config = read_json(self.folder / "config.json")
         check_config(config, self.folder / "config.json", trust_remote_code=trust_remote_code)
-        with _loading(f"{self.folder}: transformers cannot load this model"):
+        with loading(f"{self.folder}: transformers cannot load this model"):
             # safetensors only: nothing that is pickled is ever opened.
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.folder,
@@ -168,11 +148,13 @@ class LoadedModel:
         if not weights.exists():
             raise LoraSuiteError(f"{folder}: adapter_model.safetensors is missing; pickled adapters are never opened")
         doubt = f"is it an adapter of {self.name}?"
-        with _loading(f"{folder}: PEFT cannot put this adapter on {self.name}; {doubt}"):
-            if PeftConfig.from_pretrained(folder).is_prompt_learning:
-                raise LoraSuiteError(f"{folder}: prompt tuning changes the text, not the model; it cannot be verified")
+        with loading(f"{folder}: PEFT cannot put this adapter on {self.name}; {doubt}"):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
+                if PeftConfig.from_pretrained(folder).is_prompt_learning:
+                    raise LoraSuiteError(
+                        f"{folder}: prompt tuning changes the text, not the model; it cannot be verified"
+                    )
                 self.peft = PeftModel.from_pretrained(self.model, folder, is_trainable=trainable).eval()
             with safe_open(weights, framework="pt") as file:
                 stored = set(file.keys())
@@ -441,7 +423,7 @@ def read_sizes(source: str | os.PathLike[str], what: str, *, trust_remote_code: 
 
     folder = resolve_folder(source, what=f"{what} model")
     check_config(read_json(folder / "config.json"), folder / "config.json", trust_remote_code=trust_remote_code)
-    with _loading(f"{folder}: transformers cannot read this config"):
+    with loading(f"{folder}: transformers cannot read this config"):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
         text = config.get_text_config()
         return Sizes(text.num_hidden_layers, text.hidden_size, text.vocab_size)
@@ -449,17 +431,8 @@ def read_sizes(source: str | os.PathLike[str], what: str, *, trust_remote_code: 
 
 def load_tokenizer(source: str | os.PathLike[str], what: str, *, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id. Raises LoraSuiteError if there is none."""
-    from transformers import AutoTokenizer
-
     folder = resolve_folder(source, what=f"{what} model")
-    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise LoraSuiteError(f"{folder}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
-    check_ids(folder)
     if (folder / "config.json").exists():
         # transformers reads it for the tokenizer.
         check_config(read_json(folder / "config.json"), folder / "config.json", trust_remote_code=trust_remote_code)
-    with _loading(f"{folder}: its tokenizer cannot be loaded"):
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
-        # Some of what is wrong with one shows only when it is used.
-        found("a b")
-        return found
+    return open_tokenizer(folder, trust_remote_code=trust_remote_code)

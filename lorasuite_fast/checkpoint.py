@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import LoraSuiteError
 from .families import Family, Projection, Shape, family_of, shape_of
 from .json_files import read_json
+from .loading import loading, reason
 from .tensor_files import TensorFiles
 from .vocabulary import check_ids
 
@@ -55,8 +56,7 @@ def resolve_folder(source: str | os.PathLike[str], *, what: str) -> Path:
     except LocalEntryNotFoundError:
         raise LoraSuiteError(f"{what} {text}: not in the local hub cache, and the hub cannot be reached") from None
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoraSuiteError(f"{what} {text}: no such folder, and the hub answers: {reason}") from None
+        raise LoraSuiteError(f"{what} {text}: no such folder, and the hub answers: {reason(error)}") from None
     check_links(found)
     return found
 
@@ -126,6 +126,20 @@ def check_config(config: Any, where: Path, *, trust_remote_code: bool) -> None:
         raise LoraSuiteError(f"{where}: num_labels is {labels}; more than {_MOST_LABELS} are not read")
     for inner in config.values():
         check_config(inner, where, trust_remote_code=trust_remote_code)
+
+
+def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """A folder's tokenizer through transformers. Raises LoraSuiteError if there is none, or none that works."""
+    from transformers import AutoTokenizer
+
+    if not any((folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise LoraSuiteError(f"{folder}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    check_ids(folder)
+    with loading(f"{folder}: its tokenizer cannot be loaded"):
+        found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
+        # Some of what is wrong with one shows only when it is used.
+        found("a b")
+        return found
 
 
 class Checkpoint:
@@ -327,26 +341,9 @@ class Checkpoint:
 
     def tokenizer(self, *, trust_remote_code: bool = False) -> Any:
         """The folder's tokenizer through transformers. Raises LoraSuiteError if there is none."""
-        from transformers import AutoTokenizer
-
-        if not any((self.folder / n).exists() for n in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-            raise LoraSuiteError(f"{self.folder}: no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
-        check_ids(self.folder)
         # transformers reads the config for it.
         check_config(self.config, self.folder / "config.json", trust_remote_code=trust_remote_code)
-        try:
-            found = AutoTokenizer.from_pretrained(
-                self.folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
-            # Some of what is wrong with one shows only when it is used.
-            found("a b")
-            return found
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:
-            # A panic inside `tokenizers` is no Exception.
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise LoraSuiteError(f"{self.folder}: its tokenizer cannot be loaded ({first})") from None
+        return open_tokenizer(self.folder, trust_remote_code=trust_remote_code)
 
     def __repr__(self) -> str:
         s = self.shape

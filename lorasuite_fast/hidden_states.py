@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint, check_config
 from .errors import LoraSuiteError
 from .loader import Layer, stream_layers
+from .loading import loading
 from .phases import release_memory
 
 MICRO_BATCH = 16
@@ -30,15 +31,12 @@ def _empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig, AutoModel
 
     check_config(checkpoint.config, checkpoint.folder / "config.json", trust_remote_code=trust_remote_code)
-    try:
+    with loading(f"{checkpoint.folder}: transformers cannot build this model"):
         config = AutoConfig.from_pretrained(
             checkpoint.folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
         with init_empty_weights(include_buffers=False):
             model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoraSuiteError(f"{checkpoint.folder}: transformers cannot build this model ({first})") from None
     return model.eval()
 
 
