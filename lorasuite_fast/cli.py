@@ -30,6 +30,7 @@ from rich.table import Table
 
 from ._version import __version__
 from .errors import LoraSuiteError, WriteError
+from .interrupts import INTERRUPTED, interrupts
 
 if TYPE_CHECKING:
     from .distillation import Distilled, Settings
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 DIVERGED = 3
 """Exit code of a training that diverged; what it started from is then in OUT."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as typer gives it."""
 
 app = typer.Typer(
     name="lorasuite-fast",
@@ -1083,19 +1082,17 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Entry point of the console script."""
-    try:
-        return app(args=sys.argv[1:] if arguments is None else arguments)
-    except SystemExit as end:
-        if end.code != INTERRUPTED:
+    """Entry point of the command line."""
+    with interrupts():
+        try:
+            return app(args=sys.argv[1:] if arguments is None else arguments)
+        except SystemExit as end:
+            if end.code == INTERRUPTED:
+                raise KeyboardInterrupt from None
             raise
-    except (MemoryError, RuntimeError, ImportError) as error:
-        # torch has a class of its own for GPUs alone, and what is imported late may not find room.
-        if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _MEMORY_WORDS):
-            raise
-        _complain(_OUT_OF_MEMORY)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        pass
-    typer.echo("interrupted; OUT is what it was, or complete; the same command goes on from what is done", err=True)
-    raise SystemExit(INTERRUPTED)
+        except (MemoryError, RuntimeError, ImportError) as error:
+            # torch has a class of its own for GPUs alone, and what is imported late may not find room.
+            if not isinstance(error, MemoryError) and not any(words in str(error).lower() for words in _MEMORY_WORDS):
+                raise
+            _complain(_OUT_OF_MEMORY)
+            raise SystemExit(2) from None
