@@ -317,13 +317,16 @@ class Laboratory:
         if left := sorted({path.name for path in self.folder.iterdir()} - {"out"}):
             violated(f"the next run leaves {left}")
 
-    def signalled(self, job: Job, number: int) -> Callable[[list[str]], End]:
-        """A signal at a random moment of the command's duration."""
+    def signalled(self, job: Job, number: int, times: int = 1) -> Callable[[list[str]], End]:
+        """A signal at a random moment of the command's duration, and further ones within a tenth of a second of it."""
 
         def strike(arguments: list[str]) -> End:
             pid = start(arguments, self.log)
             time.sleep(self.random.uniform(0, self.seconds[job.name]))
             os.kill(pid, number)
+            for _ in range(times - 1):
+                time.sleep(self.random.uniform(0, 0.1))
+                os.kill(pid, number)
             return end_of(pid, self.log)
 
         return strike
@@ -402,11 +405,13 @@ def kills(lab: Laboratory, count: int) -> Iterator[Tally]:
     for name, number, codes in (
         ("SIGKILL", signal.SIGKILL, (-signal.SIGKILL,)),
         ("Ctrl-C", signal.SIGINT, (INTERRUPTED, -signal.SIGINT)),
+        ("Ctrl-C twice", signal.SIGINT, (INTERRUPTED, -signal.SIGINT)),
     ):
         for job in lab.jobs:
             tally = Tally(job.name, name)
             for n in range(count if number == signal.SIGKILL else max(2, count // 5)):
-                lab.trial(tally, job, lab.signalled(job, number), replaces=n % 2 == 1, codes=codes)
+                lab.trial(tally, job, lab.signalled(job, number, 1 + (name == "Ctrl-C twice")), replaces=n % 2 == 1,
+                          codes=codes)  # fmt: skip
             yield tally
 
 

@@ -29,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -141,239 +141,337 @@ def make(target: Target, data: bytes) -> bytes:
     return target.wrap(json.dumps(edited(json.loads(target.seeds[0]), rest)).encode())
 
 
-def targets(folder: Path) -> dict[str, Callable[[], Target]]:
-    """The readers by name; each prepares what lies beside its input."""
+def model_shape() -> Any:
+    """Sizes of the model of tests/hostile.py."""
+    import hostile
+
+    from lorasuite_fast.families import Shape
+
+    return Shape(**hostile.MODEL)
+
+
+def tensors_target(folder: Path) -> Target:
+    """Tensors of a safetensors file."""
     import hostile
     import torch
 
-    from lorasuite_fast import LoraSuiteError, TransferPlan, vocabulary
-    from lorasuite_fast.adapter import check_base, read_adapter
-    from lorasuite_fast.calibration import load_examples
-    from lorasuite_fast.checkpoint import Checkpoint
-    from lorasuite_fast.families import FAMILIES, Shape
-    from lorasuite_fast.samples import read_records
+    from lorasuite_fast import LoraSuiteError
     from lorasuite_fast.tensor_files import DTYPES, TensorFiles
-    from lorasuite_fast.verification import load_labelled
+
+    def read() -> Any:
+        files = TensorFiles([folder / "a.safetensors"])
+        found = {}
+        for name, entry in files.entries.items():
+            with contextlib.suppress(LoraSuiteError):
+                view = files.view(name).contiguous().view(-1)
+                found[name] = entry.dtype, list(entry.shape), view.view(torch.uint8).numpy().tobytes()
+        return found, files.entries
+
+    def check(data: bytes, read: Any) -> None:
+        expected = hostile.strict_safetensors(data)
+        if read[1].keys() != expected.keys() or read[0] != {n: e for n, e in expected.items() if e[0] in DTYPES}:
+            raise Found("read otherwise than the oracle reads it")
+
+    return Target([hostile.pack(hostile.adapter_tensors())], folder / "a.safetensors", read, check, header=True)
+
+
+def config_target(folder: Path) -> Target:
+    """A model's config.json."""
+    import hostile
+
+    from lorasuite_fast.checkpoint import Checkpoint
+
+    shape = model_shape()
+
+    model = hostile.write_model(folder)
+
+    def check(data: bytes, read: Any) -> None:
+        said = hostile.strict_json(data)
+        for name, size in zip(hostile.model_config(), hostile.model_config().values(), strict=True):
+            sized = name.startswith(("vocab", "hidden", "intermediate", "num"))
+            if sized and (said[name] != size or type(said[name]) is not int):
+                raise Found(f"taken with {name} {said[name]!r}")
+        if read.shape != shape or (said["model_type"] != "llama" and read.family.model_type == "llama"):
+            raise Found("taken with other sizes")
+
+    seed = (model / "config.json").read_bytes()
+    return Target([seed], model / "config.json", lambda: opened(Checkpoint(model)), check)
+
+
+def opened(checkpoint: Any) -> Any:
+    checkpoint.fingerprint()
+    assert checkpoint.epsilon < 1
+    checkpoint.head()
+    return checkpoint
+
+
+def index_target(folder: Path) -> Target:
+    """An index over a model's files."""
+    import hostile
+
+    from lorasuite_fast.checkpoint import Checkpoint
+
+    model = hostile.write_model(folder)
+    (model / "model.safetensors").rename(model / "one.safetensors")
+    names = dict.fromkeys(hostile.model_tensors(), "one.safetensors")
+    seed = json.dumps({"weight_map": names}).encode()
+    (model / "outside").mkdir()
+    shutil.copy(model / "one.safetensors", model / "outside/one.safetensors")
+
+    def check(data: bytes, read: Any) -> None:
+        said = hostile.strict_json(data)["weight_map"]
+        if not said or set(map(str, said.values())) != {"one.safetensors"} or not set(said) <= set(names):
+            raise Found("taken with another file or tensor")
+
+    place = model / "model.safetensors.index.json"
+    return Target([seed], place, lambda: Checkpoint(model), check)
+
+
+def adapter_config_target(folder: Path) -> Target:
+    """adapter_config.json."""
+    import hostile
+
+    from lorasuite_fast.adapter import check_base, read_adapter
+    from lorasuite_fast.families import FAMILIES
+
+    shape = model_shape()
+
+    adapter = hostile.write_adapter(folder)
+
+    def read() -> Any:
+        found = read_adapter(adapter, FAMILIES["llama"], shape, "OLD")
+        check_base(found, "0" * 32, "old")
+        return found
+
+    def check(data: bytes, read: Any) -> None:
+        said = hostile.strict_json(data)
+        module = "model.layers.0.self_attn.q_proj"
+        kind = said.get("peft_type")
+        rank, alpha = said.get("init_r" if kind == "ADALORA" else "r"), said["lora_alpha"]
+        if kind != "LORA" or type(rank) is not int or type(alpha) not in (int, float):
+            raise Found(f"taken with rank {rank!r} and alpha {alpha!r}")
+        for name, value in (said.get("rank_pattern") or {}).items():
+            rank = value if re.match(rf"(.*\.)?({name})$", module) else rank
+        for name, value in reversed((said.get("alpha_pattern") or {}).items()):
+            alpha = value if re.match(rf"(.*\.)?({name})$", module) else alpha
+        scale = alpha / (2**0.5 if said.get("use_rslora") is True else 2)
+        if said.get("use_dora") or abs(read.updates[0, "q"].scale - scale) > 1e-9 * abs(scale):
+            raise Found("taken with another scale")
+
+    seed = json.dumps(hostile.adapter_config() | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}})
+    return Target([seed.encode()], adapter / "adapter_config.json", read, check)
+
+
+def adapter_weights_target(folder: Path) -> Target:
+    """An adapter's tensors."""
+    import hostile
+    import torch
+
+    from lorasuite_fast.adapter import read_adapter
+    from lorasuite_fast.families import FAMILIES
+    from lorasuite_fast.tensor_files import DTYPES
+
+    shape = model_shape()
+
+    adapter = hostile.write_adapter(folder)
+
+    def check(data: bytes, read: Any) -> None:
+        for name, (dtype, sizes, content) in hostile.strict_safetensors(data).items():
+            if dtype not in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2") or len(sizes) != 2:
+                raise Found(f"taken with {dtype} {sizes} for {name}")
+            values = torch.frombuffer(bytearray(content), dtype=DTYPES[dtype]).float()
+            if not torch.isfinite(values).all():
+                raise Found(f"taken with NaN in {name}")
+        if list(read.updates) != [(0, "q")]:
+            raise Found("another update")
+
+    place = adapter / "adapter_model.safetensors"
+    seed = place.read_bytes()
+
+    def read() -> Any:
+        return read_adapter(adapter, FAMILIES["llama"], shape, "OLD")
+
+    return Target([seed], place, read, check, header=True)
+
+
+def plan_target(folder: Path) -> Target:
+    """A plan's header."""
+    import hostile
+    import torch
+
+    from lorasuite_fast import TransferPlan
+
+    shape = model_shape()
+
+    tensors, header = plan_parts(shape)
+    names = {}
+    body = b""
+    for name, tensor in tensors.items():
+        data = tensor.numpy().tobytes()
+        kind = "I64" if tensor.dtype == torch.int64 else "F32"
+        names[name] = {
+            "dtype": kind,
+            "shape": list(tensor.shape),
+            "data_offsets": [len(body), len(body) + len(data)],
+        }
+        body += data
+
+    def wrap(text: bytes) -> bytes:
+        said = json.dumps({"__metadata__": {"plan": text.decode("utf-8", "surrogateescape")}, **names})
+        return struct.pack("<Q", len(said)) + said.encode() + body
+
+    def read() -> Any:
+        found = TransferPlan.load(folder / "plan")
+        found.summary()
+        return found
+
+    def check(data: bytes, read: Any) -> None:
+        said = hostile.strict_json(split(data)[0]["__metadata__"]["plan"].encode("utf-8", "surrogatepass"))
+        for role in ("old", "new"):
+            for name, size in said[role]["shape"].items():
+                if type(size) is not int or (name in "dhHL" and size != getattr(shape, name)):
+                    raise Found(f"taken with {role} {name} {size!r}")
+        mapping = {str(j): i for j, i in said["layers"].items()}
+        if (mapping != {"0": 0, "1": 1} and mapping != {"0": 1, "1": 0}) or any(
+            type(i) is not int for i in mapping.values()
+        ):
+            raise Found(f"taken with the layers {mapping}")
+        if said["options"]["roles"] != ["q"] or said["options"]["method"] != "lstsq":
+            raise Found("taken with other roles")
+        if not 0 < said["facts"]["rms_ratio"] < float("inf"):
+            raise Found("taken with another ratio")
+
+    return Target([json.dumps(header).encode()], folder / "plan", read, check, wrap=wrap)
+
+
+def texts_target(folder: Path, suffix: str, reader: Callable[[Path], Any]) -> Target:
+    """Records of text, a reader of which is given."""
+    path = folder / f"a{suffix}"
+    lines = [{"text": "one"}, {"text": "two"}, {"prompt": "a", "completion": "b", "text": "c"}, {"text": "d"}]
+    seed = json.dumps(lines) if suffix == ".json" else "\n".join(map(json.dumps, lines))
+
+    def check(data: bytes, read: Any) -> None:
+        text = data.decode("utf-8-sig")
+        parts = [text] if suffix == ".json" else [line for line in text.split("\n") if line.strip()]
+        values = [json.loads(part, parse_constant=float) for part in parts]
+        values = values[0] if suffix == ".json" else values
+        if not values or len(read) > len(values):
+            raise Found("more than the file holds")
+
+    return Target([seed.encode()], path, lambda: reader(path), check)
+
+
+def tokenizer_target(folder: Path, name: str) -> Target:
+    """Ids of tokenizer.json or vocab.json."""
+    import hostile
+
+    from lorasuite_fast import vocabulary
+
+    vocab = {"a": 0, "b": 1, "c": 2}
+    whole = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": []}}
+    seed = json.dumps(whole if name == "tokenizer.json" else vocab).encode()
+
+    def check(data: bytes, read: Any) -> None:
+        try:
+            said = hostile.strict_json(data)
+            ids = list((said["model"]["vocab"] if name == "tokenizer.json" else said).values())
+        except (hostile.Invalid, KeyError, TypeError, AttributeError):
+            return
+        if all(type(i) is int for i in ids) and len(set(ids)) < len(ids):
+            raise Found("two tokens of one id")
+
+    def read() -> None:
+        # The clock of a memory file system is too coarse to tell one input from the next.
+        vocabulary._check_ids.cache_clear()
+        vocabulary.check_ids(folder)
+
+    return Target([seed], folder / name, read, check)
+
+
+def work_target(folder: Path) -> Target:
+    """What an interrupted run has noted of itself."""
+    import hostile
+
     from lorasuite_fast.work import Work
 
-    shape = Shape(**hostile.MODEL)
+    run = folder / "work/run.json"
+    run.parent.mkdir()
 
-    def tensors() -> Target:
-        def read() -> Any:
-            files = TensorFiles([folder / "a.safetensors"])
-            found = {}
-            for name, entry in files.entries.items():
-                with contextlib.suppress(LoraSuiteError):
-                    view = files.view(name).contiguous().view(-1)
-                    found[name] = entry.dtype, list(entry.shape), view.view(torch.uint8).numpy().tobytes()
-            return found, files.entries
+    def read() -> Any:
+        found = Work(run.parent, {"a": 1, "b": "c"})
+        found.close()
+        return found.record
 
-        def check(data: bytes, read: Any) -> None:
-            expected = hostile.strict_safetensors(data)
-            if read[1].keys() != expected.keys() or read[0] != {n: e for n, e in expected.items() if e[0] in DTYPES}:
-                raise Found("read otherwise than the oracle reads it")
+    def check(data: bytes, read: Any) -> None:
+        said = hostile.strict_json(data)
+        if said["identity"] != {"a": 1, "b": "c"} or not all(said[key] > 0 for key in said if key != "identity"):
+            raise Found("taken as the work of this run")
 
-        return Target([hostile.pack(hostile.adapter_tensors())], folder / "a.safetensors", read, check, header=True)
+    seed = json.dumps({"identity": {"a": 1, "b": "c"}, "micro_batch": 4, "chunk_rows": 8}).encode()
+    return Target([seed], run, read, check)
 
-    def config() -> Target:
-        model = hostile.write_model(folder)
 
-        def check(data: bytes, read: Any) -> None:
-            said = hostile.strict_json(data)
-            for name, size in zip(hostile.model_config(), hostile.model_config().values(), strict=True):
-                sized = name.startswith(("vocab", "hidden", "intermediate", "num"))
-                if sized and (said[name] != size or type(said[name]) is not int):
-                    raise Found(f"taken with {name} {said[name]!r}")
-            if read.shape != shape or (said["model_type"] != "llama" and read.family.model_type == "llama"):
-                raise Found("taken with other sizes")
-
-        seed = (model / "config.json").read_bytes()
-        return Target([seed], model / "config.json", lambda: opened(Checkpoint(model)), check)
-
-    def opened(checkpoint: Any) -> Any:
-        checkpoint.fingerprint()
-        assert checkpoint.epsilon < 1
-        checkpoint.head()
-        return checkpoint
-
-    def index() -> Target:
-        model = hostile.write_model(folder)
-        (model / "model.safetensors").rename(model / "one.safetensors")
-        names = dict.fromkeys(hostile.model_tensors(), "one.safetensors")
-        seed = json.dumps({"weight_map": names}).encode()
-        (model / "outside").mkdir()
-        shutil.copy(model / "one.safetensors", model / "outside/one.safetensors")
-
-        def check(data: bytes, read: Any) -> None:
-            said = hostile.strict_json(data)["weight_map"]
-            if not said or set(map(str, said.values())) != {"one.safetensors"} or not set(said) <= set(names):
-                raise Found("taken with another file or tensor")
-
-        place = model / "model.safetensors.index.json"
-        return Target([seed], place, lambda: Checkpoint(model), check)
-
-    def adapter_config() -> Target:
-        adapter = hostile.write_adapter(folder)
-
-        def read() -> Any:
-            found = read_adapter(adapter, FAMILIES["llama"], shape, "OLD")
-            check_base(found, "0" * 32, "old")
-            return found
-
-        def check(data: bytes, read: Any) -> None:
-            said = hostile.strict_json(data)
-            module = "model.layers.0.self_attn.q_proj"
-            kind = said.get("peft_type")
-            rank, alpha = said.get("init_r" if kind == "ADALORA" else "r"), said["lora_alpha"]
-            if kind != "LORA" or type(rank) is not int or type(alpha) not in (int, float):
-                raise Found(f"taken with rank {rank!r} and alpha {alpha!r}")
-            for name, value in (said.get("rank_pattern") or {}).items():
-                rank = value if re.match(rf"(.*\.)?({name})$", module) else rank
-            for name, value in reversed((said.get("alpha_pattern") or {}).items()):
-                alpha = value if re.match(rf"(.*\.)?({name})$", module) else alpha
-            scale = alpha / (2**0.5 if said.get("use_rslora") is True else 2)
-            if said.get("use_dora") or abs(read.updates[0, "q"].scale - scale) > 1e-9 * abs(scale):
-                raise Found("taken with another scale")
-
-        seed = json.dumps(hostile.adapter_config() | {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}})
-        return Target([seed.encode()], adapter / "adapter_config.json", read, check)
-
-    def adapter_weights() -> Target:
-        adapter = hostile.write_adapter(folder)
-
-        def check(data: bytes, read: Any) -> None:
-            for name, (dtype, sizes, content) in hostile.strict_safetensors(data).items():
-                if dtype not in ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2") or len(sizes) != 2:
-                    raise Found(f"taken with {dtype} {sizes} for {name}")
-                values = torch.frombuffer(bytearray(content), dtype=DTYPES[dtype]).float()
-                if not torch.isfinite(values).all():
-                    raise Found(f"taken with NaN in {name}")
-            if list(read.updates) != [(0, "q")]:
-                raise Found("another update")
-
-        place = adapter / "adapter_model.safetensors"
-        seed = place.read_bytes()
-
-        def read() -> Any:
-            return read_adapter(adapter, FAMILIES["llama"], shape, "OLD")
-
-        return Target([seed], place, read, check, header=True)
-
-    def plan() -> Target:
-        tensors, header = plan_parts(shape)
-        names = {}
-        body = b""
-        for name, tensor in tensors.items():
-            data = tensor.numpy().tobytes()
-            kind = "I64" if tensor.dtype == torch.int64 else "F32"
-            names[name] = {
-                "dtype": kind,
-                "shape": list(tensor.shape),
-                "data_offsets": [len(body), len(body) + len(data)],
-            }
-            body += data
-
-        def wrap(text: bytes) -> bytes:
-            said = json.dumps({"__metadata__": {"plan": text.decode("utf-8", "surrogateescape")}, **names})
-            return struct.pack("<Q", len(said)) + said.encode() + body
-
-        def read() -> Any:
-            found = TransferPlan.load(folder / "plan")
-            found.summary()
-            return found
-
-        def check(data: bytes, read: Any) -> None:
-            said = hostile.strict_json(split(data)[0]["__metadata__"]["plan"].encode("utf-8", "surrogatepass"))
-            for role in ("old", "new"):
-                for name, size in said[role]["shape"].items():
-                    if type(size) is not int or (name in "dhHL" and size != getattr(shape, name)):
-                        raise Found(f"taken with {role} {name} {size!r}")
-            mapping = {str(j): i for j, i in said["layers"].items()}
-            if (mapping != {"0": 0, "1": 1} and mapping != {"0": 1, "1": 0}) or any(
-                type(i) is not int for i in mapping.values()
-            ):
-                raise Found(f"taken with the layers {mapping}")
-            if said["options"]["roles"] != ["q"] or said["options"]["method"] != "lstsq":
-                raise Found("taken with other roles")
-            if not 0 < said["facts"]["rms_ratio"] < float("inf"):
-                raise Found("taken with another ratio")
-
-        return Target([json.dumps(header).encode()], folder / "plan", read, check, wrap=wrap)
-
-    def texts(suffix: str, reader: Callable[[Path], Any]) -> Callable[[], Target]:
-        def prepare() -> Target:
-            path = folder / f"a{suffix}"
-            lines = [{"text": "one"}, {"text": "two"}, {"prompt": "a", "completion": "b", "text": "c"}, {"text": "d"}]
-            seed = json.dumps(lines) if suffix == ".json" else "\n".join(map(json.dumps, lines))
-
-            def check(data: bytes, read: Any) -> None:
-                text = data.decode("utf-8-sig")
-                parts = [text] if suffix == ".json" else [line for line in text.split("\n") if line.strip()]
-                values = [json.loads(part, parse_constant=float) for part in parts]
-                values = values[0] if suffix == ".json" else values
-                if not values or len(read) > len(values):
-                    raise Found("more than the file holds")
-
-            return Target([seed.encode()], path, lambda: reader(path), check)
-
-        return prepare
-
-    def tokenizer(name: str) -> Callable[[], Target]:
-        def prepare() -> Target:
-            vocab = {"a": 0, "b": 1, "c": 2}
-            whole = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": []}}
-            seed = json.dumps(whole if name == "tokenizer.json" else vocab).encode()
-
-            def check(data: bytes, read: Any) -> None:
-                try:
-                    said = hostile.strict_json(data)
-                    ids = list((said["model"]["vocab"] if name == "tokenizer.json" else said).values())
-                except (hostile.Invalid, KeyError, TypeError, AttributeError):
-                    return
-                if all(type(i) is int for i in ids) and len(set(ids)) < len(ids):
-                    raise Found("two tokens of one id")
-
-            def read() -> None:
-                # The clock of a memory file system is too coarse to tell one input from the next.
-                vocabulary._check_ids.cache_clear()
-                vocabulary.check_ids(folder)
-
-            return Target([seed], folder / name, read, check)
-
-        return prepare
-
-    def work() -> Target:
-        run = folder / "work/run.json"
-        run.parent.mkdir()
-
-        def read() -> Any:
-            found = Work(run.parent, {"a": 1, "b": "c"})
-            found.close()
-            return found.record
-
-        def check(data: bytes, read: Any) -> None:
-            said = hostile.strict_json(data)
-            if said["identity"] != {"a": 1, "b": "c"} or not all(said[key] > 0 for key in said if key != "identity"):
-                raise Found("taken as the work of this run")
-
-        seed = json.dumps({"identity": {"a": 1, "b": "c"}, "micro_batch": 4, "chunk_rows": 8}).encode()
-        return Target([seed], run, read, check)
+def text_readers() -> dict[str, tuple[str, Callable[[Path], Any]]]:
+    """What reads texts, by name, with the end of the file's name."""
+    from lorasuite_fast.calibration import load_examples
+    from lorasuite_fast.samples import read_records
+    from lorasuite_fast.verification import load_labelled
 
     return {
-        "tensors": tensors,
-        "config": config,
-        "index": index,
-        "adapter_config": adapter_config,
-        "adapter_weights": adapter_weights,
-        "plan": plan,
-        "tokenizer_ids": tokenizer("tokenizer.json"),
-        "vocab_ids": tokenizer("vocab.json"),
-        "calibration": texts(".jsonl", lambda path: load_examples(path, 8, 0)),
-        "labelled": texts(".jsonl", lambda path: load_labelled(path, 8, 0)),
-        "records_jsonl": texts(".jsonl", read_records),
-        "records_json": texts(".json", read_records),
-        "work": work,
+        "calibration": (".jsonl", lambda path: load_examples(path, 8, 0)),
+        "labelled": (".jsonl", lambda path: load_labelled(path, 8, 0)),
+        "records_jsonl": (".jsonl", read_records),
+        "records_json": (".json", read_records),
     }
+
+
+def chat_target(folder: Path) -> Target:
+    """Turns of a chat, each of which may hold anything."""
+
+    from lorasuite_fast.samples import SampleMaker, read_records
+
+    from planted import tiny_tokenizer
+
+    tokenizer = tiny_tokenizer(320)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }} {{ m.name }}>{{ m.content }}|{% endfor %}"
+    make = SampleMaker(tokenizer, template="chat", max_tokens=64, completion_only=True)
+    path = folder / "a.jsonl"
+
+    def read() -> list[Any]:
+        return [make(fields, where)[0] for where, fields in read_records(path)]
+
+    def check(data: bytes, read: list[Any]) -> None:
+        for sample in read:
+            if len(sample.ids) > 64 or len(sample.ids) != len(sample.counted):
+                raise Found("a sample of another length")
+        for line in data.decode("utf-8-sig").split("\n"):
+            if not line.strip():
+                continue
+            turns = json.loads(line, parse_constant=float).get("messages")
+            if turns is not None and not all(isinstance(turn["content"], str) for turn in turns):
+                raise Found("taken with a turn that is no text")
+
+    turns = [{"role": role, "content": text, "name": "n"} for role, text in (("user", "a b"), ("assistant", "c"))]
+    lines = [{"messages": turns}, {"messages": turns * 3}, {"prompt": "a", "completion": "b"}]
+    return Target(["\n".join(map(json.dumps, lines)).encode()], path, read, check)
+
+
+def targets(folder: Path) -> dict[str, Callable[[], Target]]:
+    """The readers by name; each prepares what lies beside its input."""
+    alone = {
+        "tensors": tensors_target,
+        "config": config_target,
+        "index": index_target,
+        "adapter_config": adapter_config_target,
+        "adapter_weights": adapter_weights_target,
+        "plan": plan_target,
+        "chat": chat_target,
+        "work": work_target,
+    }
+    found: dict[str, Callable[[], Target]] = {name: partial(prepare, folder) for name, prepare in alone.items()}
+    found["tokenizer_ids"] = partial(tokenizer_target, folder, "tokenizer.json")
+    found["vocab_ids"] = partial(tokenizer_target, folder, "vocab.json")
+    return found | {name: partial(texts_target, folder, *reader) for name, reader in text_readers().items()}
 
 
 def plan_parts(shape: Any) -> tuple[dict[str, Any], dict[str, Any]]:

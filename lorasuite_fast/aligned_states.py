@@ -25,7 +25,8 @@ from .alignment import TokenEnds
 from .checkpoint import resolve_folder
 from .errors import LoraSuiteError
 from .json_files import read_json
-from .pretrained import load_bare_model, load_config, loading
+from .loading import loading
+from .pretrained import load_bare_model, load_config
 
 _MICRO_BATCH = 8
 _LOGITS = 2**25
@@ -133,10 +134,12 @@ class LoadedModel:
             raise LoraSuiteError(f"{folder}: adapter_model.safetensors is missing; pickled adapters are never opened")
         doubt = f"is it an adapter of {self.name}?"
         with loading(f"{folder}: PEFT cannot put this adapter on {self.name}; {doubt}"):
-            if PeftConfig.from_pretrained(folder).is_prompt_learning:
-                raise LoraSuiteError(f"{folder}: prompt tuning changes the text, not the model; it cannot be verified")
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
+                if PeftConfig.from_pretrained(folder).is_prompt_learning:
+                    raise LoraSuiteError(
+                        f"{folder}: prompt tuning changes the text, not the model; it cannot be verified"
+                    )
                 self.peft = PeftModel.from_pretrained(self.model, folder, is_trainable=trainable).eval()
             with safe_open(weights, framework="pt") as file:
                 stored = set(file.keys())

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import LoraSuiteError
 from .families import Family, Projection, Shape, family_of, shape_of
 from .json_files import MOST_BYTES, MOST_TOKENIZER_BYTES, read_json
+from .loading import reason
 from .notices import notice
 from .pretrained import INDEX, SINGLE, check_weights_name, load_tokenizer, wrapper_prefix
 from .tensor_files import TensorFiles
@@ -65,8 +66,7 @@ def resolve_folder(source: str | os.PathLike[str], *, what: str) -> Path:
     except LocalEntryNotFoundError:
         raise LoraSuiteError(f"{what} {text}: not in the local hub cache, and the hub cannot be reached") from None
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise LoraSuiteError(f"{what} {text}: no such folder, and the hub answers: {reason}") from None
+        raise LoraSuiteError(f"{what} {text}: no such folder, and the hub answers: {reason(error)}") from None
     check_links(found)
     return found
 

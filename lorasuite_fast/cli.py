@@ -33,6 +33,7 @@ from ._version import __version__
 from .errors import LoraSuiteError, WriteError, one_line
 from .escaping import printable, terminal
 from .given_paths import check_file, check_folder, same_model
+from .interrupts import INTERRUPTED, interrupts
 
 if TYPE_CHECKING:
     from .choice import Choice
@@ -49,8 +50,6 @@ DIVERGED = 3
 """Exit code of a training that diverged; what it started from is then in OUT."""
 UNEXPECTED = 70
 """Exit code of an error nobody has foreseen, a fault of this program."""
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as typer gives it."""
 _DEBUG = "--debug"
 
 app = typer.Typer(
@@ -1238,22 +1237,20 @@ def main(arguments: list[str] | None = None) -> Any:
     """Entry point of the console script: whatever is raised ends in one line and an exit code."""
     given = sys.argv[1:] if arguments is None else arguments
     debug = _DEBUG in given
-    try:
-        return app(args=[argument for argument in given if argument != _DEBUG])
-    except SystemExit as end:
-        if end.code != INTERRUPTED:
+    with interrupts():
+        try:
+            return app(args=[argument for argument in given if argument != _DEBUG])
+        except SystemExit as end:
+            if end.code == INTERRUPTED:
+                raise KeyboardInterrupt from None
             raise
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        # torch has a class of its own for GPUs alone, and what is imported late may not find room.
-        late = isinstance(error, RuntimeError | ImportError)
-        if isinstance(error, MemoryError) or (late and any(words in str(error).lower() for words in _MEMORY_WORDS)):
-            _complain(_OUT_OF_MEMORY)
-            raise SystemExit(2) from None
-        _complain(_unexpected(error, debug))
-        raise SystemExit(UNEXPECTED) from None
-    except KeyboardInterrupt:
-        pass
-    typer.echo("interrupted; OUT is what it was, or complete; the same command goes on from what is done", err=True)
-    raise SystemExit(INTERRUPTED)
+        except Exception as error:
+            if debug:
+                traceback.print_exc()
+            # torch has a class of its own for GPUs alone, and what is imported late may not find room.
+            late = isinstance(error, RuntimeError | ImportError)
+            if isinstance(error, MemoryError) or (late and any(words in str(error).lower() for words in _MEMORY_WORDS)):
+                _complain(_OUT_OF_MEMORY)
+                raise SystemExit(2) from None
+            _complain(_unexpected(error, debug))
+            raise SystemExit(UNEXPECTED) from None

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
 from .loader import Layer, stream_layers
+from .loading import loading
 from .phases import release_memory
-from .pretrained import load_config, loading
+from .pretrained import load_config
 
 MICRO_BATCH = 16
 """Examples that pass through a layer together, where nothing else is asked for."""

@@ -54,7 +54,8 @@ def empty_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """A model folder's causal language model on the meta device. Raises LoraSuiteError if it cannot be built."""
     from transformers import AutoModelForCausalLM
 
-    from .pretrained import load_config, loading
+    from .loading import loading
+    from .pretrained import load_config
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
     what = f"{folder}: transformers cannot build this model"

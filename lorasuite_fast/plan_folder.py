@@ -12,6 +12,7 @@ from ._version import __version__
 from .errors import LoraSuiteError
 from .escaping import markdown
 from .kinship import plan_kinship
+from .loading import reason
 from .model_card import CARD, HUB_ID, hub_id, number, section, shown
 from .output import check_output, write_folder
 
@@ -130,8 +131,7 @@ def find_plan(source: str | os.PathLike[str], **hub: Any) -> Path:
     except HFValidationError:
         problem = "no such file or folder, and not a hub id of the form owner/name"
     except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        problem = f"no such file or folder, and the hub answers: {reason}"
+        problem = f"no such file or folder, and the hub answers: {reason(error)}"
     raise LoraSuiteError(f"PLAN {source}: {problem}")
 
 

@@ -8,8 +8,7 @@ make it part of the model. A config that names another file of weights than the 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 
 from .errors import LoraSuiteError
 from .json_files import read_json
+from .loading import loading
 from .notices import notice
 from .tensor_files import read_header
 from .vocabulary import check_ids
@@ -45,29 +45,6 @@ def _stored_names(folder: Path) -> list[str]:
     if (folder / SINGLE).exists():
         return list(read_header(folder / SINGLE))
     return list(read_json(folder / INDEX).get("weight_map") or {}) if (folder / INDEX).exists() else []
-
-
-@contextmanager
-def loading(what: str, *, trust_remote_code: bool = False) -> Iterator[None]:
-    """Turns what transformers and PEFT raise into one line, and keeps their progress bars off the terminal."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    except (LoraSuiteError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        # A panic inside `tokenizers` is no Exception.
-        text = str(error).strip()
-        first = text.splitlines()[0] if text else type(error).__name__
-        if "trust_remote_code" in text and not trust_remote_code:
-            first = "it needs code of its own folder; pass --trust-remote-code if you trust that code"
-        raise LoraSuiteError(f"{what} ({first})") from None
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def check_weights_name(config: dict[str, Any], folder: Path) -> None:

@@ -19,6 +19,7 @@ from .alignment import TokenEnds
 from .calibration import cut_text, whole_characters
 from .errors import LoraSuiteError
 from .json_files import parse_json
+from .loading import reason
 from .text_files import read_text
 from .vocabulary import _prefix
 
@@ -187,8 +188,7 @@ def _dataset(path: Path, where: str) -> Iterable[Any]:
     except LoraSuiteError:
         raise
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise LoraSuiteError(f"{where}: `datasets` cannot read it ({first})") from None
+        raise LoraSuiteError(f"{where}: `datasets` cannot read it ({reason(error)})") from None
 
 
 class SampleMaker:
@@ -353,8 +353,7 @@ def _writing_turns(where: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise LoraSuiteError(f"{where}: the tokenizer's chat template cannot write it ({first})") from None
+        raise LoraSuiteError(f"{where}: the tokenizer's chat template cannot write it ({reason(error)})") from None
 
 
 def _string(fields: Mapping[str, Any], name: str, where: str) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 from kernel_paths import INTERPRETER, TWIN, running
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lorasuite_kernels import (
     apply_head_blocks,
@@ -64,10 +67,81 @@ def test_operators_pass_opcheck(name: str, path: str) -> None:
         torch.library.opcheck(getattr(ops, name).default, OPERATORS[name])
 
 
+# Of each operator calls with other sizes than OPERATORS has: all that can change, do.
+q2, kv2, o2 = torch.randn(12, 9), torch.randn(6, 9), torch.randn(9, 12)
+match2, weight2 = torch.tensor([1, -1, 0, 1]), torch.rand(4)
+x2, y2 = torch.randn(4, 150, 7), torch.randn(2, 150, 3)
+attention2 = (q2, kv2, kv2, o2)
+RESIZED = {
+    "cka_terms": (x2, y2),
+    "gram": (x2,),
+    "hsic_terms": (*gram(x2), *gram(y2)),
+    "head_similarity": (*attention2, *attention2, 2, 2, 1, 1),
+    "head_blocks": (q2, kv2, match2, 2, 1, 1),
+    "apply_head_blocks": (torch.randn(4, 6, 5), q2, match2, weight2, 2, 1, 1),
+    "project_heads": (q2, kv2, q2, match2, weight2, 2, 1, 1),
+    "shared_gram": (q2, kv2, torch.tensor([1, 5]), torch.tensor([0, 3]), True, False, 2),
+    "neuron_candidates": (None, q2, q2, None, kv2, kv2, 2),
+    "balance": (q2, q2.T),
+}
+
+
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("name", list(OPERATORS))
+def test_a_trace_with_symbolic_sizes_holds_for_other_sizes(name: str, both: bool) -> None:
+    given, other = (
+        tuple(both if argument is True else argument for argument in calls[name]) for calls in (OPERATORS, RESIZED)
+    )
+    operator = getattr(ops, name).default
+    tensors = [n for n, argument in enumerate(given) if isinstance(argument, torch.Tensor)]
+
+    def call(*some: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        arguments = list(given)
+        for n, tensor in zip(tensors, some, strict=True):
+            arguments[n] = tensor
+        found = operator(*arguments)
+        return found if isinstance(found, tuple) else (found,)
+
+    traced = make_fx(call, tracing_mode="symbolic")(*(given[n].clone() for n in tensors))
+    results = next(node for node in traced.graph.nodes if node.op == "output").args[0]
+    fakes = [node.meta["val"] for node in results if node is not None]
+    # Heads are counted by numbers, which a trace holds fast.
+    symbolic = any(isinstance(size, torch.SymInt) for fake in fakes for size in fake.shape)
+    assert symbolic == (name != "head_similarity")
+    with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=False) as mode:
+        of_other = call_fake(operator, mode, other)
+    for arguments, found in ((given, fakes), (other, of_other)):
+        real = operator(*arguments)
+        for fake, tensor in zip(found, real if isinstance(real, tuple) else (real,), strict=True):
+            assert (fake.ndim, fake.dtype) == (tensor.ndim, tensor.dtype)
+            assert [int(size) for size in fake.shape] == list(tensor.shape)
+    wanted = operator(*other)
+    torch.testing.assert_close(
+        traced(*(other[n] for n in tensors)), wanted if isinstance(wanted, tuple) else (wanted,), equal_nan=True
+    )
+
+
+def call_fake(operator: object, mode: FakeTensorMode, arguments: tuple[object, ...]) -> tuple[torch.Tensor, ...]:
+    """The operator on fake tensors of symbolic sizes."""
+    fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+    found = operator(*fakes)  # type: ignore[operator]
+    return found if isinstance(found, tuple) else (found,)
+
+
 @pytest.mark.parametrize("name", list(CALLS))
 def test_public_functions_compile_without_a_graph_break(name: str) -> None:
     compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(), CALLS[name](), equal_nan=True)
+
+
+def test_one_compilation_serves_all_sizes_of_shared_rows() -> None:
+    compiled = torch.compile(
+        lambda a, b, i: shared_gram(a, b, i, i, both=False)[:2], fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for rows, width in ((5, 6), (9, 4), (12, 11)):
+        tables = torch.randn(rows, width), torch.randn(rows, width + 2)
+        picked = torch.arange(rows)[::2]
+        torch.testing.assert_close(compiled(*tables, picked), shared_gram(*tables, picked, picked, both=False)[:2])
 
 
 def test_both_backends_give_the_same_numbers_without_asking_twice() -> None:

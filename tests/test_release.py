@@ -81,7 +81,7 @@ def test_the_version_comes_from_one_place(built: Any) -> None:
     info = f"lorasuite_fast-{lorasuite_fast.__version__}.dist-info"
     assert message_from_bytes(built.wheel[f"{info}/METADATA"])["Version"] == lorasuite_fast.__version__
     assert built.sdist.name == f"lorasuite_fast-{lorasuite_fast.__version__}.tar.gz"
-    assert b"lorasuite-fast = lorasuite_fast.cli:main" in built.wheel[f"{info}/entry_points.txt"]
+    assert b"lorasuite-fast = lorasuite_fast.__main__:main" in built.wheel[f"{info}/entry_points.txt"]
 
 
 def test_the_source_distribution_builds_the_same_wheel(built: Any) -> None:

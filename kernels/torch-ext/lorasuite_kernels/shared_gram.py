@@ -72,11 +72,7 @@ def _twin(
     d_o, d_n = e_o.shape[1], e_n.shape[1]
     wide = e_o.new_empty(0, dtype=torch.float64)
     products = torch.float32 if single else torch.float64
-    oo, on, nn = (
-        wide.new_zeros(d_o, d_o),
-        wide.new_zeros(d_o, d_n),
-        wide.new_zeros(d_n if both else 0, d_n if both else 0),
-    )
+    oo, on, nn = (wide.new_zeros(shape) for shape in ((d_o, d_o), (d_o, d_n), (d_n, d_n) if both else (0, 0)))
     for start in range(0, idx_o.shape[0], chunk):
         x = e_o[idx_o[start : start + chunk]].to(products)
         y = e_n[idx_n[start : start + chunk]].to(products)
@@ -99,9 +95,8 @@ def _fake(
     e_o: Tensor, e_n: Tensor, idx_o: Tensor, idx_n: Tensor, both: bool, single: bool, chunk: int
 ) -> tuple[Tensor, ...]:
     d_o, d_n = e_o.shape[1], e_n.shape[1]
-    # Not `d_n * both`: with symbolic sizes that is no size in torch 2.11.
-    d_nn = d_n if both else 0
-    shapes = (d_o, d_o), (d_o, d_n), (d_nn, d_nn)
+    # A symbolic size times a bool is no size in every torch.
+    shapes = (d_o, d_o), (d_o, d_n), (d_n, d_n) if both else (0, 0)
     return tuple(e_o.new_empty(shape, dtype=torch.float64) for shape in shapes)
 
 
