@@ -312,15 +312,16 @@ def _test(notice: str) -> str:
 Results = dict[str, list[tuple[Mutant, Outcome]]]
 
 
-def report(results: Results) -> str:
-    """The report's Markdown."""
+def report(results: Results, *, grown: bool = False) -> str:
+    """The report's Markdown; it says where outcomes were noticed before tests were added."""
+    how = " --grown" if grown else ""
     minutes = sum(result.seconds for found in results.values() for _, result in found) / 60
     rows = [(name, mutant, result) for name, found in results.items() for mutant, result in found]
     survivors = [(name, mutant) for name, mutant, result in rows if not result.notice]
     lines = [
         "# Mutations",
         "",
-        f"`python bench/mutate.py`, {platform.machine()} CPU, one thread, {minutes:.0f} minutes. Each mutant of",
+        f"`python bench/mutate.py{how}`, {platform.machine()} CPU, one thread, {minutes:.0f} minutes. Each mutant of",
         "`bench/mutants.py` changes one place of one module; the tests named for the module then run until one fails.",
         f"{len(rows)} mutants, {len(rows) - len(survivors)} noticed, {len(survivors)} survivors "
         f"({len(survivors) / len(rows):.1%}). Wanted: at most {MOST_SURVIVORS:.0%}, each for a reason given below.",
@@ -364,7 +365,7 @@ def main() -> int:
         run = partial(results_of, tree, again=options.again, grown=options.grown)
         results = {name: run(name) for name in options.only or MODULES}
     if not options.only:
-        REPORT.write_text(report(results), "utf-8")
+        REPORT.write_text(report(results, grown=options.grown), "utf-8")
     return 0 if sound(results) else 1
 
 
