@@ -3,7 +3,8 @@
     python bench/mutate.py                                   every mutant of bench/mutants.py
     python bench/mutate.py --only mapping.py --only work.py  those of some modules; prints the outcomes, no report
 
-Outcomes are kept in .cache/mutations by the content of the module and of its tests; --again forgets them.
+Outcomes are kept in .cache/mutations until the module or its tests change; --again forgets them, and with --grown what
+was noticed counts although tests have been added since.
 
 A mutant is applied in a temporary copy of the tree, never in the working tree, and the tests named for its module run
 in a fork of this process, which has imported torch and transformers once. The first test that fails notices it, and so
@@ -30,7 +31,8 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mutants import MODULES, ROOT, Module, Mutant, applied, source_of
@@ -237,31 +239,65 @@ def run_module(tree: Path, name: str, module: Module) -> list[tuple[Mutant, Outc
     return found
 
 
-def kept_at(tree: Path, name: str, module: Module) -> Path:
-    """The file for a module's outcomes, named by the content of what they depend on.
+@dataclass(frozen=True)
+class Kept:
+    """Outcomes of an earlier run of one module, by what was replaced and by what.
 
-    Those are the module, its mutants, the files of its tests and what tests share; not the rest of the package, so that
-    an edit elsewhere does not ask for everything anew.
+    Attributes:
+        source: of the module, and tests: of its tests and what tests share, a hash of the content. The rest of the
+            package does not count, so that an edit elsewhere does not ask for everything anew.
     """
-    tests = {tree / path.partition("::")[0] for path in test_paths(tree, module)}
-    shared = {path for path in (tree / "tests").rglob("*.py") if not path.name.startswith("test_")}
-    content = hashlib.sha256(repr(module).encode())
-    for path in (source_of(tree, name), *sorted(tests | shared)):
-        content.update(path.read_bytes())
-    return CACHE / f"{name.replace('/', '-')}.{content.hexdigest()[:16]}.json"
+
+    source: str
+    tests: str
+    outcomes: dict[str, Outcome]
+
+    def usable(self, now: Kept, grown: bool) -> dict[str, Outcome]:
+        """Those that still hold; with `grown`, tests were only added to, so that what was noticed still is."""
+        if self.source != now.source:
+            return {}
+        if self.tests == now.tests:
+            return self.outcomes
+        return {change: outcome for change, outcome in self.outcomes.items() if grown and outcome.notice}
+
+    @classmethod
+    def of(cls, tree: Path, name: str, module: Module) -> Kept:
+        """The hashes of a tree, and no outcome yet."""
+        tests = {tree / path.partition("::")[0] for path in test_paths(tree, module)}
+        shared = {path for path in (tree / "tests").rglob("*.py") if not path.name.startswith("test_")}
+        content = hashlib.sha256(repr(module.tests).encode())
+        for path in sorted(tests | shared):
+            content.update(path.read_bytes())
+        return cls(hashlib.sha256(source_of(tree, name).read_bytes()).hexdigest(), content.hexdigest(), {})
+
+    @classmethod
+    def read(cls, file: Path) -> Kept | None:
+        if not file.exists():
+            return None
+        found = json.loads(file.read_text("utf-8"))
+        outcomes = {change: Outcome(**values) for change, values in found.pop("outcomes").items()}
+        return cls(**found, outcomes=outcomes)
+
+    def write(self, file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(self), indent=1), "utf-8")
 
 
-def results_of(tree: Path, name: str, again: bool) -> list[tuple[Mutant, Outcome]]:
+def change_of(mutant: Mutant) -> str:
+    return f"{mutant.old} -> {mutant.new}"
+
+
+def results_of(tree: Path, name: str, *, again: bool, grown: bool) -> list[tuple[Mutant, Outcome]]:
     """A module's outcomes, those kept of an earlier run where nothing they depend on has changed."""
-    module = MODULES[name]
-    kept = kept_at(tree, name, module)
-    if kept.exists() and not again:
-        found = [Outcome(**values) for values in json.loads(kept.read_text())]
-        return list(zip(module.mutants, found, strict=True))
-    results = run_module(tree, name, module)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps([asdict(result) for _, result in results]))
-    return results
+    module, file = MODULES[name], CACHE / f"{name.replace('/', '-')}.json"
+    now, before = Kept.of(tree, name, module), None if again else Kept.read(file)
+    outcomes = {} if before is None else before.usable(now, grown)
+    left = tuple(mutant for mutant in module.mutants if change_of(mutant) not in outcomes)
+    if left:
+        run = run_module(tree, name, replace(module, mutants=left))
+        outcomes |= {change_of(mutant): result for mutant, result in run}
+        replace(now, outcomes=outcomes).write(file)
+    return [(mutant, outcomes[change_of(mutant)]) for mutant in module.mutants]
 
 
 def _code(text: str) -> str:
@@ -276,15 +312,16 @@ def _test(notice: str) -> str:
 Results = dict[str, list[tuple[Mutant, Outcome]]]
 
 
-def report(results: Results) -> str:
-    """The report's Markdown."""
+def report(results: Results, *, grown: bool = False) -> str:
+    """The report's Markdown; it says where outcomes were noticed before tests were added."""
+    how = " --grown" if grown else ""
     minutes = sum(result.seconds for found in results.values() for _, result in found) / 60
     rows = [(name, mutant, result) for name, found in results.items() for mutant, result in found]
     survivors = [(name, mutant) for name, mutant, result in rows if not result.notice]
     lines = [
         "# Mutations",
         "",
-        f"`python bench/mutate.py`, {platform.machine()} CPU, one thread, {minutes:.0f} minutes. Each mutant of",
+        f"`python bench/mutate.py{how}`, {platform.machine()} CPU, one thread, {minutes:.0f} minutes. Each mutant of",
         "`bench/mutants.py` changes one place of one module; the tests named for the module then run until one fails.",
         f"{len(rows)} mutants, {len(rows) - len(survivors)} noticed, {len(survivors)} survivors "
         f"({len(survivors) / len(rows):.1%}). Wanted: at most {MOST_SURVIVORS:.0%}, each for a reason given below.",
@@ -318,15 +355,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--only", action="append", choices=MODULES, help="module to mutate; all by default")
     parser.add_argument("--again", action="store_true", help="also where outcomes are kept of an earlier run")
+    parser.add_argument("--grown", action="store_true", help="tests were only added to: what was noticed still is")
     options = parser.parse_args()
     os.environ.update(_ENVIRONMENT)
     import_once()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = Path(folder).resolve()
         copy_tree(tree)
-        results = {name: results_of(tree, name, options.again) for name in options.only or MODULES}
+        run = partial(results_of, tree, again=options.again, grown=options.grown)
+        results = {name: run(name) for name in options.only or MODULES}
     if not options.only:
-        REPORT.write_text(report(results), "utf-8")
+        REPORT.write_text(report(results, grown=options.grown), "utf-8")
     return 0 if sound(results) else 1
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorasuite_fast.aligned_states import Head, States
-from lorasuite_fast.effect import EffectSums, chunk_size, effect_sums, position_chunks, resamples, statistics
+from lorasuite_fast.effect import EffectSums, _beyond, chunk_size, effect_sums, position_chunks, resamples, statistics
 
 TOKENS = 7
 
@@ -159,3 +159,15 @@ def test_every_resample_draws_as_many_texts_with_repeats() -> None:
     assert drawn.mean(0).min() > 0.8
     assert drawn.max() > 1
     assert not torch.equal(drawn, resamples(12, 300, 1))
+
+
+@pytest.mark.parametrize(
+    ("controls", "beyond"),
+    [((-0.2, -0.1, -0.3), 0.5), ((0.1, 0.2, 0.4), 0.1), ((0.4, 0.1, 0.2), 0.1), ((math.nan, -1.0, -1.0), 0.5)],
+)
+def test_a_headline_counts_beyond_the_best_control_and_beyond_doing_nothing(
+    controls: tuple[float, ...], beyond: float
+) -> None:
+    names = ("shuffled_x", "constant_x", "tempered_x")
+    found = {name: torch.tensor(value) for name, value in zip(names, controls, strict=True)}
+    assert float(_beyond(found | {"carried_x": torch.tensor(0.5)}, "%s_x")) == pytest.approx(beyond)

@@ -75,12 +75,19 @@ def test_outcomes_are_kept_until_the_module_or_a_test_of_it_changes(tmp_path: Pa
         (tmp_path / name).mkdir()
     for file in ("lorasuite_fast/x.py", "tests/test_x.py", "tests/shared.py", "tests/test_y.py"):
         (tmp_path / file).write_text("1")
-    module = Module(("test_x.py",), (Mutant("1", "2"),))
-    before = mutate.kept_at(tmp_path, "x.py", module)
+    module, file = Module(("test_x.py",), ()), tmp_path / "kept.json"
+    outcomes = {"1 -> 2": mutate.Outcome("test_x.py::test_x", 1.0), "1 -> 3": mutate.Outcome("", 2.0)}
+    now = mutate.Kept.of(tmp_path, "x.py", module)
+    mutate.Kept(now.source, now.tests, outcomes).write(file)
+    kept = mutate.Kept.read(file)
+    assert kept is not None
     (tmp_path / "tests/test_y.py").write_text("2")
-    assert mutate.kept_at(tmp_path, "x.py", module) == before
-    for file in ("lorasuite_fast/x.py", "tests/test_x.py", "tests/shared.py"):
-        (tmp_path / file).write_text("2")
-        assert mutate.kept_at(tmp_path, "x.py", module) != before
-        (tmp_path / file).write_text("1")
-    assert mutate.kept_at(tmp_path, "x.py", Module(("test_x.py",), (Mutant("1", "3"),))) != before
+    assert kept.usable(mutate.Kept.of(tmp_path, "x.py", module), grown=False) == outcomes
+    for changed in ("tests/test_x.py", "tests/shared.py"):
+        (tmp_path / changed).write_text("2")
+        now = mutate.Kept.of(tmp_path, "x.py", module)
+        assert kept.usable(now, grown=False) == {}
+        assert kept.usable(now, grown=True) == {"1 -> 2": outcomes["1 -> 2"]}
+        (tmp_path / changed).write_text("1")
+    (tmp_path / "lorasuite_fast/x.py").write_text("2")
+    assert kept.usable(mutate.Kept.of(tmp_path, "x.py", module), grown=True) == {}

@@ -65,6 +65,24 @@ def test_auto_keeps_all_tokens_where_half_of_them_are_fewer_than_the_least_choic
     assert _enough(sides(128), 0.0, CPU) in (64, 128)
 
 
+def merged_loss(given: list[tuple[Tensor, Head]], k: int) -> float:
+    """Share of KL(target ‖ bare new model) lost where all but the k most probable tokens count as one."""
+    p, q = wanted(given), given[0][1].logits(given[0][0]).double().softmax(-1)
+    full = (p * (p / q).log()).sum()
+    index = p.topk(k, -1).indices
+    rest = [1 - d.gather(1, index).sum(1) for d in (p, q)]
+    kept = (p * (p / q).log()).gather(1, index).sum() + (rest[0] * (rest[0] / rest[1]).log()).sum()
+    return float(1 - kept / full)
+
+
+def test_auto_keeps_the_fewest_tokens_that_lose_two_percent() -> None:
+    given = [(0.6 * last, head) for last, head in sides(2100, 20)]
+    losses = {k: merged_loss(given, k) for k in (64, 128, 256, 512, 1024)}
+    assert losses[64] > 0.03
+    assert 0.001 < losses[1024] < 0.02
+    assert _enough(given, 0.0, CPU) == next(k for k, loss in losses.items() if loss <= 0.02)
+
+
 def test_the_truncation_is_the_share_of_the_divergence_lost() -> None:
     facts = TeacherFacts(1, 1, 1, 1, 1, 1, 1, 0.0, 0.5, 0.4, 0.0)
     assert facts.as_dict()["truncation"] == pytest.approx(0.2)
@@ -88,3 +106,17 @@ def test_too_few_texts_or_positions_are_refused(texts: list[str], models: Path, 
             device=CPU, dtype=torch.float32,
         )  # fmt: skip
     work.close()
+
+
+def test_the_facts_hold_the_mean_mass_that_is_not_kept(models: Path, tmp_path: Path) -> None:
+    work, text = Work(tmp_path / "work", {}), "the rain on the other side, and the sea was not heard"
+    found = write_targets(
+        work, models / "old", models / "adapter", models / "new", [f"{text} {n}" for n in range(10)], PhaseClock(),
+        top_k=4, max_tokens=64, device=CPU, dtype=torch.float32,
+    )  # fmt: skip
+    work.close()
+    rest = torch.cat([found[n].log_rest.double().exp() for n in range(len(found))])
+    assert len(rest) == found.facts.positions
+    assert found.facts.rest == pytest.approx(float(rest.mean()), rel=1e-4)
+    kept = torch.cat([found[n].log_probs.double().exp().sum(1) for n in range(len(found))])
+    torch.testing.assert_close(kept + rest, torch.ones(len(rest), dtype=torch.float64), rtol=0, atol=2e-3)
