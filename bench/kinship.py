@@ -183,7 +183,8 @@ def report(found: dict[str, dict[str, Any]], own: dict[str, dict[str, float]]) -
         "",
         *_agreement_table(found, before - after),
         "",
-        "Seconds, with the building of the plan:",
+        "Seconds on the wall, with the building of the plan. Other programs shared the machine, so that rows "
+        "differ by what those did: orders of magnitude only.",
         "",
         "| new model | copied | lstsq | paper | distill | auto |",
         "|---|---|---|---|---|---|",

@@ -876,7 +876,8 @@ def give_back(
     """
     known = signature(make_options).parameters
     chosen = make_options(**{key: value for key, value in options.items() if key in known} | {"roles": source.roles})
-    if chosen.method != AUTO or chosen.transfer != "embedding":
+    unknown = set(options) - set(signature(TransferPlan.build).parameters)
+    if chosen.method != AUTO or chosen.transfer != "embedding" or unknown:
         return None
     successor, clock = Checkpoint(new, "new", mapped=chosen.mapped), PhaseClock(progress)
     if not same_tensors(old, successor):

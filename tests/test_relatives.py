@@ -207,6 +207,28 @@ def test_a_saved_plan_of_auto_chooses_for_each_adapter(root: Path, tmp_path: Pat
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
+class Stop(Exception):
+    pass
+
+
+def test_a_choice_interrupted_at_its_end_goes_on_to_the_same_bits(root: Path, tmp_path: Path) -> None:
+    new = moved(tmp_path / "new", 0.05, everywhere=True)
+
+    def interrupt(phase: str, done: int, total: int) -> None:
+        if phase == "candidates' agreement" and done == 2:
+            raise Stop
+
+    arguments = root / "old", new, root / "adapter"
+    with pytest.raises(Stop):
+        migrate(*arguments, tmp_path / "out", examples=16, settings=QUICK, progress=interrupt)
+    assert not (tmp_path / "out").exists()
+    migrate(*arguments, tmp_path / "out", examples=16, settings=QUICK)
+    migrate(*arguments, tmp_path / "whole", examples=16, settings=QUICK)
+    for name in (WEIGHTS, "adapter_config.json", "README.md"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "out", "whole"]
+
+
 def test_a_plan_of_the_chosen_method_can_be_saved_and_applied(root: Path, tmp_path: Path) -> None:
     new = moved(tmp_path / "new", 0.2)
     with pytest.MonkeyPatch.context() as patch:
