@@ -72,7 +72,11 @@ def _twin(
     d_o, d_n = e_o.shape[1], e_n.shape[1]
     wide = e_o.new_empty(0, dtype=torch.float64)
     products = torch.float32 if single else torch.float64
-    oo, on, nn = wide.new_zeros(d_o, d_o), wide.new_zeros(d_o, d_n), wide.new_zeros(d_n if both else 0, d_n if both else 0)
+    oo, on, nn = (
+        wide.new_zeros(d_o, d_o),
+        wide.new_zeros(d_o, d_n),
+        wide.new_zeros(d_n if both else 0, d_n if both else 0),
+    )
     for start in range(0, idx_o.shape[0], chunk):
         x = e_o[idx_o[start : start + chunk]].to(products)
         y = e_n[idx_n[start : start + chunk]].to(products)
