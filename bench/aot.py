@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "kernels" / "torch-ext"))
 
-from lorasuite_kernels.configs import PACKED_TILE, TABLES, TARGETS, Config  # noqa: E402
+from lorasuite_kernels.configs import PACKED_TILE, SPLIT_TARGETS, TABLES, TARGETS, Config  # noqa: E402
 
 REPORT = ROOT / "bench" / "reports" / "aot.md"
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
@@ -59,8 +59,6 @@ _PAIR_ONES = {f"{name}_column_stride": 1 for name in ("heads_o", "heads_n", "gro
 _PAIR_PLAIN = ("count_groups_n", "share_o", "share_n")
 _SUMS = {"left": "*io", "right": "*io", "left_index": "*i64", "right_index": "*i64", "total": "*fp64"}
 _SUMS_ONES = {"left_column_stride": 1, "right_column_stride": 1}
-_PROJECT = {"left": "*io", "right": "*io", "x": "*io", "match": "*i64", "weight": "*fp32", "out": "*fp32"}
-_PROJECT_ONES = {f"{name}_column_stride": 1 for name in ("left", "right", "x")}
 
 
 def _half_gram(dtype: str, **constants: Any) -> Kernel:
@@ -96,27 +94,26 @@ KERNELS = {
         "cka_kernels",
         "hsic_finish_kernel",
         "hsic_finish",
-        dict.fromkeys(("part_xy", "rows_x", "rows_y", "totals_x", "totals_y", "out"), "*fp32"),
+        dict.fromkeys(("part_xy", "part_xx", "part_yy", "rows_x", "rows_y"), "*fp32")
+        | dict.fromkeys(("xy", "xx", "yy"), "*fp64"),
         {},
-        ("layers_x", "layers_y", "splits"),
+        ("layers_x", "layers_y", "splits", "parts"),
+        ("float32",),
+        tf32=False,
+    ),
+    "ratio": Kernel(
+        "cka_kernels",
+        "ratio_kernel",
+        "ratio",
+        dict.fromkeys(("xy", "xx", "yy"), "*fp64") | {"out": "*fp32"},
+        {},
+        (),
         ("float32",),
         tf32=False,
     ),
     "heads": Kernel("heads_kernels", "pair_sums_kernel", "heads", _PAIR, _PAIR_ONES | {"PAIRED": False}, _PAIR_PLAIN),
     "heads_norms": Kernel(
         "heads_kernels", "pair_sums_kernel", "heads", _PAIR, _PAIR_ONES | {"PAIRED": True}, _PAIR_PLAIN
-    ),
-    "project": Kernel(
-        "projection_kernels", "project_heads_kernel", "project", _PROJECT, _PROJECT_ONES, ("share_o", "share_n")
-    ),
-    "project_mixed": Kernel(
-        "projection_kernels",
-        "project_heads_kernel",
-        "project",
-        _PROJECT | {"left": "*bf16", "right": "*bf16"},
-        _PROJECT_ONES,
-        ("share_o", "share_n"),
-        ("float32",),
     ),
     "shared_gram": Kernel(
         "shared_gram_kernels", "shared_gram_kernel", "shared_gram", _SUMS, _SUMS_ONES | {"SYMMETRIC": False}
@@ -179,9 +176,16 @@ def jobs(kernels: list[str], targets: list[str]) -> list[Job]:
         for target in targets:
             for dtype in kernel.dtypes:
                 entries = _entries(kernel, target, dtype)
-                precisions = ("ieee", "tf32") if dtype == "float32" and kernel.tf32 else ("ieee",)
+                precisions = precisions_of(kernel, target, dtype)
                 every += [Job(name, target, dtype, p, i) for i in range(len(entries)) for p in precisions]
     return every
+
+
+def precisions_of(kernel: Kernel, target: str, dtype: str) -> tuple[str, ...]:
+    """The precisions of its products a kernel may run in: the first without TF32 allowed, the second with it."""
+    if dtype != "float32" or not kernel.tf32:
+        return ("ieee",)
+    return ("tf32x3" if target in SPLIT_TARGETS else "ieee"), "tf32"
 
 
 def config_of(job: Job) -> Config:
@@ -368,11 +372,12 @@ registers per thread (VGPRs of both files on gfx942), spilled bytes per thread, 
 {_limits()}), the number of matrix instructions in the disassembly (HMMA on sm_80, HGMMA = wgmma on sm_90, UTC…MMA =
 tcgen05 or HMMA on sm_100, v_mfma on gfx942) and of 16-byte global loads (LDG or LDGSTS .128; global_load_dwordx4 or
 buffer_load_dwordx4). Pointers and extents are assumed to be multiples of 16, as PyTorch allocates them and models size
-them; others take the same code with narrower loads. `mixed` is gram for bfloat16 layers compared with float32 ones, and
-project for bfloat16 weights and a float32 factor. hsic sees no float16: triangles of float16 layers are float32.
+them; others take the same code with narrower loads. `mixed` is gram for bfloat16 layers compared with float32
+ones. hsic sees no float16: triangles of float16 layers are float32.
 
-float32 runs twice: `ieee` is what PyTorch's default precision allows, `tf32` is taken where
-`torch.set_float32_matmul_precision` permits it.
+float32 runs twice: at PyTorch's default precision as `tf32x3`, three TF32 products with the error of float32 (`ieee` on
+other targets, and in kernels without a large product); as `tf32` where `torch.set_float32_matmul_precision` permits
+it.
 
 """
 

@@ -61,7 +61,7 @@ def measure(row: dict[str, Any], case: gpu_cases.Case) -> None:
 
 def run(path: Path, wanted: list[str]) -> None:
     """Measures these cases in this process."""
-    predicted = {row.name: row.kernel.seconds for row in roofline.rows()}
+    predicted = {row.name: row.predicted for row in roofline.rows()}
     for name in wanted:
         case, dtype = name.split("/")
         append(path, {"kind": "start", "name": name})

@@ -84,6 +84,15 @@ def published_pair(old: list[Tensor], new: list[Tensor], size: int, W_h: Tensor)
     return torch.nn.functional.cosine_similarity(carried, torch.cat([qk.flatten(), vo.flatten()]), dim=0)
 
 
+def projection(left: Tensor, right: Tensor, x: Tensor, match: Tensor, weight: Tensor, G: tuple[int, int]) -> Tensor:
+    """Blocks of matched heads written out, then applied."""
+    share_o, share_n = match.shape[0] // G[0], match.shape[0] // G[1]
+    old = match // max(share_o, 1)
+    c = left.view(G[0], -1, left.shape[1])[old] @ right.view(G[1], -1, right.shape[1]).repeat_interleave(share_n, 0).mT
+    y = c.mT @ x.view(G[0], -1, x.shape[1])[old] * weight[:, None, None].to(x)
+    return y.view(G[1], share_n, -1, x.shape[1]).sum(1).flatten(0, 1)
+
+
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a^T b with sums of at least float32."""
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):

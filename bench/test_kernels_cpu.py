@@ -22,7 +22,9 @@ from pathlib import Path
 import pytest
 import torch
 from attention import operations
-from gpu import plain_heads, plain_projection, published_pair
+from gpu_plain import heads as plain_heads
+from gpu_plain import projection as plain_projection
+from gpu_plain import published_pair
 from measure import MINICPM_2B, MINICPM_S_1B, machine, product_rate, write_report
 from torch import Tensor
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,11 @@ from .memory import Demand, Limits
 from .number_range import check_range, in_range
 from .phases import PhaseClock
 from .phases import memory as process_memory
+from .products import tf32
 from .projection import METHODS, Pair
 from .ranks import Ranks
 from .similarity import layer_gram, streaming
-from .transfer import Transfer, build_transfer
+from .transfer import Transfer, build_transfer, elsewhere, fit_bytes
 from .vocabulary import common_ids, shared_tokens
 from .work import Work, stacked, unstacked
 
@@ -73,6 +75,8 @@ class Options:
     memory: int | None
     mapped: bool
     trust_remote_code: bool
+    tf32: bool = False
+    """Whether the forward passes may round the operands of float32 products to TF32."""
 
     def as_dict(self) -> dict[str, Any]:
         """Those the result depends on, as plain data."""
@@ -89,7 +93,7 @@ class Options:
             "dtype": str(self.dtype).removeprefix("torch."),
             "seed": self.seed,
             "ridge": self.ridge,
-        }
+        } | ({"tf32": True} if self.tf32 else {})
 
 
 @dataclass
@@ -232,10 +236,11 @@ def compare(
         old, new = passes
         for model, found in zip((inputs.old, inputs.new), passes, strict=True):
             grams = [tensor for gram in found.grams.values() for tensor in gram]
-            check_range(f"what {model.folder} gives on the text", *grams)
-        similarity = ranks.share(_similarity(options.similarity, old.grams, new.grams) if ranks.first else None)
+            check_range(f"what {model.folder} gives on the text", *grams, *found.states.values())
+        similarity = ranks.share(_similarity(options, old, new, len(inputs.ids[0])) if ranks.first else None)
         mapping = map_layers(similarity, options.layers)
-        layer_r2 = {j: _layer_r2(old.sample[i], new.sample[j], carried.W_h) for j, i in mapping.items()}
+        W_h = carried.W_h.to(next(iter(old.sample.values())).device)
+        layer_r2 = {j: _layer_r2(old.sample[i], new.sample[j], W_h) for j, i in mapping.items()}
         check_range(f"{inputs.old.folder} and {inputs.new.folder}", *layer_r2.values())
         step(1)
     return Compared(carried, similarity, mapping, layer_r2)
@@ -334,7 +339,20 @@ def _limits(inputs: Inputs, options: Options) -> Limits:
         options.device,
         base,
     )
-    return asked.fit(options.memory)
+    limits = asked.fit(options.memory)
+    if elsewhere(_transfer_device(inputs, options, limits)):
+        limits.predicted["transfer matrix"] += _transfer_bytes(inputs, limits)
+    return limits
+
+
+def _transfer_bytes(inputs: Inputs, limits: Limits) -> int:
+    return fit_bytes(inputs.old.shape.d, inputs.new.shape.d, limits.chunk_rows)
+
+
+def _transfer_device(inputs: Inputs, options: Options, limits: Limits) -> torch.device:
+    """Where W_h and S are fitted: on the GPU, unless the budget for it is too small."""
+    fits = options.memory is None or _transfer_bytes(inputs, limits) <= options.memory
+    return options.device if fits else torch.device("cpu")
 
 
 def _open_work(folder: Path, identity: dict[str, Any], limits: Limits, ranks: Ranks) -> Work:
@@ -355,11 +373,17 @@ def _transfer(inputs: Inputs, options: Options, limits: Limits, work: Work | Non
     found = work.load("transfer") if work else None
     if found is not None:
         tensors, note = found
-        if {*tensors, *note} == {field.name for field in fields(Transfer)}:
+        if {*tensors, *note} == {each.name for each in fields(Transfer)}:
             return Transfer(tensors["W_h"], tensors["S"], **note)
     tokens = shared_tokens(*inputs.tokenizers)
     carried = build_transfer(
-        inputs.old, inputs.new, tokens, options.transfer, ridge=options.ridge, chunk=limits.chunk_rows
+        inputs.old,
+        inputs.new,
+        tokens,
+        options.transfer,
+        ridge=options.ridge,
+        chunk=limits.chunk_rows,
+        device=_transfer_device(inputs, options, limits),
     )
     if work:
         note = {name: value for name, value in vars(carried).items() if name not in ("W_h", "S")}
@@ -376,15 +400,27 @@ def _minibatches(examples: int) -> list[slice]:
 
 @dataclass
 class _Pass:
-    """What a forward pass over the calibration text leaves, on the CPU.
+    """What a forward pass over the calibration text leaves.
 
     Attributes:
-        grams: of every layer's pooled hidden states, by (minibatch, layer). sample: layer -> the pooled hidden states
-            of the first examples, (n, d).
+        grams: of every layer's pooled hidden states, by (minibatch, layer), on the CPU. sample: layer -> the pooled
+            hidden states of the first examples, (n, d).
+        states: layer -> the pooled hidden states of all examples, on the device, where all layers are compared there
+            at once (`_together`); grams is then empty.
     """
 
     grams: dict[tuple[int, int], Gram]
     sample: dict[int, Tensor]
+    states: dict[int, Tensor] = field(default_factory=dict)
+
+
+def _together(options: Options, ranks: Ranks) -> bool:
+    """Whether all layers of a model are compared in one call, on the device.
+
+    Starting a kernel for each layer takes a GPU longer than the work itself. Several processes hand their layers to one
+    another through the CPU.
+    """
+    return options.device.type == "cuda" and options.similarity == "cka" and ranks.size == 1
 
 
 def _layer_r2(old: Tensor, new: Tensor, W_h: Tensor) -> float:
@@ -406,17 +442,19 @@ def _pass(
 ) -> _Pass:
     """Runs a model over the calibration text, as far as no interrupted run has done so."""
     parts, L = _minibatches(len(ids)), model.shape.L
-    done = _finished(model, len(parts), work) if work and ranks.first else _Pass({}, {})
+    done = _finished(model, len(parts), options, ranks, work) if work and ranks.first else _Pass({}, {})
     # A saved state is of use where all earlier layers' Gram matrices are there too.
     complete = next((i for i in range(L) if i not in done.sample), L)
     start = complete if complete == L else _saved_state(model, work, complete)[0] if ranks.first else 0
     start = ranks.share(start)
     done.grams = {key: value for key, value in done.grams.items() if key[1] < start}
     done.sample = {i: value for i, value in done.sample.items() if i < start}
+    done.states = {i: value for i, value in done.states.items() if i < start}
     block = ranks.block(start, L)
     if start < L:
         mine = _run_block(model, ids, parts, block, start, options, limits, ranks, work, step)
-        return _Pass(ranks.merge(done.grams | mine.grams), ranks.merge(done.sample | mine.sample))
+        states = done.states | mine.states
+        return _Pass(ranks.merge(done.grams | mine.grams), ranks.merge(done.sample | mine.sample), states)
     return done
 
 
@@ -446,32 +484,48 @@ def _run_block(
     if ranks.first and start and work:
         stream.hidden = _saved_state(model, work, start)[1](options.device)
     ranks.receive(list(stream.hidden))
-    found = _Pass({}, {})
-    for i, vectors in pooled_layers(stream):
-        for n, part in enumerate(parts):
-            gram = layer_gram(options.similarity, vectors[None, part])
-            found.grams[n, i] = Gram(*(tensor.cpu() for tensor in gram))
-        found.sample[i] = vectors[:_SAMPLE].cpu().clone()
-        if work:
-            tensors = [t for n in range(len(parts)) for t in found.grams[n, i]]
-            work.save(f"{model.role}.gram.{i}", stacked([*tensors, found.sample[i]]))
-            if i + 1 < model.shape.L:
-                work.save_state(f"{model.role}.state.{ranks.rank}", stacked(list(stream.hidden)), layer=i + 1)
-        step(i + 1)
+    found, together = _Pass({}, {}), _together(options, ranks)
+    with tf32(options.tf32) if options.tf32 else nullcontext():
+        for i, vectors in pooled_layers(stream):
+            if together:
+                found.states[i] = vectors
+            else:
+                found.grams |= _layer_grams(options.similarity, i, vectors, parts)
+            found.sample[i] = vectors[:_SAMPLE].clone() if together else vectors[:_SAMPLE].cpu().clone()
+            if work:
+                _save_layer(model, i, found, len(parts), work)
+                if i + 1 < model.shape.L:
+                    work.save_state(f"{model.role}.state.{ranks.rank}", stacked(list(stream.hidden)), layer=i + 1)
+            step(i + 1)
     ranks.send(list(stream.hidden))
     return found
 
 
-def _finished(model: Checkpoint, parts: int, work: Work) -> _Pass:
-    done = _Pass({}, {})
+def _layer_grams(measure: str, layer: int, vectors: Tensor, parts: list[slice]) -> dict[tuple[int, int], Gram]:
+    """One layer's Gram matrices, by (minibatch, layer), on the CPU."""
+    with tf32(False) if vectors.is_cuda else nullcontext():
+        grams = [layer_gram(measure, vectors[None, part]) for part in parts]
+    return {(n, layer): Gram(*(tensor.cpu() for tensor in gram)) for n, gram in enumerate(grams)}
+
+
+def _save_layer(model: Checkpoint, layer: int, found: _Pass, parts: int, work: Work) -> None:
+    kept = [t for n in range(parts) for t in found.grams[n, layer]] if found.grams else [found.states[layer]]
+    work.save(f"{model.role}.gram.{layer}", stacked([*kept, found.sample[layer]]))
+
+
+def _finished(model: Checkpoint, parts: int, options: Options, ranks: Ranks, work: Work) -> _Pass:
+    done, together = _Pass({}, {}), _together(options, ranks)
     for i in range(model.shape.L):
         found = work.load(f"{model.role}.gram.{i}")
         if found is None:
             break
-        tensors = unstacked(found[0], torch.device("cpu"))
-        if len(tensors) != 3 * parts + 1:
+        tensors = unstacked(found[0], options.device if together else torch.device("cpu"))
+        if len(tensors) != (2 if together else 3 * parts + 1):
             break
-        done.grams |= {(n, i): Gram(*tensors[3 * n : 3 * n + 3]) for n in range(parts)}
+        if together:
+            done.states[i] = tensors[0]
+        else:
+            done.grams |= {(n, i): Gram(*tensors[3 * n : 3 * n + 3]) for n in range(parts)}
         done.sample[i] = tensors[-1]
     return done
 
@@ -489,8 +543,24 @@ def _saved_state(model: Checkpoint, work: Work | None, last: int) -> tuple[int, 
     return best
 
 
-def _similarity(measure: str, old: dict[tuple[int, int], Gram], new: dict[tuple[int, int], Gram]) -> Tensor:
-    """(L_o, L_n), over all minibatches."""
+def _similarity(options: Options, old: _Pass, new: _Pass, examples: int) -> Tensor:
+    """(L_o, L_n), over all minibatches; on the CPU."""
+    if old.states:
+        return _similarity_together(old.states, new.states, _minibatches(examples))
+    return _similarity_of_grams(options.similarity, old.grams, new.grams)
+
+
+def _similarity_together(old: dict[int, Tensor], new: dict[int, Tensor], parts: list[slice]) -> Tensor:
+    """CKA where the states are: one `gram` for all layers of a model and minibatch, and one `hsic`."""
+    sides = [torch.stack([states[i] for i in sorted(states)]) for states in (old, new)]
+    stream = streaming("cka", len(old), len(new))
+    for part in parts:
+        stream.update_grams(*(layer_gram("cka", side[:, part]) for side in sides))
+    return stream.compute().cpu()
+
+
+def _similarity_of_grams(measure: str, old: dict[tuple[int, int], Gram], new: dict[tuple[int, int], Gram]) -> Tensor:
+    """The same from Gram matrices made layer by layer, any measure."""
 
     def stack(grams: dict[tuple[int, int], Gram], minibatch: int) -> Gram:
         layers = [grams[key] for key in sorted(grams) if key[0] == minibatch]

@@ -21,7 +21,7 @@ OPTIONAL = {
     "matplotlib": "figures in notebooks, pip install matplotlib; reports do not need it",
     "datasets": "labelled data from the hub or saved by datasets, pip install datasets",
 }
-OPERATORS = ("cka_terms", "gram", "hsic_terms", "head_similarity", "project_heads", "shared_gram")
+OPERATORS = ("cka", "cka_terms", "gram", "hsic_terms", "head_similarity", "shared_gram")
 """Operators of `lorasuite_kernels` that have a kernel beside the PyTorch twin."""
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+?)\s*>=\s*(?P<least>[\d.]+)")
 _LITTLE_MEMORY = 4 * 2**30
@@ -185,8 +185,11 @@ def _kernels(devices: list[str]) -> list[Kernel]:
 
     from lorasuite_kernels.dispatch import implementation
 
-    ways = {device: implementation(torch.device(device)) for device in devices}
-    return [Kernel(operator, device, *ways[device]) for device in devices for operator in OPERATORS]
+    return [
+        Kernel(operator, device, *implementation(torch.device(device), operator=operator))
+        for device in devices
+        for operator in OPERATORS
+    ]
 
 
 def _hub() -> dict[str, Any]:
@@ -235,8 +238,9 @@ def _advice(
             "hours there. With a GPU in the machine, install a PyTorch built for it (https://pytorch.org)"
         )
     for device in devices[1:]:
-        reason = next((k.reason for k in kernels if k.device == device.name and k.reason), None)
-        if reason:
+        # Where some operators alone run in PyTorch, it is the faster form there.
+        reasons = {k.reason for k in kernels if k.device == device.name}
+        if len(reasons) == 1 and (reason := reasons.pop()):
             advice.append(f"{device.name} runs the PyTorch twins: {reason}")
     memory = devices[0].free
     if memory is not None and memory < _LITTLE_MEMORY:

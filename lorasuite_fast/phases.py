@@ -107,6 +107,10 @@ class PhaseClock:
         try:
             yield report
         finally:
+            if self._device is not None:
+                # What the phase started is its own time, not the next one's.
+                with suppress(RuntimeError):
+                    torch.cuda.synchronize(self._device)
             seconds = time.perf_counter() - start
             done.set()
             sampler.join()

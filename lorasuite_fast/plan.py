@@ -142,7 +142,8 @@ class TransferPlan:
                 least 0.999, of both transfer matrices on held-out tokens and of W_h on the layers' states), elsewhere
                 whichever of them agrees best with the old adapter on held-out text, at `apply`.
             roles: projections to plan for, of q, k, v, o, gate, up, down; the MLP costs several times the rest.
-            device: auto, cpu or cuda. dtype: of the forward passes and the per-layer products; auto is float32.
+            device: auto, cpu or cuda. dtype: of the forward passes and the per-layer products; auto is float32; on a
+                GPU its forward passes may round the operands of their products to TF32 (relative error about 1e-3).
             ridge: regularises the transfer matrix, as a share of the normal equations' mean diagonal.
             memory: what may be resident on the device, such as "6GB": on a CPU the whole process with its mapped
                 weights, on a GPU what is allocated there. Micro-batch and chunk sizes follow from it.
@@ -840,6 +841,7 @@ def make_options(
         memory=None if memory is None else parse_memory(memory),
         mapped=mapped,
         trust_remote_code=trust_remote_code,
+        tf32=dtype == "auto" and pick_device(device).type == "cuda",
     )
 
 

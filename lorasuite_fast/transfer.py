@@ -69,12 +69,14 @@ class Stream:
     def width(self) -> int:
         return self.table.shape[1]
 
-    def rows(self, index: Tensor) -> Tensor:
-        """(n, d) rows, normed but not multiplied by the factor."""
+    def rows(self, index: Tensor, device: torch.device | None = None) -> Tensor:
+        """(n, d) rows, normed but not multiplied by the factor; on a device where one is named."""
         rows = self.table[index]
+        if device is not None:
+            rows = rows.to(device)
         if self.norm is None:
             return rows
-        gain, shift, epsilon = self.norm
+        gain, shift, epsilon = self.norm[0].to(rows.device), self.norm[1].to(rows.device), self.norm[2]
         return functional.layer_norm(rows.double(), (self.width,), gain, shift, epsilon)
 
 
@@ -135,14 +137,35 @@ def solve_normal(gram: Tensor, cross: Tensor, ridge: float = 0.0) -> tuple[Tenso
     return vectors @ ((vectors.T @ cross) / values[:, None]), int(keep.sum())
 
 
-def stream_equations(old: Stream, new: Stream, idx_o: Tensor, idx_n: Tensor, *, chunk: int = CHUNK_ROWS) -> SharedGram:
-    """`normal_equations` of two streams' rows, their factors left out; normed rows are made a chunk at a time."""
-    if old.norm is None and new.norm is None:
+def elsewhere(device: torch.device | None) -> bool:
+    """Whether rows are multiplied on a device other than the CPU, where the tables are."""
+    return device is not None and device.type != "cpu"
+
+
+def stream_equations(
+    old: Stream,
+    new: Stream,
+    idx_o: Tensor,
+    idx_n: Tensor,
+    *,
+    chunk: int = CHUNK_ROWS,
+    device: torch.device | None = None,
+) -> SharedGram:
+    """`normal_equations` of two streams' rows, their factors left out; normed rows are made a chunk at a time.
+
+    On a device other than the CPU a chunk of rows at a time is moved there and multiplied in float64, which a GPU does
+    faster than a CPU does in float32; the sums stay there.
+    """
+    moved = elsewhere(device)
+    if not moved and old.norm is None and new.norm is None:
         return normal_equations(old.table, new.table, idx_o, idx_n, chunk=chunk)
     total: SharedGram | None = None
     for part_o, part_n in zip(idx_o.split(chunk), idx_n.split(chunk), strict=True):
-        every = torch.arange(len(part_o))
-        found = shared_gram(old.rows(part_o), new.rows(part_n), every, every, both=True, chunk=chunk)
+        x, y = old.rows(part_o, device), new.rows(part_n, device)
+        if moved:
+            x, y = x.double(), y.double()
+        every = torch.arange(len(part_o), device=x.device)
+        found = shared_gram(x, y, every, every, both=True, chunk=chunk)
         total = found if total is None else _add(total, found)
     assert total is not None
     return total
@@ -174,14 +197,14 @@ def _well_conditioned(gram: Tensor, least: float) -> Tensor | None:
 
 
 def _r2(x: Stream, x_rows: Tensor, y: Stream, y_rows: Tensor, w: Tensor) -> float | None:
-    """1 - |y - x w|² / |y - mean|² over paired rows, a chunk of rows at a time."""
+    """1 - |y - x w|² / |y - mean|² over paired rows, a chunk of rows at a time, where w is."""
     if not len(x_rows):
         return None
-    mean = torch.stack([y.rows(part).double().sum(0) for part in y_rows.split(_R2_ROWS)]).sum(0) / len(y_rows)
+    mean = torch.stack([y.rows(part, w.device).double().sum(0) for part in y_rows.split(_R2_ROWS)]).sum(0) / len(y_rows)
     error = spread = 0.0
     for part_x, part_y in zip(x_rows.split(_R2_ROWS), y_rows.split(_R2_ROWS), strict=True):
-        target = y.rows(part_y).double()
-        error += float((target - x.rows(part_x).double() @ w).square().sum())
+        target = y.rows(part_y, w.device).double()
+        error += float((target - x.rows(part_x, w.device).double() @ w).square().sum())
         spread += float((target - mean).square().sum())
     return 1 - error / spread if spread > 0 else None
 
@@ -195,8 +218,21 @@ def _add(total: SharedGram, other: SharedGram) -> SharedGram:
     return total
 
 
+def fit_bytes(d_o: int, d_n: int, chunk: int) -> int:
+    """What `fit_transfer` holds on a device other than the CPU: float64 sums, one solution, and a chunk of rows."""
+    sums = 8 * (d_o * d_o + d_o * d_n + d_n * d_n)
+    widest = max(d_o, d_n)
+    return 2 * sums + 8 * (5 * widest * widest + 2 * d_o * d_n) + 4 * 8 * chunk * (d_o + d_n)
+
+
 def fit_transfer(
-    old: Stream, new: Stream, shared: SharedTokens, *, ridge: float = 0.0, chunk: int = CHUNK_ROWS
+    old: Stream,
+    new: Stream,
+    shared: SharedTokens,
+    *,
+    ridge: float = 0.0,
+    chunk: int = CHUNK_ROWS,
+    device: torch.device | None = None,
 ) -> Transfer:
     """Fits W_h and S on the rows of the shared tokens in two residual streams.
 
@@ -204,7 +240,7 @@ def fit_transfer(
         old, new: tables (V_o, d_o) and (V_n, d_n), any floating dtype, may be memory-mapped.
         ridge: added to the normal equations, as a share of their mean diagonal; asks for an answer where the shared
             tokens alone do not determine one.
-        chunk: rows multiplied at a time.
+        chunk: rows multiplied at a time. device: where they are multiplied and the equations solved; the CPU if None.
 
     Raises:
         LoraSuiteError: fewer trained shared tokens than d_o, or rows spanning less than MIN_RANK of d_o, without ridge.
@@ -220,23 +256,25 @@ def fit_transfer(
         raise LoraSuiteError("the two vocabularies share no trained tokens; nothing can be carried between them")
     held = torch.zeros(len(shared), dtype=torch.bool)
     held[_HELD_OUT - 1 :: _HELD_OUT] = True
-    train = stream_equations(old, new, shared.old[~held], shared.new[~held], chunk=chunk)
+    train = stream_equations(old, new, shared.old[~held], shared.new[~held], chunk=chunk, device=device)
     held_o, held_n = shared.old[held], shared.new[held]
     assert train.nn is not None
     r2 = _r2(old, held_o, new, held_n, solve_normal(train.oo, train.on, ridge)[0])
     r2_back = _r2(new, held_n, old, held_o, solve_normal(train.nn, train.on.T, ridge)[0])
-    total = _add(train, stream_equations(old, new, held_o, held_n, chunk=chunk)) if len(held_o) else train
+    total = (
+        _add(train, stream_equations(old, new, held_o, held_n, chunk=chunk, device=device)) if len(held_o) else train
+    )
     assert total.nn is not None
     solution, rank = solve_normal(total.oo, total.on, ridge)
     factor = new.factor / old.factor
-    W_h = (solution * factor).float().contiguous()
+    W_h = (solution * factor).float().cpu().contiguous()
     del solution
     if rank < MIN_RANK * d_o:
         raise LoraSuiteError(
             f"the embeddings of the {len(shared)} shared tokens span {rank} of {d_o} old dimensions, less than "
             f"{MIN_RANK:.0%}; pass a ridge (--ridge 1e-3) to accept an approximation"
         )
-    S = (solve_normal(total.nn, total.on.T, ridge)[0] / factor).float().contiguous()
+    S = (solve_normal(total.nn, total.on.T, ridge)[0] / factor).float().cpu().contiguous()
     sizes = [float(gram.diagonal().mean()) for gram in (total.oo, total.nn)]
     found = Transfer(
         W_h,
@@ -263,6 +301,7 @@ def build_transfer(
     *,
     ridge: float = 0.0,
     chunk: int = CHUNK_ROWS,
+    device: torch.device | None = None,
 ) -> Transfer:
     """W_h and S for a pair of checkpoints: `embedding` fits them, `identity` takes both as I where d_o = d_n."""
     d_o, d_n = old.shape.d, new.shape.d
@@ -273,7 +312,7 @@ def build_transfer(
         return Transfer(eye, eye.clone(), "identity", tokens.identical, len(tokens), 0, d_o, None, None, 1.0)
     try:
         with in_range(f"the embeddings of {old.folder} and {new.folder}"):
-            return fit_transfer(Stream.of(old), Stream.of(new), tokens, ridge=ridge, chunk=chunk)
+            return fit_transfer(Stream.of(old), Stream.of(new), tokens, ridge=ridge, chunk=chunk, device=device)
     finally:
         for model in (old, new):
             model.tensors.release([model.embedding_name])

@@ -25,7 +25,6 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
     from lorasuite_kernels import (  # noqa: F401
         cka_kernels,
         heads_kernels,
-        projection_kernels,
         shared_gram_kernels,
     )
 

@@ -32,7 +32,7 @@ aot = load_bench("aot")
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_kernels_compile_within_the_limits_of_their_target(target: str) -> None:
     every = aot.jobs(list(aot.KERNELS), [target])
-    last = {(job.kernel, job.dtype): job for job in every if job.precision == "ieee"}
+    last = {(job.kernel, job.dtype): job for job in every if job.precision != "tf32"}
     wanted = [job for (kernel, dtype), job in last.items() if dtype == "bfloat16" or target == "sm_100"]
     # These differ from others by an index computation or the dtype of a store: the whole matrix has them.
     wanted = [job for job in wanted if job.kernel not in ("shared_gram_symmetric", "heads_norms", "gram_mixed")]

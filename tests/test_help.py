@@ -102,7 +102,9 @@ def test_doctor_shows_a_gpu_with_its_memory_and_why_it_runs_no_kernel(monkeypatc
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     reason = "the kernels need a GPU of sm_80 or newer"
     real = dispatch.implementation
-    monkeypatch.setattr(dispatch, "implementation", lambda d: ("torch", reason) if d.type == "cuda" else real(d))
+    monkeypatch.setattr(
+        dispatch, "implementation", lambda d, operator: ("torch", reason) if d.type == "cuda" else real(d)
+    )
     found = doctor.examine()
     assert found.devices[1] == doctor.Device("cuda:0", "Tesla P100, sm_60, no bfloat16", 2**34, 2**33)
     assert f"cuda:0 runs the PyTorch twins: {reason}" in found.advice

@@ -1,5 +1,7 @@
 """gram, hsic, cka and StreamingCKA against float64 loops, on both implementations."""
 
+from collections.abc import Callable
+
 import kernel_oracles as oracle
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_paths import DTYPES, GPU, INTERPRETER, PATHS, TWIN, assert_no_worse, few, on, running
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lorasuite_kernels import StreamingCKA, cka, full_gram, gram, hsic
 from lorasuite_kernels.configs import PACKED_TILE
@@ -207,6 +210,69 @@ def test_streamed_grams_give_the_cka_of_streamed_layers() -> None:
         for x, y in batches:
             stream.update_grams(gram(x), gram(y))
     torch.testing.assert_close(stream.compute().double(), oracle.cka(batches), rtol=0, atol=1e-5)
+
+
+class _Starts(TorchDispatchMode):
+    """Counts what would start a kernel on a GPU: every PyTorch operation but views and allocations."""
+
+    FREE = (
+        "empty",
+        "new_empty",
+        "view",
+        "_unsafe_view",
+        "slice",
+        "select",
+        "transpose",
+        "unsqueeze",
+        "detach",
+        "expand",
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.name().removeprefix("aten::").split(".")[0]
+        if name not in self.FREE and not name.startswith("empty"):
+            self.started.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class _Launched:
+    """A kernel that counts its launches and does nothing."""
+
+    def __init__(self, name: str, starts: _Starts) -> None:
+        self.name, self.starts = name, starts
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments, **constants: self.starts.started.append(self.name)
+
+
+@pytest.mark.parametrize(("operator", "most"), [("gram", 4), ("hsic_terms", 2), ("cka", 7)])
+def test_an_operator_starts_few_kernels(operator: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting a kernel takes longer on a GPU than the work of most of these."""
+    cka_kernels = pytest.importorskip("lorasuite_kernels.cka_kernels")
+    starts = _Starts()
+    for name in ("gram_kernel", "hsic_kernel", "hsic_finish_kernel", "ratio_kernel"):
+        monkeypatch.setattr(cka_kernels, name, _Launched(name, starts))
+    x, y = stack(3, 300, 8, 0, torch.bfloat16), stack(2, 300, 8, 1, torch.bfloat16)
+    arguments = {"gram": (x,), "hsic_terms": (*gram(x), *gram(y)), "cka": (x, y)}[operator]
+    with starts:
+        getattr(cka_kernels, operator)(*arguments)
+    assert len(starts.started) == most, starts.started
+
+
+@pytest.mark.parametrize("path", [INTERPRETER])
+def test_cka_of_many_tiles_is_the_same_a_stretch_at_a_time(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cka_kernels = pytest.importorskip("lorasuite_kernels.cka_kernels")
+    x, y = stack(2, 300, 8, 0, torch.float32), stack(1, 300, 9, 1, torch.float32)
+    with running(path):
+        whole = cka(x, y)
+        monkeypatch.setattr(cka_kernels, "_PACKED_BYTES", 0)
+        parts = cka(x, y)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(parts.double(), oracle.cka([(x, y)]), rtol=0, atol=1e-5)
 
 
 def test_wrong_shapes_are_named() -> None:

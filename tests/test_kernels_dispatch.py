@@ -25,6 +25,8 @@ from lorasuite_kernels import (
     shared_gram,
 )
 from lorasuite_kernels._ops import ops
+from lorasuite_kernels.forms import FORMS
+from lorasuite_kernels.shared_gram import _twin as shared_gram_twin
 
 x, y = torch.randn(2, 5, 6), torch.randn(3, 5, 4)
 q, kv, o = torch.randn(8, 6), torch.randn(4, 6), torch.randn(6, 8)
@@ -34,6 +36,7 @@ gx, gy = gram(x), gram(y)
 attention = (q, kv, kv, o)
 
 OPERATORS = {
+    "cka": (x, y),
     "cka_terms": (x, y),
     "gram": (x,),
     "hsic_terms": (*gx, *gy),
@@ -151,6 +154,35 @@ def test_both_backends_give_the_same_numbers_without_asking_twice() -> None:
             inner = cka(x, y)
         assert torch.equal(outer, inner)
     assert torch.equal(cka(x, y), outer)
+
+
+@pytest.mark.parametrize("maker", ["nvidia", "amd"])
+def test_an_operation_takes_the_form_its_table_gives_the_vendor(maker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the table prefers PyTorch the twin runs, unless the kernel is asked for by name."""
+    pytest.importorskip("triton")
+    from lorasuite_kernels import dispatch, shared_gram_kernels
+
+    launched = []
+    monkeypatch.setattr(shared_gram_kernels, "shared_gram", lambda *a: launched.append(a) or shared_gram_twin(*a))
+    monkeypatch.setattr(dispatch, "vendor", lambda device: maker)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    shared_gram(q, kv, index, index)
+    assert len(launched) == (maker == "amd")
+    assert dispatch.implementation(torch.device("cpu"), operator="shared_gram")[0] == (
+        "torch" if maker == "nvidia" else "interpreter"
+    )
+    with backend("triton"):
+        shared_gram(q, kv, index, index)
+    assert len(launched) == 1 + (maker == "amd")
+
+
+def test_every_form_names_an_operator_with_a_kernel_and_a_reason() -> None:
+    for (operator, maker, dtype), chosen in FORMS.items():
+        assert operator in OPERATORS
+        assert maker in ("nvidia", "amd")
+        assert dtype in (torch.float32, torch.bfloat16, torch.float16)
+        assert chosen.name == "torch"
+        assert len(chosen.reason.split()) > 5
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from lorasuite_fast.projection import (
     PlannedLayer,
     _fitted_scale,
     _neuron_fit,
+    _whitened,
     _with_constant,
     carry_heads,
     carry_writes,
@@ -144,6 +146,26 @@ def test_whitened_rows_are_the_transposed_pseudo_inverse_of_every_head(condition
     ]
     wanted = torch.cat([torch.linalg.pinv(block).T for block in blocks])
     torch.testing.assert_close(whiten(torch.cat(blocks), 2), wanted, rtol=1e-6, atol=1e-6 * condition)
+
+
+@pytest.mark.parametrize("condition", [1.0, 1e3, 5e4])
+def test_whitening_by_cholesky_agrees_with_the_pseudo_inverse(condition: float) -> None:
+    """What a GPU takes in the place of eigenvectors, wherever no direction is to be left out."""
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(3, 6, 20, generator=generator).double()
+    left, _, right = torch.linalg.svd(rows, full_matrices=False)
+    rows = left * torch.logspace(0, -math.log10(condition), 6).double() @ right
+    found = _whitened(rows @ rows.mT, rows)
+    assert found is not None
+    wanted = torch.linalg.pinv(rows).mT
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6 * condition)
+
+
+@pytest.mark.parametrize("least", [0.0, 1e-6])
+def test_whitening_by_cholesky_gives_way_where_one_head_lacks_a_direction(least: float) -> None:
+    rows = torch.eye(4).double().repeat(3, 1, 1)
+    rows[1, 2, 2] = least
+    assert _whitened(rows @ rows.mT, rows) is None
 
 
 def test_whitening_leaves_out_directions_that_rounding_alone_gives_a_size() -> None:

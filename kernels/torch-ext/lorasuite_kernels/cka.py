@@ -325,7 +325,22 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError: on shapes that do not fit, or fewer than 4 examples.
     """
-    return _ratio(*hsic_terms(x, y))
+    _check(x, y)
+    result: Tensor = _cka_op(x, y)
+    return result
+
+
+def cka_twin(x: Tensor, y: Tensor) -> Tensor:
+    """PyTorch twin of `cka`."""
+    return _ratio(*cka_terms_twin(x, y))
+
+
+_cka_op = define(
+    "cka(Tensor x, Tensor y) -> Tensor",
+    twin=cka_twin,
+    fake=lambda x, y: x.new_empty(x.shape[0], y.shape[0], dtype=torch.float32),
+    kernel=("cka_kernels", "cka"),
+)
 
 
 @dataclass

@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cka import cka_terms_twin, hsic_terms_twin, packed_dtype
+from .cka import cka_terms_twin, cka_twin, hsic_terms_twin, packed_dtype
 from .configs import PACKED_TILE, choose, precision
-from .tiles import load_tile, multiply_add, packed_tile, rounded, row_products
+from .tiles import load_tile, multiply_add, packed_tile, rounded
 
 _PROGRAMS = 264  # two per multiprocessor of an H100, so that a split-K product of one output tile fills the device
+_PACKED_BYTES = (
+    256 * 2**20
+)  # of Gram tiles `cka` holds at a time; starting a kernel takes longer than its work below that
 
 
 @triton.jit
@@ -121,40 +124,110 @@ def hsic_kernel(
 
 
 @triton.jit
+def _row_sums(rows, layers, layer_mask, parts, examples, inner, inside, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(BLOCK_L, BLOCK_K) float64: row sums of some layers' matrices over a stretch of examples, their parts added."""
+    total = tl.zeros((BLOCK_L, BLOCK_K), dtype=tl.float32)
+    for part in range(parts):
+        total += load_tile(rows + part * examples, layers, parts * examples, layer_mask, inner, 1, inside)
+    return total.to(tl.float64)
+
+
+@triton.jit
+def _estimate(trace, total_x, total_y, rows, examples):
+    """HSIC1 from half the trace, the totals and the product of the row sums; float64."""
+    m = examples.to(tl.float64)
+    corrections = total_x * total_y / ((m - 1.0) * (m - 2.0)) - rows * (2.0 / (m - 2.0))
+    return (2.0 * trace + corrections) / (m * (m - 3.0))
+
+
+@triton.jit
+def _self_term(part, rows, out, layer, layers, parts, examples, splits, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr):
+    """HSIC1 of one layer with itself, from its share of each split's squared norms (splits, layers)."""
+    trace = tl.zeros((BLOCK_S,), dtype=tl.float64)
+    for first in range(0, splits, BLOCK_S):
+        split = first + tl.arange(0, BLOCK_S)
+        trace += tl.load(part + split * layers + layer, mask=split < splits, other=0.0).to(tl.float64)
+    squares = tl.zeros((BLOCK_K,), dtype=tl.float64)
+    totals = tl.zeros((BLOCK_K,), dtype=tl.float64)
+    one = layer + tl.arange(0, 1)
+    for first in range(0, examples, BLOCK_K):
+        inner = first + tl.arange(0, BLOCK_K)
+        sums = _row_sums(rows, one, one >= 0, parts, examples, inner, inner < examples, 1, BLOCK_K)
+        sums = tl.sum(sums, axis=0)
+        squares += sums * sums
+        totals += sums
+    total = tl.sum(totals, axis=0)
+    tl.store(out + layer, _estimate(tl.sum(trace, axis=0), total, total, tl.sum(squares, axis=0), examples))
+
+
+@triton.jit
 def hsic_finish_kernel(
     part_xy,
+    part_xx,
+    part_yy,
     rows_x,
     rows_y,
-    totals_x,
-    totals_y,
-    out,
+    xy,
+    xx,
+    yy,
     layers_x,
     layers_y,
     examples,
     splits,
-    BLOCK_X: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
+    parts,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Sums the splits, applies the two rank-one corrections of HSIC1 and its normalisation: out (L_x, L_y)."""
-    x, y = tl.program_id(0) * BLOCK_X + tl.arange(0, BLOCK_X), tl.program_id(1) * BLOCK_Y + tl.arange(0, BLOCK_Y)
-    x_mask, y_mask = x < layers_x, y < layers_y
-    mask = x_mask[:, None] & y_mask[None, :]
-    cells = x[:, None] * layers_y + y[None, :]
-    trace = tl.zeros((BLOCK_X, BLOCK_Y), dtype=tl.float32)
-    for split in range(splits):
-        trace += tl.load(part_xy + split * layers_x * layers_y + cells, mask=mask, other=0.0)
-    # The corrections nearly cancel the trace for unrelated layers: no TF32 here.
-    rows = row_products(
-        rows_x, x, examples, 1, x_mask, rows_y, y, examples, 1, y_mask, 0, examples, BLOCK_K, PRECISION="ieee"
-    )
-    total_x = tl.load(totals_x + x, mask=x_mask, other=0.0)
-    total_y = tl.load(totals_y + y, mask=y_mask, other=0.0)
-    m = examples.to(tl.float32)
-    # Divide each total first: their product may pass the float32 range.
-    totals = (total_x / (m - 1.0))[:, None] * (total_y / (m - 2.0))[None, :]
-    hsic = (2.0 * trace + totals - rows * (2.0 / (m - 2.0))) / (m * (m - 3.0))
-    tl.store(out + cells, hsic, mask=mask)
+    """Sums the splits and applies the two rank-one corrections of HSIC1, in float64; one program per layer.
+
+    The first L_x programs make a row of xy (L_x, L_y) and an entry of xx each, the others an entry of yy. rows_x
+    (L_x, parts, examples), rows_y alike: parts whose sums are the row sums. The corrections nearly cancel the trace for
+    unrelated layers, hence float64.
+    """
+    program = tl.program_id(0)
+    if program >= layers_x:
+        _self_term(
+            part_yy, rows_y, yy, program - layers_x, layers_y, parts, examples, splits, BLOCK_S=BLOCK_S, BLOCK_K=BLOCK_K
+        )
+    else:
+        _self_term(part_xx, rows_x, xx, program, layers_x, parts, examples, splits, BLOCK_S=BLOCK_S, BLOCK_K=BLOCK_K)
+        own = program + tl.arange(0, 1)
+        for first_y in range(0, layers_y, BLOCK_L):
+            y = first_y + tl.arange(0, BLOCK_L)
+            y_mask = y < layers_y
+            trace = tl.zeros((BLOCK_L,), dtype=tl.float64)
+            for first in range(0, splits, BLOCK_S):
+                split = first + tl.arange(0, BLOCK_S)
+                base = part_xy + program * layers_y
+                shares = load_tile(base, split, layers_x * layers_y, split < splits, y, 1, y_mask)
+                trace += tl.sum(shares.to(tl.float64), axis=0)
+            rows = tl.zeros((BLOCK_L,), dtype=tl.float64)
+            total_x = tl.zeros((1,), dtype=tl.float64)
+            total_y = tl.zeros((BLOCK_L,), dtype=tl.float64)
+            for first in range(0, examples, BLOCK_K):
+                inner = first + tl.arange(0, BLOCK_K)
+                inside = inner < examples
+                of_x = _row_sums(rows_x, own, own >= 0, parts, examples, inner, inside, 1, BLOCK_K)
+                of_y = _row_sums(rows_y, y, y_mask, parts, examples, inner, inside, BLOCK_L, BLOCK_K)
+                rows += tl.sum(of_x * of_y, axis=1)
+                total_x += tl.sum(of_x, axis=1)
+                total_y += tl.sum(of_y, axis=1)
+            tl.store(xy + program * layers_y + y, _estimate(trace, total_x, total_y, rows, examples), mask=y_mask)
+
+
+@triton.jit
+def ratio_kernel(xy, xx, yy, out, layers_y, BLOCK_L: tl.constexpr):
+    """One row of HSIC_ij / sqrt(HSIC_ii HSIC_jj), float32; 0 where a layer has no spread."""
+    x = tl.program_id(0)
+    own = tl.sqrt(tl.maximum(tl.load(xx + x), 0.0))
+    for first in range(0, layers_y, BLOCK_L):
+        y = first + tl.arange(0, BLOCK_L)
+        mask = y < layers_y
+        scale = own * tl.sqrt(tl.maximum(tl.load(yy + y, mask=mask, other=0.0), 0.0))
+        inner = tl.load(xy + x * layers_y + y, mask=mask, other=0.0)
+        ratio = tl.where(scale > 0, inner / tl.where(scale > 0, scale, 1.0), 0.0)
+        tl.store(out + x * layers_y + y, ratio.to(tl.float32), mask=mask)
 
 
 def _means(x: Tensor) -> Tensor:
@@ -182,7 +255,7 @@ def _launch_gram(x: Tensor, means: Tensor, packed: Tensor, row_parts: Tensor, fi
         # The difference of two float16 values may be twice the float16 range.
         SCALE=0.5 if x.dtype == torch.float16 else 1.0,
         TILE=PACKED_TILE,
-        **precision(x.dtype),
+        **precision(x.dtype, x.device),
         **choose("gram", x.dtype, x.device).keywords,
     )
 
@@ -215,39 +288,38 @@ def _launch_hsic(packed_x: Tensor, packed_y: Tensor) -> tuple[Tensor, Tensor, Te
         layers_y,
         entries,
         per_split,
-        **precision(packed_x.dtype),
+        **precision(packed_x.dtype, packed_x.device),
         **config.keywords,
     )
     return part_xy, part_xx, part_yy
 
 
-def _finish(part_xy: Tensor, rows_x: Tensor, rows_y: Tensor, totals_x: Tensor, totals_y: Tensor) -> Tensor:
+def _finish(
+    part_xy: Tensor, part_xx: Tensor, part_yy: Tensor, rows_x: Tensor, rows_y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(xy, xx, yy) in float64 from the splits' shares and the parts (L, parts, m) of the row sums, in one launch."""
     splits, layers_x, layers_y = part_xy.shape
-    out = torch.empty_like(part_xy[0])
-    config = choose("hsic_finish", torch.float32, out.device)
-    grid = (triton.cdiv(layers_x, config.blocks["BLOCK_X"]), triton.cdiv(layers_y, config.blocks["BLOCK_Y"]))
-    hsic_finish_kernel[grid](
+    xy, xx, yy = (
+        part_xy.new_empty(size, dtype=torch.float64) for size in ((layers_x, layers_y), (layers_x,), (layers_y,))
+    )
+    config = choose("hsic_finish", torch.float32, part_xy.device)
+    hsic_finish_kernel[(layers_x + layers_y,)](
         part_xy,
+        part_xx,
+        part_yy,
         rows_x,
         rows_y,
-        totals_x,
-        totals_y,
-        out,
+        xy,
+        xx,
+        yy,
         layers_x,
         layers_y,
-        rows_x.shape[1],
+        rows_x.shape[2],
         splits,
+        rows_x.shape[1],
         **config.keywords,
     )
-    return out
-
-
-def _self_terms(squares: Tensor, rows: Tensor, totals: Tensor) -> Tensor:
-    """HSIC1 of each layer with itself, float64: one number per layer, not worth a launch."""
-    m = rows.shape[1]
-    rows, totals = rows.double(), totals.double()
-    corrections = totals.square() / ((m - 1) * (m - 2)) - 2 / (m - 2) * rows.square().sum(1)
-    return (2 * squares.double().sum(0) + corrections) / (m * (m - 3))
+    return xy, xx, yy
 
 
 def gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,39 +337,56 @@ def gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def hsic_terms(
     packed_x: Tensor, rows_x: Tensor, totals_x: Tensor, packed_y: Tensor, rows_y: Tensor, totals_y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel of the terms behind `cka.hsic`."""
+    """Kernel of the terms behind `cka.hsic`, in two launches. The totals are summed again, in float64."""
     if packed_x.shape[0] * packed_y.shape[0] == 0:
         return hsic_terms_twin(packed_x, rows_x, totals_x, packed_y, rows_y, totals_y)
     if packed_x.dtype != packed_y.dtype:
         packed_x, packed_y = packed_x.float(), packed_y.float()
-    part_xy, part_xx, part_yy = _launch_hsic(packed_x.contiguous(), packed_y.contiguous())
-    xy = _finish(part_xy, rows_x.contiguous(), rows_y.contiguous(), totals_x.contiguous(), totals_y.contiguous())
-    return xy.double(), _self_terms(part_xx, rows_x, totals_x), _self_terms(part_yy, rows_y, totals_y)
+    shares = _launch_hsic(packed_x.contiguous(), packed_y.contiguous())
+    return _finish(*shares, rows_x.contiguous()[:, None], rows_y.contiguous()[:, None])
+
+
+def _tiles_at_a_time(layers: int, blocks: int, dtype: torch.dtype) -> int:
+    """All tiles of the triangles where they fit _PACKED_BYTES, else as many as do, but at least a row of tiles."""
+    bytes_each = layers * PACKED_TILE**2 * dtype.itemsize
+    return max(blocks, min(blocks * (blocks + 1) // 2, _PACKED_BYTES // bytes_each))
 
 
 def cka_terms(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Kernel of the terms behind `cka.cka`: a tile row's worth of tiles at a time."""
+    """Kernel of the terms behind `cka.cka`: six launches, and three for each further stretch of tiles."""
     if x.shape[0] * y.shape[0] == 0:
         return cka_terms_twin(x, y)
     examples = x.shape[1]
     blocks = triton.cdiv(examples, PACKED_TILE)
     tiles = blocks * (blocks + 1) // 2
+    dtype = packed_dtype(x.dtype, y.dtype)
+    step = _tiles_at_a_time(x.shape[0] + y.shape[0], blocks, dtype)
     sides = []
     for side in (x, y):
-        tile_row = side.new_empty(side.shape[0] * blocks * PACKED_TILE**2, dtype=packed_dtype(x.dtype, y.dtype))
+        stretch = side.new_empty(side.shape[0] * step * PACKED_TILE**2, dtype=dtype)
         parts = side.new_empty(side.shape[0], blocks, examples, dtype=torch.float32)
-        sides.append((side, _means(side), tile_row, parts))
-    partial = []
-    for first in range(0, tiles, blocks):
-        count = min(blocks, tiles - first)
+        sides.append((side, _means(side), stretch, parts))
+    shares = []
+    for first in range(0, tiles, step):
+        count = min(step, tiles - first)
         packed = []
-        for side, means, tile_row, parts in sides:
+        for side, means, stretch, parts in sides:
             shape = side.shape[0], count, PACKED_TILE, PACKED_TILE
-            packed.append(tile_row[: math.prod(shape)].view(shape))
+            packed.append(stretch[: math.prod(shape)].view(shape))
             _launch_gram(side, means, packed[-1], parts, first)
-        partial.append(_launch_hsic(*packed))
-    part_xy, part_xx, part_yy = (torch.cat(parts) for parts in zip(*partial, strict=True))
-    rows_x, rows_y = (parts.sum(1) for *_, parts in sides)
-    totals_x, totals_y = rows_x.sum(1), rows_y.sum(1)
-    xy = _finish(part_xy, rows_x, rows_y, totals_x, totals_y)
-    return xy.double(), _self_terms(part_xx, rows_x, totals_x), _self_terms(part_yy, rows_y, totals_y)
+        shares.append(_launch_hsic(*packed))
+    if len(shares) > 1:
+        xy, xx, yy = (torch.cat(stretches) for stretches in zip(*shares, strict=True))
+        shares = [(xy, xx, yy)]
+    return _finish(*shares[0], *(parts for *_, parts in sides))
+
+
+def cka(x: Tensor, y: Tensor) -> Tensor:
+    """Kernel of `cka.cka`: the terms, and their ratio in one launch more."""
+    if x.shape[0] * y.shape[0] == 0:
+        return cka_twin(x, y)
+    xy, xx, yy = cka_terms(x, y)
+    out = torch.empty_like(xy, dtype=torch.float32)
+    config = choose("ratio", torch.float32, out.device)
+    ratio_kernel[(xy.shape[0],)](xy, xx, yy, out, xy.shape[1], **config.keywords)
+    return out

@@ -1,11 +1,13 @@
 """Which implementation an operator runs: the Triton kernel or its PyTorch twin.
 
-CUDA and HIP tensors go to the kernel, CPU tensors to the twin. With `TRITON_INTERPRET=1` in the environment CPU tensors
-go through the kernel, in Triton's interpreter. float64 is always the twin's. Triton is imported by the first launch.
+CUDA and HIP tensors go to the kernel, unless `forms` says that PyTorch is faster there, CPU tensors to the twin. With
+`TRITON_INTERPRET=1` in the environment CPU tensors go through the kernel, in Triton's interpreter. float64 is always
+the twin's. Triton is imported by the first launch.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ._ops import add_op_namespace_prefix, ops
+from .forms import form, vendor
 
 # `torch.library.custom_op` imports torch._dynamo (and with it Triton) at an operator's first call, seconds for someone
 # who compiles nothing. Defining the operators on a Library does not.
@@ -30,7 +33,8 @@ _FORCED: ContextVar[str | None] = ContextVar("lorasuite_kernels_backend", defaul
 def backend(name: str) -> Iterator[None]:
     """Forces one implementation inside the block: `"triton"` the kernels, `"torch"` the twins.
 
-    `balance`, `head_blocks`, `apply_head_blocks` and `neuron_candidates` have no kernel and are not affected.
+    `balance`, `head_blocks`, `apply_head_blocks`, `project_heads` and `neuron_candidates` have no kernel and are not
+    affected.
 
     Raises:
         ValueError: for another name.
@@ -74,22 +78,29 @@ def _obstacle(tensors: list[Tensor]) -> str | None:
     return None
 
 
-def implementation(device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[str, str | None]:
+def implementation(
+    device: torch.device, dtype: torch.dtype = torch.float32, operator: str | None = None
+) -> tuple[str, str | None]:
     """What runs an operator on such tensors: `"triton"`, `"interpreter"` or `"torch"`, and why no kernel does."""
     obstacle = _obstacle([torch.empty(0, dtype=dtype, device=device)])
     if obstacle is not None:
         return "torch", obstacle
+    if operator is not None and (chosen := form(operator, vendor(device), dtype)).name == "torch":
+        return "torch", chosen.reason
     return ("interpreter" if device.type == "cpu" else "triton"), None
 
 
-def _use_kernel(tensors: list[Tensor]) -> bool:
+def _use_kernel(operator: str, tensors: list[Tensor]) -> bool:
     forced = _FORCED.get()
     if forced == "torch":
         return False
     obstacle = _obstacle(tensors)
     if forced == "triton" and obstacle:
         raise RuntimeError(f"backend 'triton' was asked for, but {obstacle}")
-    return obstacle is None
+    if obstacle or forced == "triton":
+        return obstacle is None
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors if t.is_floating_point()))
+    return form(operator, vendor(tensors[0].device), dtype).name == "triton"
 
 
 def define(
@@ -106,7 +117,7 @@ def define(
 
     def run(*arguments: Any) -> Any:
         tensors = [a for a in arguments if isinstance(a, Tensor)]
-        if kernel is not None and _use_kernel(tensors):
+        if kernel is not None and _use_kernel(name, tensors):
             launcher = getattr(importlib.import_module(f".{kernel[0]}", __package__), kernel[1])
             # Triton launches on the current device, wherever the tensors are.
             with torch.cuda.device_of(tensors[0]):

@@ -135,7 +135,7 @@ def _pair_sums(
         heads[0] // kv_heads[0],
         heads[1] // kv_heads[1],
         PAIRED=paired,
-        **precision(heads_o.dtype),
+        **precision(heads_o.dtype, heads_o.device),
         **config.keywords,
     )
     return out.sum(0)

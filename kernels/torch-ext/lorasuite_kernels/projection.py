@@ -128,8 +128,8 @@ def project_heads(
 ) -> Tensor:
     """`head_blocks` and `apply_head_blocks` in one step, for callers that do not keep the blocks.
 
-    The kernel writes no block to memory: each lives in registers between its two products. The columns of many adapters
-    may stand side by side in x; up to 128 of them (64 in float32) share one computation of the blocks.
+    The columns of many adapters may stand side by side in x and share one computation of the blocks. PyTorch on every
+    device: its two batched products take as long as the weights take to read.
 
     Args:
         left: (blocks[0]·h_o, d), right: (blocks[1]·h_n, d), any floating dtype and strides.
@@ -161,5 +161,4 @@ _project_heads_op = define(
     " int old_share) -> Tensor",
     twin=_project_twin,
     fake=lambda left, right, x, *_: x.new_empty(right.shape[0], x.shape[1]),
-    kernel=("projection_kernels", "project_heads"),
 )

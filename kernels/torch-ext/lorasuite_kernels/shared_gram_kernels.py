@@ -78,7 +78,7 @@ def _add_products(total: Tensor, left: Tensor, right: Tensor, left_index: Tensor
             min(first + SUMMED_ROWS, left_index.shape[0]),
             *total.shape,
             SYMMETRIC=symmetric,
-            **precision(dtype),
+            **precision(dtype, total.device),
             **config.keywords,
         )
 
