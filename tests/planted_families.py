@@ -8,12 +8,15 @@ the layouts of transformers' own modules, in float64.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +32,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import dense_oracle as oracle
 from planted import Planted, _draw, _head_map, _map_ids, _normal, _plant_tokenizer, _planted_generation
 
 
@@ -597,3 +601,28 @@ def plant_family(
         raise ValueError(f"{family}: {missing}")
     ones = [torch.ones(f_o, dtype=torch.float64) for _ in layer_map]
     return Planted(new, new_tokenizer, layer_map, head_maps, neuron_maps, ones, planter.Q, token_map)
+
+
+def dense_layer(model: PreTrainedModel, adapter: Path, i: int) -> tuple[dict[str, Tensor], dict[str, oracle.Lora]]:
+    """A layer's weights (out, in) and an adapter's updates of them by role, float64, fused ones taken apart."""
+    names, config = NAMES[model.config.model_type], model.config
+    layer = f"{names.prefix}{names.layers}.{i}."
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    alpha, r = (json.loads((adapter / "adapter_config.json").read_text())[key] for key in ("lora_alpha", "r"))
+    H, G, f = config.num_attention_heads, kv_heads_of(config), neurons_of(config)
+    h = getattr(config, "head_dim", None) or config.hidden_size // H
+    sizes = {"q": H * h, "k": G * h, "v": G * h, "gate": f, "up": f}
+    paths = {"q": names.q, "k": names.k or names.q, "v": names.v or names.q, "o": names.o, "gate": names.gate,
+             "up": names.up, "down": names.down}  # fmt: skip
+    weights, updates, starts = {}, {}, dict.fromkeys(paths.values(), 0)
+    for role, path in paths.items():
+        if path is None:
+            continue
+        weight = model.get_parameter(f"{layer}{path}.weight").detach().double()
+        weight = weight.T if names.transposed else weight
+        b, a = (tensors[f"base_model.model.{layer}{path}.lora_{x}.weight"].double() for x in "BA")
+        size = sizes.get(role, len(weight))
+        rows = slice(starts[path], starts[path] + size)
+        starts[path] += size
+        weights[role], updates[role] = weight[rows], oracle.Lora(b[rows], a, alpha / r)
+    return weights, updates
