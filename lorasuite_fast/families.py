@@ -5,7 +5,10 @@ Adding a family is adding a row. Names are checked against the checkpoint's own 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,6 +48,7 @@ class Family:
     """Where everything is in one architecture.
 
     Attributes:
+        wrapper: model type of the multimodal class that holds the text model, if one does.
         prefix: of the transformer's own modules in the causal language model.
         head: names the head goes by, if it is not tied to the embedding. tied: whether it is, where config.json does
             not say.
@@ -72,6 +76,7 @@ class Family:
 
     model_type: str
     projections: dict[str, Projection]
+    wrapper: str | None = None
     prefix: str = "model."
     embedding: str = "embed_tokens"
     layers: str = "layers"
@@ -107,6 +112,29 @@ class Family:
     def gated(self) -> bool:
         """Whether the MLP's neurons are `act(gate·x) (up·x)`, instead of `act(up·x)`."""
         return "gate" in self.projections
+
+    @property
+    def text_type(self) -> str:
+        """The model type of the text model, whatever holds it."""
+        return self.model_type.rpartition("/")[2]
+
+    @property
+    def stored_prefixes(self) -> tuple[str, ...]:
+        """What the names of the text model's tensors may begin with in a file, likeliest first."""
+        return (self.prefix, *(_WRAPPED_PREFIXES if self.wrapper else ("",)))
+
+    @property
+    def adapter_prefixes(self) -> tuple[str, ...]:
+        """What module names of an adapter may begin with: those of the text's class and of every wrapper's."""
+        return (self.prefix, *_WRAPPED_PREFIXES)
+
+    def targets(self, roles: Iterable[str]) -> list[str] | str:
+        """PEFT's target_modules for some roles: ends of paths, or a pattern that spares a wrapper's other parts."""
+        wanted = set(roles)
+        modules = list(dict.fromkeys(self.projections[role].module for role in self.roles if role in wanted))
+        if self.wrapper is None:
+            return [self.suffix(module) for module in modules]
+        return re.escape(f"{self.prefix}{self.layers}.") + r"\d+\.(" + "|".join(map(re.escape, modules)) + ")"
 
     @property
     def stored_norm(self) -> tuple[str, ...]:
@@ -587,11 +615,84 @@ class Shape:
         }[role]
 
 
+@dataclass(frozen=True)
+class Wrapper:
+    """A multimodal class that holds a text model.
+
+    Attributes:
+        text: module path of the text model. tied: whether the head is tied, where config.json does not say.
+        text_type: the text's model type, where config.json does not say; its sizes are then those of the whole.
+    """
+
+    text: str = "model.language_model"
+    tied: bool = False
+    text_type: str | None = None
+
+
+WRAPPERS: dict[str, Wrapper] = {
+    "gemma3": Wrapper(tied=True, text_type="gemma3_text"),
+    "mistral3": Wrapper(tied=True, text_type="mistral"),
+    "qwen2_vl": Wrapper(text_type="qwen2_vl_text"),
+    "qwen2_5_vl": Wrapper(text_type="qwen2_5_vl_text"),
+    "qwen3_vl": Wrapper(text_type="qwen3_vl_text"),
+    "llava": Wrapper(text_type="llama"),
+    "llava_next": Wrapper(text_type="llama"),
+    "paligemma": Wrapper(tied=True, text_type="gemma"),
+    "smolvlm": Wrapper("model.text_model", text_type="llama"),
+    "idefics3": Wrapper("model.text_model", text_type="llama"),
+    "internvl": Wrapper(tied=True, text_type="qwen2"),
+}
+TEXT_LAYOUTS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
+"""Text models inside wrappers that have the layout of another family."""
+_WRAPPED_PREFIXES = (
+    "model.language_model.",
+    "language_model.model.",
+    "model.text_model.",
+    "model.language_model.model.",
+    "language_model.",
+    "model.",
+)
+
+
+def known_family(name: str) -> Family | None:
+    """The row of a family by its name: a model type, or that of a wrapper and that of its text, with / between."""
+    wrapper, _, text = name.rpartition("/")
+    if not wrapper:
+        return FAMILIES.get(text)
+    layout = TEXT_LAYOUTS.get(text, text)
+    return _wrapped(layout, wrapper, text) if layout in FAMILIES and wrapper in WRAPPERS else None
+
+
+def family_named(name: str) -> Family:
+    """`known_family`, of a name that is known. Raises KeyError."""
+    family = known_family(name)
+    if family is None:
+        raise KeyError(name)
+    return family
+
+
+@cache
+def _wrapped(layout: str, wrapper: str, text: str) -> Family:
+    heads = ("lm_head", "language_model.lm_head")
+    prefix = f"{WRAPPERS[wrapper].text}."
+    return replace(FAMILIES[layout], model_type=f"{wrapper}/{text}", wrapper=wrapper, prefix=prefix, head=heads)
+
+
 def family_of(config: dict[str, Any], where: str) -> Family:
     """The row for a config's `model_type`. Raises LoraSuiteError naming the family and the known ones."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise LoraSuiteError(f"{where}: config.json has no model_type; it is not a Hugging Face model folder")
+    if model_type in WRAPPERS:
+        inner = config.get("text_config")
+        text = (inner if isinstance(inner, dict) else {}).get("model_type") or WRAPPERS[model_type].text_type
+        found = known_family(f"{model_type}/{text}")
+        if found is None:
+            raise LoraSuiteError(
+                f"{where}: the text model inside this {model_type}, {text!r}, is not supported; known families: "
+                f"{', '.join(sorted(FAMILIES))}"
+            )
+        return found
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise LoraSuiteError(f"{where}: model family {model_type!r} is not supported; known families: {known}")

@@ -26,7 +26,7 @@ from .candidates import Candidate, weight_candidates
 from .checkpoint import Checkpoint
 from .choice import Choice, choose
 from .errors import LoraSuiteError, WriteError
-from .families import ATTENTION, FAMILIES, ROLES, Shape
+from .families import ATTENTION, ROLES, Shape, family_named
 from .fill import SHARE, fill_layers
 from .identical import identity_facts, identity_tensors, returned_files, same_tensors, same_weights, update_sizes
 from .json_files import parse_unique
@@ -423,7 +423,7 @@ class TransferPlan:
         given = {"ADAPTER": adapter, "--text": text}
         target = check_output(out, overwrite=overwrite, inputs={**(inputs or {}), **given})
         clock = PhaseClock(progress, torch.device(self.options["device"]) if distilled else None)
-        source = read_adapter(adapter, FAMILIES[self.old.family], self.old.shape, self.old.name)
+        source = read_adapter(adapter, family_named(self.old.family), self.old.shape, self.old.name)
         check_base(source, self.old.fingerprint, self.old.name)
         if distilled:
             try:
@@ -587,7 +587,7 @@ class TransferPlan:
         if not updates:
             raise LoraSuiteError(f"{source.where}: none of its layers has a partner in the new model")
         dtype = next(iter(source.updates.values())).factors.a.dtype
-        family, shape = FAMILIES[self.new.family], self.new.shape
+        family, shape = family_named(self.new.family), self.new.shape
         rank, alpha = int(source.config["r"]), float(source.config["lora_alpha"])
         merged = fill_layers(
             by_module(updates, family, shape, dtype, balance=not copied),
@@ -944,7 +944,7 @@ def migrate(
             out,
             text=refine_text,
             steps=refine,
-            roles=None if keeps_dora else FAMILIES[plan.new.family].roles,
+            roles=None if keeps_dora else family_named(plan.new.family).roles,
             rank=None if keeps_dora else int(source.config["r"]),
             seed=plan.options["seed"],
             device=plan.options["device"],

@@ -32,7 +32,7 @@ from .aligned_states import LoadedModel, load_tokenizer
 from .calibration import load_examples, whole_characters
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
-from .families import ROLES, Family
+from .families import ROLES
 from .json_files import finite, read_json
 from .memory import parse_memory
 from .model_card import CARD, model_card, section, shown
@@ -360,7 +360,7 @@ def _new_peft(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha or 2 * r,
-        target_modules=_module_names(family, wanted),
+        target_modules=family.targets(wanted),
     )
     peft_model = get_peft_model(model.model, config)
     if source is not None:
@@ -372,12 +372,6 @@ def _new_peft(
                 a[: update.rank] = update.factors.a
                 b[:, : update.rank] = update.factors.b * (update.scale / scale)
     return peft_model
-
-
-def _module_names(family: Family, roles: set[str]) -> list[str]:
-    """Ends of the module paths of some roles that tell them apart; of those the family has."""
-    paths = (family.projections[role].module for role in family.roles if role in roles)
-    return list(dict.fromkeys(family.suffix(path) for path in paths))
 
 
 def _memory_of_training(
