@@ -492,7 +492,7 @@ def finetune(
                 **({"retained": f"{named_text(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
             },
         )
-        card = model_card(checkpoint.name, steps_taken, start)
+        card = model_card(checkpoint.name, steps_taken, start, wrapped=checkpoint.family.wrapper is not None)
         config_of = course.source if start is None else start
         work.complete()
         place = empty_model(checkpoint.folder, trust_remote_code=trust_remote_code)

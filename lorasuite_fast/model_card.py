@@ -54,12 +54,13 @@ def _cell(value: object) -> str:
     return " ".join(str(value).split()).replace("|", "\\|")
 
 
-def model_card(new: str, steps: str, start: Path | None = None) -> bytes:
+def model_card(new: str, steps: str, start: Path | None = None, *, wrapped: bool = False) -> bytes:
     """The whole README.md.
 
     Args:
         new: the model's name, a hub id or a folder. steps: what `section` and `migration_section` give.
         start: adapter folder this one was trained from; what its card says of its way is kept.
+        wrapped: whether the model is a multimodal class, which another class of transformers loads.
     """
     from huggingface_hub import ModelCardData
 
@@ -76,6 +77,7 @@ def model_card(new: str, steps: str, start: Path | None = None) -> bytes:
         name=name,
         note=note,
         model=base or f"path/to/{name}",
+        loader=_WRAPPER if wrapped else "AutoModelForCausalLM",
         begin=_STEPS,
         steps=(earlier_steps(start) + steps).strip(),
         end=_END,
@@ -97,6 +99,7 @@ _NO_BASE = """
 The model is a local folder, `{name}`, so that `base_model` is missing above: name the model's hub id there before you
 publish (`lorasuite_fast.push_to_hub(folder, repo_id, base_model=...)` does).
 """
+_WRAPPER = "AutoModelForImageTextToText"
 _CARD = """---
 {metadata}
 ---
@@ -107,9 +110,9 @@ Made with lorasuite-fast, in the steps below. Read their figures before you rely
 {note}
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained("{model}")
+model = {loader}.from_pretrained("{model}")
 model = PeftModel.from_pretrained(model, "path/to/this/adapter")
 ```
 
@@ -275,4 +278,4 @@ def _published_card(folder: Path, base: str) -> bytes:
         text = ""
     if text and (_STEPS not in text or re.search(r"^base_model:", text, re.MULTILINE)):
         return text.encode()
-    return model_card(base, earlier_steps(folder))
+    return model_card(base, earlier_steps(folder), wrapped=_WRAPPER in text)

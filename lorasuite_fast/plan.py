@@ -462,7 +462,11 @@ class TransferPlan:
             updates, results = self._project(source, models, fill, fill_share, step)
             files = adapter_files(updates, source, self.new.family, self.new.shape, self.new.name)
             steps = migration_section(self, source, results, None)
-            write_folder(target, files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
+            write_folder(
+                target,
+                files | {CARD: model_card(self.new.name, steps, wrapped="/" in self.new.family)},
+                overwrite=overwrite,
+            )
         return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))
 
     def _distil(
@@ -491,7 +495,11 @@ class TransferPlan:
             best = others.get(chosen.options["method"], result)
             steps = migration_section(chosen, source, best.layers, distilled, choice)
             result.work.complete()
-            write_folder(target, best.files | {CARD: model_card(self.new.name, steps)}, overwrite=overwrite)
+            write_folder(
+                target,
+                best.files | {CARD: model_card(self.new.name, steps, wrapped="/" in self.new.family)},
+                overwrite=overwrite,
+            )
             result.work.discard()
         unused = [] if distilled is not None else _unused(source, self)
         phases = [*self.phases, *clock.phases]
@@ -833,7 +841,11 @@ def give_back(
     results = update_sizes(source, successor)
     steps = migration_section(plan, source, results, None)
     files = returned_files(source, successor.name)
-    write_folder(out, files | {CARD: model_card(successor.name, steps)}, overwrite=overwrite)
+    write_folder(
+        out,
+        files | {CARD: model_card(successor.name, steps, wrapped=successor.family.wrapper is not None)},
+        overwrite=overwrite,
+    )
     return Migration(plan, source.where, str(out), results, clock.phases, [])
 
 

@@ -653,7 +653,7 @@ def refine(
                 **({"retained": f"{named_text(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
             },
         )
-        card = model_card(checkpoint_n.name, steps_taken, start)
+        card = model_card(checkpoint_n.name, steps_taken, start, wrapped=checkpoint_n.family.wrapper is not None)
         works[1].complete()
         empty = empty_model(checkpoint_n.folder, trust_remote_code=trust_remote_code)
         _write(path, course.source, checkpoint_n.name, card, empty, overwrite)

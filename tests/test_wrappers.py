@@ -122,6 +122,7 @@ def test_a_wrapped_upgrade_gets_the_effect_under_the_keys_of_its_class(wrapper: 
     assert float(torch.nn.functional.cosine_similarity(old.flatten(), new.flatten(), dim=0)) >= 0.9999
     written = load_file(tmp_path / "out/adapter_model.safetensors")
     assert all(name.startswith(f"base_model.model.{WRAPPERS[wrapper].text}.layers.") for name in written)
+    assert "model = AutoModelForImageTextToText.from_pretrained(" in (tmp_path / "out/README.md").read_text()
 
 
 def renamed(adapter: Path, out: Path, prefix: str) -> Path:
