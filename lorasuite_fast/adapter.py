@@ -26,7 +26,7 @@ from .adapter_config import WEIGHTS as WEIGHTS
 from .adapter_folder import open_folder
 from .base_match import check_base as check_base
 from .errors import LoraSuiteError
-from .families import FAMILIES, Family, Shape
+from .families import Family, Shape, family_named
 from .json_files import read_json
 from .peft_check import check_loads, skeleton
 from .projection import Factors, balanced
@@ -84,7 +84,8 @@ class Adapter:
 
 def _place_of(module: str, family: Family, where: Path) -> tuple[int, str]:
     """Layer, and module path inside it."""
-    match = re.fullmatch(re.escape(f"{family.prefix}{family.layers}.") + r"(0|[1-9][0-9]{0,5})\.(.+)", module)
+    prefixes = "|".join(re.escape(f"{prefix}{family.layers}.") for prefix in family.adapter_prefixes)
+    match = re.fullmatch(f"(?:{prefixes})" + r"(0|[1-9][0-9]{0,5})\.(.+)", module)
     if match is None or match[2] not in family.modules():
         known = ", ".join(family.modules())
         raise LoraSuiteError(
@@ -129,8 +130,15 @@ def read_adapter(source: str | os.PathLike[str], family: Family, shape: Shape, b
         raise LoraSuiteError(f"{folder / WEIGHTS}: holds no LoRA weights")
     kind = "DORA" if config.get("use_dora") else str(config["peft_type"])
     updates: dict[tuple[int, str], Update] = {}
+    places: dict[tuple[int, str], str] = {}
     for module, names in found.items():
         layer, inside = _place_of(module, family, folder / WEIGHTS)
+        if (layer, inside) in places:
+            raise LoraSuiteError(
+                f"{folder / WEIGHTS}: {module} and {places[layer, inside]} are one module under two names; save it "
+                "again"
+            )
+        places[layer, inside] = module
         for missing in sorted(_PARTS[kind] - set(names)):
             raise LoraSuiteError(f"{folder / WEIGHTS}: {module}.{_stored_name(missing, kind)} is missing")
         for further in sorted(set(names) - _PARTS[kind]):
@@ -333,7 +341,7 @@ def adapter_files(
     Raises:
         LoraSuiteError: if a factor holds NaN or infinity, or PEFT would not load the result.
     """
-    family = FAMILIES[new_family]
+    family = family_named(new_family)
     modules = {key: f"{family.layer(key[0])}.{key[1]}" for key in updates}
     tensors: dict[str, Tensor] = {}
     for key, update in updates.items():
@@ -372,7 +380,8 @@ def _targets(
     for layer, module in updates:
         covered.setdefault(module, set()).add(layer)
     first = next(iter(covered.values()))
-    if any(layer_set != first for layer_set in covered.values()):
+    # Short names would stand for modules of a wrapper's vision tower too.
+    if family.wrapper or any(layer_set != first for layer_set in covered.values()):
         return {"target_modules": sorted(modules.values()), "layers_to_transform": None, "layers_pattern": None}
     names = [family.suffix(module) for module in covered]
     everywhere = first == set(range(layers))

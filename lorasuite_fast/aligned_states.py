@@ -24,6 +24,7 @@ from .adapter_config import check_imports
 from .alignment import TokenEnds
 from .checkpoint import resolve_folder
 from .errors import LoraSuiteError
+from .families import WRAPPERS
 from .json_files import read_json
 from .loading import loading
 from .pretrained import load_bare_model, load_config
@@ -110,10 +111,16 @@ class LoadedModel:
         return getattr(self.model, self.model.base_model_prefix)
 
     @property
+    def _text(self) -> Any:
+        """The transformer that reads text: the backbone, or the part of a wrapper's."""
+        wrapper = WRAPPERS.get(self.model.config.model_type)
+        return self.backbone if wrapper is None else self.model.get_submodule(wrapper.text)
+
+    @property
     def layers(self) -> list[nn.Module]:
         """The decoder layers, in order."""
         count = self.model.config.get_text_config().num_hidden_layers
-        for module in self.backbone.modules():
+        for module in self._text.modules():
             if isinstance(module, nn.ModuleList) and len(module) == count:
                 return list(module)
         raise LoraSuiteError(f"{self.folder}: no list of {count} decoder layers in {type(self.model).__name__}")
@@ -192,7 +199,7 @@ class LoadedModel:
 
     def _siblings_of_layers(self) -> list[nn.Module]:
         first = self.layers[0]
-        for parent in self.backbone.modules():
+        for parent in self._text.modules():
             children = list(parent.children())
             if any(isinstance(c, nn.ModuleList) and len(c) and c[0] is first for c in children):
                 return children
@@ -270,7 +277,7 @@ class LoadedModel:
         """How many positions the model has a table of, None where it computes them."""
         held = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         tokens = self.model.get_input_embeddings()
-        tables = [m.num_embeddings for m in self.backbone.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+        tables = [m.num_embeddings for m in self._text.modules() if isinstance(m, nn.Embedding) and m is not tokens]
         # OPT's has two rows more.
         return held if held is not None and any(held <= size <= held + 2 for size in tables) else None
 

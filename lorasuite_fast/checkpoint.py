@@ -20,6 +20,7 @@ from .loading import reason
 from .notices import notice
 from .pretrained import INDEX, SINGLE, check_weights_name, load_tokenizer, wrapper_prefix
 from .tensor_files import TensorFiles
+from .text_config import text_settings
 
 _SAMPLE_BYTES = 256
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
@@ -140,17 +141,17 @@ class Checkpoint:
         self.role = role
         self.config = read_json(self.folder / "config.json")
         self.family: Family = family_of(self.config, str(self.folder))
+        check_weights_name(self.config, self.folder)
+        self.config = text_settings(self.config, self.folder)
         self.shape: Shape = shape_of(self.config, self.family, str(self.folder))
         self._check_config()
-        check_weights_name(self.config, self.folder)
         self._indexed: dict[str, str] = {}
         self.tensors = TensorFiles(self._files(), mapped=mapped)
         self._same_head: bool | None = None
         self._leave_out_what_is_not_the_models()
-        # Some files are of the transformer alone, and lack its prefix.
-        whole = f"{self.family.prefix}{self.family.embedding}.weight" in self.tensors.entries
-        bare = f"{self.family.embedding}.weight" in self.tensors.entries
-        self.prefix = "" if bare and not whole else self.family.prefix
+        # Some files are of the transformer alone, and lack its prefix; those of wrappers have one of several.
+        tables = {prefix: f"{prefix}{self.family.embedding}.weight" for prefix in self.family.stored_prefixes}
+        self.prefix = next((p for p, table in tables.items() if table in self.tensors.entries), self.family.prefix)
         self._check_tensors()
 
     def _files(self) -> list[Path]:
@@ -289,12 +290,16 @@ class Checkpoint:
             )
         optional = set(heads)
         optional |= {f"{self.layer(i)}.{name}" for i in range(self.shape.L) for name in self.family.optional}
-        for name in entries:
+        for name in entries if self.family.wrapper is None else self._text_tensors():
             if name not in expected and name not in optional and not name.endswith(self.family.ignored):
                 raise LoraSuiteError(
                     f"{entries[name].file}: tensor {name} is not part of a {self.family.model_type} model of "
                     f"{self.shape.L} layers; check that config.json belongs to these weights"
                 )
+
+    def _text_tensors(self) -> list[str]:
+        """Names of the text model's tensors, of a wrapper that holds others as well."""
+        return [name for name in self.tensors.entries if name.startswith(self.prefix)]
 
     @property
     def embedding_name(self) -> str:

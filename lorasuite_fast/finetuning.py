@@ -317,13 +317,12 @@ def _new_adapter(loaded: LoadedModel, family: Family, new: Mapping[str, Any], se
     lacking = [role for role in new["roles"] if role not in family.projections]
     if lacking:
         raise LoraSuiteError(f"a {family.model_type} layer has no {', '.join(lacking)}; its roles: {family.roles}")
-    modules = {family.suffix(family.projections[role].module) for role in new["roles"]}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=new["rank"],
         lora_alpha=new["alpha"],
         lora_dropout=new["dropout"],
-        target_modules=sorted(modules),
+        target_modules=family.targets(new["roles"]),
     )
     torch.manual_seed(seed)
     loaded.peft = get_peft_model(loaded.model, config).to(loaded.device)
@@ -496,7 +495,7 @@ def finetune(
                 **({"retained": f"{named_text(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
             },
         )
-        told = card_files(checkpoint.name, taken, start)
+        told = card_files(checkpoint.name, taken, start, wrapped=checkpoint.family.wrapper is not None)
         config_of = course.source if start is None else start
         work.complete()
         place = empty_model(checkpoint.folder, trust_remote_code=trust_remote_code)

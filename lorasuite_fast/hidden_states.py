@@ -32,6 +32,8 @@ def _empty_model(checkpoint: Checkpoint, *, trust_remote_code: bool) -> Any:
     from transformers import AutoModel
 
     config = load_config(checkpoint.folder, trust_remote_code=trust_remote_code)
+    if checkpoint.family.wrapper:
+        config = config.get_text_config()
     what = f"{checkpoint.folder}: transformers cannot build this model"
     with loading(what, trust_remote_code=trust_remote_code), init_empty_weights(include_buffers=False):
         model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)

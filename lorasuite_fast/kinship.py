@@ -165,7 +165,7 @@ def layer_differences(families: tuple[Family, Family], shapes: tuple[Shape, Shap
 def comparable(old: Checkpoint, new: Checkpoint) -> bool:
     """Whether the layers of two models are of one family and have the same shapes."""
     families, shapes = (old.family, new.family), (old.shape, new.shape)
-    return old.family is new.family and not layer_differences(families, shapes, ROLES)
+    return old.family.text_type == new.family.text_type and not layer_differences(families, shapes, ROLES)
 
 
 def weight_distance(old: Checkpoint, new: Checkpoint) -> WeightDistance:

@@ -52,18 +52,19 @@ def section(title: str, sentence: str, rows: Mapping[str, object], *, warning: b
     return "\n".join(lines) + "\n"
 
 
-def card_files(new: str, step: Step, start: Path | None = None) -> dict[str, bytes]:
+def card_files(new: str, step: Step, start: Path | None = None, *, wrapped: bool = False) -> dict[str, bytes]:
     """The card and the data it is rendered from, to stand beside an adapter.
 
     Args:
         new: the model's name, a hub id or a folder. step: what was done. start: adapter folder this one was trained
-            from; the steps its data tell of come first.
+            from; the steps its data tell of come first. wrapped: whether the model is a multimodal class, which
+            another class of transformers loads.
     """
     steps = [*read_steps(start), step]
-    return {CARD: model_card(new, steps), PROVENANCE: provenance(steps)}
+    return {CARD: model_card(new, steps, wrapped=wrapped), PROVENANCE: provenance(steps)}
 
 
-def model_card(new: str, steps: Sequence[Step]) -> bytes:
+def model_card(new: str, steps: Sequence[Step], *, wrapped: bool = False) -> bytes:
     """The whole README.md of an adapter for the model `new`, a hub id or a folder."""
     from huggingface_hub import ModelCardData
 
@@ -78,6 +79,7 @@ def model_card(new: str, steps: Sequence[Step]) -> bytes:
         name=markdown(name),
         note="" if base else _NO_BASE.format(name=code_span(name)),
         model=python_literal(base or f"path/to/{name}"),
+        loader=_WRAPPER if wrapped else "AutoModelForCausalLM",
         begin=STEPS_MARK,
         steps="\n".join(map(_rendered, steps)).strip(),
         end=_END,
@@ -116,6 +118,7 @@ _NO_BASE = """
 The model is a local folder, {name}, so that `base_model` is missing above: name the model's hub id there before you
 publish (`lorasuite_fast.push_to_hub(folder, repo_id, base_model=...)` does).
 """
+_WRAPPER = "AutoModelForImageTextToText"
 _CARD = """---
 {metadata}
 ---
@@ -126,9 +129,9 @@ Made with lorasuite-fast, in the steps below. Read their figures before you rely
 {note}
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained({model})
+model = {loader}.from_pretrained({model})
 model = PeftModel.from_pretrained(model, "path/to/this/adapter")
 ```
 
@@ -297,4 +300,4 @@ def _published_card(folder: Path, base: str) -> bytes:
     text = _card_text(folder)
     if text and (STEPS_MARK not in text or re.search(r"^base_model:", text, re.MULTILINE)):
         return text.encode()
-    return model_card(base, read_steps(folder))
+    return model_card(base, read_steps(folder), wrapped=_WRAPPER in text)

@@ -52,15 +52,13 @@ def _put(root: nn.Module, path: str, module: nn.Module) -> None:
 
 def empty_model(folder: Path, *, trust_remote_code: bool = False) -> nn.Module:
     """A model folder's causal language model on the meta device. Raises LoraSuiteError if it cannot be built."""
-    from transformers import AutoModelForCausalLM
-
     from .loading import loading
-    from .pretrained import load_config
+    from .pretrained import load_config, model_class
 
     config = load_config(folder, trust_remote_code=trust_remote_code)
     what = f"{folder}: transformers cannot build this model"
     with loading(what, trust_remote_code=trust_remote_code), torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: nn.Module = model_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return model
 
 

@@ -26,7 +26,7 @@ from .candidates import Candidate, weight_candidates, without_candidates
 from .checkpoint import Checkpoint
 from .choice import Choice, choose
 from .errors import LoraSuiteError, WriteError
-from .families import ATTENTION, FAMILIES, ROLES, Shape
+from .families import ATTENTION, ROLES, Shape, family_named
 from .fill import FILLS, SHARE, fill_layers
 from .identical import identity_facts, identity_tensors, returned_files, same_tensors, same_weights, update_sizes
 from .json_files import parse_unique
@@ -439,7 +439,7 @@ class TransferPlan:
         given = {"ADAPTER": adapter, "--text": text}
         target = check_output(out, overwrite=overwrite, inputs={**(inputs or {}), **given})
         clock = PhaseClock(progress, self.device if distilled else None)
-        source = read_adapter(adapter, FAMILIES[self.old.family], self.old.shape, self.old.name)
+        source = read_adapter(adapter, family_named(self.old.family), self.old.shape, self.old.name)
         check_base(source, self.old.fingerprint, self.old.name, passed=(self.new.name,))
         if distilled:
             try:
@@ -470,7 +470,8 @@ class TransferPlan:
         with clock.phase("apply", len(self.layers)) as step, in_range(f"{source.where} or the plan"):
             updates, results = self._project(source, models, fill, fill_share, step)
             files = adapter_files(updates, source, self.new.family, self.new.shape, self.new.name)
-            told = card_files(self.new.name, migration_step(self, source, results, None))
+            step_done = migration_step(self, source, results, None)
+            told = card_files(self.new.name, step_done, wrapped="/" in self.new.family)
             write_folder(target, files | told, overwrite=overwrite)
         return Migration(self, source.where, str(target), results, [*self.phases, *clock.phases], _unused(source, self))
 
@@ -498,7 +499,8 @@ class TransferPlan:
         with clock.phase("write", 1), result.work:
             distilled = None if chosen.options["method"] != "distill" else result.distilled
             best = others.get(chosen.options["method"], result)
-            told = card_files(self.new.name, migration_step(chosen, source, best.layers, distilled, choice))
+            done = migration_step(chosen, source, best.layers, distilled, choice)
+            told = card_files(self.new.name, done, wrapped="/" in self.new.family)
             result.work.complete()
             write_folder(target, best.files | told, overwrite=overwrite)
             result.work.discard()
@@ -602,7 +604,7 @@ class TransferPlan:
         if not updates:
             raise LoraSuiteError(f"{source.where}: none of its layers has a partner in the new model")
         dtype = next(iter(source.updates.values())).factors.a.dtype
-        family, shape = FAMILIES[self.new.family], self.new.shape
+        family, shape = family_named(self.new.family), self.new.shape
         rank, alpha = int(source.config["r"]), float(source.config["lora_alpha"])
         merged = fill_layers(
             by_module(updates, family, shape, dtype, balance=not copied),
@@ -901,7 +903,8 @@ def give_back(
         facts,
     )
     results = update_sizes(source, successor)
-    told = card_files(successor.name, migration_step(plan, source, results, None))
+    done = migration_step(plan, source, results, None)
+    told = card_files(successor.name, done, wrapped=successor.family.wrapper is not None)
     write_folder(out, returned_files(source, successor.name) | told, overwrite=overwrite)
     return Migration(plan, source.where, str(out), results, clock.phases, [])
 
@@ -1044,7 +1047,7 @@ def migrate(
             out,
             text=refine_text,
             steps=refine,
-            roles=None if carried else FAMILIES[plan.new.family].roles,
+            roles=None if carried else family_named(plan.new.family).roles,
             rank=None if carried else int(source.config["r"]),
             learning_rate=CARRIED_RATE if method in ("copy", "lstsq") else RATE,
             seed=plan.options["seed"],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import LoraSuiteError
-from .families import ATTENTION, FAMILIES, MLP, READING, ROLES, Family, Shape
+from .families import ATTENTION, MLP, READING, ROLES, Family, Shape, family_named, known_family
 from .kinship import is_kinship
 from .projection import METHODS
 from .similarity import MEASURES
@@ -59,7 +59,7 @@ def check_plan(plan: TransferPlan, held: dict[str, tuple[str, tuple[int, ...]]],
     for role, model in (("old", plan.old), ("new", plan.new)):
         if not all(_is_text(text) for text in (model.name, model.fingerprint, model.family)):
             refuse(f"its {role} model's name, fingerprint or family is no text")
-        if model.family not in FAMILIES:
+        if known_family(model.family) is None:
             refuse(f"names a family, {model.family}, not known here")
         if not _is_shape(model.shape):
             refuse(f"gives the {role} model sizes that no model has, {model.shape}")
@@ -70,7 +70,7 @@ def check_plan(plan: TransferPlan, held: dict[str, tuple[str, tuple[int, ...]]],
         refuse("maps layers the models do not have")
     if len(set(plan.layers.values())) < len(plan.layers):
         refuse("maps two new layers to one old layer")
-    families = FAMILIES[plan.old.family], FAMILIES[plan.new.family]
+    families = family_named(plan.old.family), family_named(plan.new.family)
     roles = plan.options["roles"]
     if not all(role in family.projections for role in roles for family in families):
         refuse(f"plans for roles ({', '.join(roles)}) that its models do not have")

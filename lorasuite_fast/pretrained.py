@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .errors import LoraSuiteError
+from .families import WRAPPERS
 from .json_files import read_json
 from .loading import loading
 from .notices import notice
@@ -98,6 +99,13 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
+def model_class(config: Any) -> Any:
+    """The auto class that makes a config's language model: with a head, and of a wrapper with its other parts."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if config.model_type in WRAPPERS else AutoModelForCausalLM
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The folder's tokenizer. Raises LoraSuiteError if there is none, or it cannot be loaded or used."""
     from transformers import AutoTokenizer
@@ -121,14 +129,12 @@ def load_bare_model(folder: Path, dtype: torch.dtype, *, trust_remote_code: bool
     Raises:
         LoraSuiteError: for what transformers cannot load, or weights that are missing from the folder.
     """
-    from transformers import AutoModelForCausalLM
-
     config = load_config(folder, trust_remote_code=trust_remote_code)
     wrapper = wrapper_prefix(_stored_names(folder))
     renamed = {"key_mapping": {f"^{re.escape(wrapper)}": ""}} if wrapper else {}
     with loading(f"{folder}: transformers cannot load this model", trust_remote_code=trust_remote_code):
         # safetensors only: nothing that is pickled is ever opened.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = model_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype,

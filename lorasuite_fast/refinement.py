@@ -33,7 +33,7 @@ from .aligned_states import LoadedModel, load_tokenizer
 from .calibration import load_examples, whole_characters
 from .checkpoint import Checkpoint
 from .errors import LoraSuiteError
-from .families import ROLES, Family
+from .families import ROLES
 from .json_files import finite, read_json
 from .memory import parse_memory
 from .model_card import card_files, shown
@@ -370,7 +370,7 @@ def _new_peft(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha or 2 * r,
-        target_modules=_module_names(family, wanted),
+        target_modules=family.targets(wanted),
     )
     peft_model = get_peft_model(model.model, config)
     if source is not None:
@@ -382,12 +382,6 @@ def _new_peft(
                 a[: update.rank] = update.factors.a
                 b[:, : update.rank] = update.factors.b * (update.scale / scale)
     return peft_model
-
-
-def _module_names(family: Family, roles: set[str]) -> list[str]:
-    """Ends of the module paths of some roles that tell them apart; of those the family has."""
-    paths = (family.projections[role].module for role in family.roles if role in roles)
-    return list(dict.fromkeys(family.suffix(path) for path in paths))
 
 
 def _memory_of_training(
@@ -673,7 +667,7 @@ def refine(
                 **({"retained": f"{named_text(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
             },
         )
-        told = card_files(checkpoint_n.name, taken, start)
+        told = card_files(checkpoint_n.name, taken, start, wrapped=checkpoint_n.family.wrapper is not None)
         works[1].complete()
         empty = empty_model(checkpoint_n.folder, trust_remote_code=trust_remote_code)
         _write(path, course.source, checkpoint_n.name, told, empty, overwrite)

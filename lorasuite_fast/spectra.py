@@ -8,7 +8,7 @@ import torch
 
 from .adapter import Update, read_adapter
 from .errors import LoraSuiteError
-from .families import FAMILIES
+from .families import family_named
 
 if TYPE_CHECKING:
     from .plan import ModelRecord
@@ -27,7 +27,7 @@ def singular_values(update: Update) -> list[float]:
 
 def adapter_spectra(folder: str, model: ModelRecord) -> Spectra:
     """Of every module an adapter folder updates. Raises LoraSuiteError if it cannot be read."""
-    adapter = read_adapter(folder, FAMILIES[model.family], model.shape, model.name)
+    adapter = read_adapter(folder, family_named(model.family), model.shape, model.name)
     return {key: singular_values(update) for key, update in sorted(adapter.updates.items())}
 
 

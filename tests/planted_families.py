@@ -8,12 +8,15 @@ the layouts of transformers' own modules, in float64.
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -29,6 +32,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import dense_oracle as oracle
 from planted import Planted, _draw, _head_map, _map_ids, _normal, _plant_tokenizer, _planted_generation
 
 
@@ -84,6 +88,17 @@ _GEMMA: dict[str, Any] = {
     "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
     "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj", "layer_norm": False, "offset": 1.0,
 }  # fmt: skip
+_LLAMA = _GEMMA | {"offset": 0.0}
+_BEFORE: dict[str, Any] = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_ONE: dict[str, Any] = {"attention_norm": "input_layernorm", "mlp_norm": "input_layernorm"}
+_BEHIND: dict[str, Any] = {
+    "attention_norm": None, "mlp_norm": None, "after_attention": "post_attention_layernorm",
+    "after_mlp": "post_feedforward_layernorm",
+}  # fmt: skip
+_GPT2: dict[str, Any] = {
+    "prefix": "transformer.", "embedding": "wte", "layers": "h", "final_norm": "ln_f", "q": "attn.c_attn",
+    "o": "attn.c_proj", "up": "mlp.c_fc", "down": "mlp.c_proj", "attention_norm": "ln_1", "mlp_norm": "ln_2",
+}  # fmt: skip
 _SANDWICH: dict[str, Any] = {
     "attention_norm": "input_layernorm", "after_attention": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm", "after_mlp": "post_feedforward_layernorm",
@@ -111,11 +126,91 @@ NAMES = {
     "gemma": Names(**_GEMMA, attention_norm="input_layernorm", mlp_norm="post_attention_layernorm"),
     "gemma2": Names(**_GEMMA, **_SANDWICH),
     "gemma3_text": Names(**_GEMMA, **_SANDWICH),
+    "smollm3": Names(**_LLAMA, **_BEFORE),
+    "olmo2": Names(**_LLAMA, **_BEHIND, wide_norms=True),
+    "olmo3": Names(**_LLAMA, **_BEHIND, wide_norms=True),
+    "granite": Names(**_LLAMA, **_BEFORE),
+    "ministral": Names(**_LLAMA, **_BEFORE),
+    "ministral3": Names(**_LLAMA, **_BEFORE),
+    "seed_oss": Names(**_LLAMA, **_BEFORE),
+    "ernie4_5": Names(**_LLAMA, **_BEFORE),
+    "helium": Names(**_LLAMA, **_BEFORE),
+    "hunyuan_v1_dense": Names(
+        **_LLAMA, **_BEFORE, head_norms=("self_attn.query_layernorm", "self_attn.key_layernorm")
+    ),
+    "exaone4": Names(**_LLAMA, **_BEHIND),
+    "stablelm": Names(**_LLAMA | {"layer_norm": True}, **_BEFORE),
+    "starcoder2": Names(
+        **_LLAMA | {"layer_norm": True, "gate": None, "up": "mlp.c_fc", "down": "mlp.c_proj"}, **_BEFORE
+    ),
+    "arcee": Names(**_LLAMA | {"gate": None}, **_BEFORE),
+    "nemotron": Names(**_LLAMA | {"layer_norm": True, "gate": None, "offset": 1.0}, **_BEFORE),
+    "cohere": Names(**_LLAMA | {"layer_norm": True}, **_ONE),
+    "cohere2": Names(**_LLAMA | {"layer_norm": True}, **_ONE),
+    "glm": Names(**_LLAMA | {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}, **_BEFORE),
+    "glm4": Names(
+        **_LLAMA | {"gate": "mlp.gate_up_proj", "up": "mlp.gate_up_proj"}, **_BEFORE,
+        after_attention="post_self_attn_layernorm", after_mlp="post_mlp_layernorm",
+    ),
+    "gpt2": Names(**_GPT2, fused="stacked", positions="wpe", transposed=True),
+    "gpt_bigcode": Names(**_GPT2, fused="stacked", positions="wpe"),
+    "opt": Names(
+        "model.decoder.", "embed_tokens", "layers", "final_layer_norm", "self_attn.q_proj", "self_attn.out_proj",
+        "fc1", "fc2", "self_attn_layer_norm", "final_layer_norm", k="self_attn.k_proj", v="self_attn.v_proj",
+        positions="embed_positions",
+    ),
+    "falcon": Names(
+        "transformer.", "word_embeddings", "h", "ln_f", "self_attention.query_key_value", "self_attention.dense",
+        "mlp.dense_h_to_4h", "mlp.dense_4h_to_h", "input_layernorm", "input_layernorm", fused="stacked",
+    ),
+    "gptj": Names(
+        "transformer.", "wte", "h", "ln_f", "attn.q_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out", "ln_1", "ln_1",
+        k="attn.k_proj", v="attn.v_proj", head_bias=True,
+    ),
+    "mpt": Names(
+        "transformer.", "wte", "blocks", "norm_f", "attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj",
+        "norm_1", "norm_2", fused="stacked",
+    ),
+    "olmo": Names(**_LLAMA | {"layer_norm": True}, **_BEFORE),
 }  # fmt: skip
 TARGETS = {family: names.targets for family, names in NAMES.items()}
-EXTRA: dict[str, dict[str, Any]] = {}
+EXTRA: dict[str, dict[str, Any]] = {
+    "smollm3": {"no_rope_layers": [1, 0, 1],},
+    "olmo3": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "exaone4": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    "cohere2": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "logit_scale": 0.4},
+    "granite": {"embedding_multiplier": 3.0, "residual_multiplier": 0.6, "attention_multiplier": 0.4,
+                "logits_scaling": 0.5},
+    "cohere": {"logit_scale": 0.4},
+    "stablelm": {"use_qkv_bias": True},
+    "gptj": {"rotary_dim": 4},
+    "falcon": {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+}  # fmt: skip
 """Config keys of a family beside the usual ones."""
-RENAMED: dict[str, dict[str, str]] = {}
+_GPT_KEYS = {
+    "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "hidden_size": "n_embd", "head_dim": "",
+    "intermediate_size": "n_inner", "max_position_embeddings": "n_positions", "rms_norm_eps": "layer_norm_epsilon",
+    "num_key_value_heads": "",
+}  # fmt: skip
+RENAMED: dict[str, dict[str, str]] = {
+    "stablelm": {"rms_norm_eps": "layer_norm_eps", "head_dim": ""},
+    "starcoder2": {"rms_norm_eps": "norm_epsilon", "head_dim": ""},
+    "nemotron": {"rms_norm_eps": "norm_eps"},
+    "cohere": {"rms_norm_eps": "layer_norm_eps", "head_dim": ""},
+    "cohere2": {"rms_norm_eps": "layer_norm_eps"},
+    "gpt2": _GPT_KEYS,
+    "gpt_bigcode": _GPT_KEYS,
+    "gptj": _GPT_KEYS,
+    "opt": {"rms_norm_eps": "", "intermediate_size": "ffn_dim", "num_key_value_heads": "", "head_dim": ""},
+    "falcon": {"rms_norm_eps": "layer_norm_epsilon", "intermediate_size": "ffn_hidden_size",
+               "num_key_value_heads": "", "head_dim": ""},
+    "mpt": {"num_hidden_layers": "n_layers", "num_attention_heads": "n_heads", "hidden_size": "d_model",
+            "rms_norm_eps": "layer_norm_epsilon", "intermediate_size": "", "num_key_value_heads": "", "head_dim": "",
+            "max_position_embeddings": "max_seq_len", "pad_token_id": ""},
+    "olmo": {"rms_norm_eps": "", "head_dim": ""},
+}  # fmt: skip
 """What a family's config calls a usual key; "" for one it does not have."""
 
 
@@ -123,7 +218,9 @@ def _plain_config(family: str, common: dict[str, Any], usual: dict[str, Any], si
     """A config whose keys are the usual ones, but for RENAMED, with those of EXTRA."""
     renamed = RENAMED.get(family, {})
     keys = {renamed.get(key, key): value for key, value in (common | usual | sizes).items()}
-    return CONFIG_MAPPING[family](**{k: v for k, v in keys.items() if k}, **EXTRA.get(family, {}))
+    layers = usual["num_hidden_layers"]
+    extra = {k: (v * layers)[:layers] if isinstance(v, list) else v for k, v in EXTRA.get(family, {}).items()}
+    return CONFIG_MAPPING[family](**{k: v for k, v in keys.items() if k}, **extra)
 
 
 def kv_heads_of(config: Any) -> int:
@@ -177,8 +274,13 @@ def config_of(family: str, *, d: int, layers: int, heads: int, kv_heads: int, he
 OLDER = ("gpt_neox", "bloom", "phi", "phi3", "gemma", "gemma2", "gemma3_text")
 """Families whose configurations are written out."""
 _EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
-MULTIPLIED = {"embedding_multiplier": 1.5, "residual_multiplier": 0.8, "attention_multiplier": 0.25,
-              "logits_scaling": 0.7, "logit_scale": 0.6}  # fmt: skip
+_LOGITS = {"logit_scale": 0.6}
+MULTIPLIED: dict[str, dict[str, float]] = {
+    "granite": {"embedding_multiplier": 1.5, "residual_multiplier": 0.8, "attention_multiplier": 0.25,
+                "logits_scaling": 0.7},
+    "cohere": _LOGITS,
+    "cohere2": _LOGITS,
+}  # fmt: skip
 """What multiplies where in the new model of a planted upgrade."""
 
 
@@ -247,7 +349,8 @@ class _Planter:
 
     def times(self, key: str) -> float:
         """A multiplier of the old model over the new one's."""
-        return float(getattr(self.config_o, key, 1.0) / getattr(self.config_n, key, 1.0))
+        old, new = ((getattr(config, key, None) or 1.0) for config in (self.config_o, self.config_n))
+        return float(old / new)
 
     def norm(self, old: str, new: str) -> None:
         """A norm in front of something, with new gains and shifts; what reads through it makes up for them."""
@@ -473,16 +576,14 @@ def plant_family(
     if getattr(old, "layer_types", None) is not None:
         kinds = dict(zip(layer_map, old.layer_types, strict=True))
         config.layer_types = [kinds.get(j, "full_attention") for j in range(layers_new)]
+    if getattr(old, "no_rope_layers", None) is not None:
+        rotary = dict(zip(layer_map, old.no_rope_layers, strict=True))
+        config.no_rope_layers = [rotary.get(j, 1) for j in range(layers_new)]
+    if family in MULTIPLIED:
+        for key, value in MULTIPLIED[family].items():
+            setattr(config, key, value)
     planter = _Planter(model, config, rng, stretch)
     planter.ends(token_map)
-    for key in ("no_rope_layers",):
-        if getattr(old, key, None) is not None:
-            setattr(
-                config, key, [getattr(old, key)[layer_map.index(j) if j in layer_map else 0] for j in range(layers_new)]
-            )
-    for key, value in MULTIPLIED.items():
-        if hasattr(old, key) and family in ("granite", "cohere", "cohere2"):
-            setattr(config, key, value)
     f_o = neurons_of(old)
     head_maps, neuron_maps = [], []
     for j in range(layers_new):
@@ -500,3 +601,28 @@ def plant_family(
         raise ValueError(f"{family}: {missing}")
     ones = [torch.ones(f_o, dtype=torch.float64) for _ in layer_map]
     return Planted(new, new_tokenizer, layer_map, head_maps, neuron_maps, ones, planter.Q, token_map)
+
+
+def dense_layer(model: PreTrainedModel, adapter: Path, i: int) -> tuple[dict[str, Tensor], dict[str, oracle.Lora]]:
+    """A layer's weights (out, in) and an adapter's updates of them by role, float64, fused ones taken apart."""
+    names, config = NAMES[model.config.model_type], model.config
+    layer = f"{names.prefix}{names.layers}.{i}."
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    alpha, r = (json.loads((adapter / "adapter_config.json").read_text())[key] for key in ("lora_alpha", "r"))
+    H, G, f = config.num_attention_heads, kv_heads_of(config), neurons_of(config)
+    h = getattr(config, "head_dim", None) or config.hidden_size // H
+    sizes = {"q": H * h, "k": G * h, "v": G * h, "gate": f, "up": f}
+    paths = {"q": names.q, "k": names.k or names.q, "v": names.v or names.q, "o": names.o, "gate": names.gate,
+             "up": names.up, "down": names.down}  # fmt: skip
+    weights, updates, starts = {}, {}, dict.fromkeys(paths.values(), 0)
+    for role, path in paths.items():
+        if path is None:
+            continue
+        weight = model.get_parameter(f"{layer}{path}.weight").detach().double()
+        weight = weight.T if names.transposed else weight
+        b, a = (tensors[f"base_model.model.{layer}{path}.lora_{x}.weight"].double() for x in "BA")
+        size = sizes.get(role, len(weight))
+        rows = slice(starts[path], starts[path] + size)
+        starts[path] += size
+        weights[role], updates[role] = weight[rows], oracle.Lora(b[rows], a, alpha / r)
+    return weights, updates

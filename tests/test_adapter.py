@@ -117,7 +117,7 @@ def normal(seed: int, *shape: int) -> torch.Tensor:
 def files(updates: dict[tuple[int, str], Update], layers: int = 2, **config: Any) -> tuple[dict[str, Any], Any]:
     """The configuration and tensors written for updates by (layer, module)."""
     source = Adapter("x", hostile.adapter_config() | config, {})
-    found = adapter_files(updates, source, "llama", layers, "new")
+    found = adapter_files(updates, source, "llama", Shape(V=99, d=8, h=4, H=2, G=2, f=8, L=layers), "new")
     return json.loads(found["adapter_config.json"]), load(found["adapter_model.safetensors"])
 
 
