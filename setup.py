@@ -4,10 +4,10 @@ The folder `kernels/` has the layout of a Kernel Hub project and must never be i
 belongs to the Hugging Face package of the same name, which transformers and peft import.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=["lorasuite_fast", "lorasuite_kernels"],
+    packages=[*find_packages(include=["lorasuite_fast*"]), "lorasuite_kernels"],
     package_dir={
         "lorasuite_fast": "lorasuite_fast",
         "lorasuite_kernels": "kernels/torch-ext/lorasuite_kernels",

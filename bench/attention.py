@@ -17,10 +17,11 @@ import torch
 from measure import MINICPM_2B, MINICPM_S_1B, machine, median_seconds, product_rate, random_checkpoint, write_report
 from torch import Tensor
 
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.families import ATTENTION, Shape
-from lorasuite_fast.loader import Layer
-from lorasuite_fast.projection import METHODS, Factors, Pair, PlannedLayer, balanced
+from lorasuite_fast.adapters.factors import Factors, balanced
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.families import ATTENTION, Shape
+from lorasuite_fast.models.loader import Layer
+from lorasuite_fast.transfer.projection import METHODS, Pair, PlannedLayer
 
 RANK, PAIRS_TIMED, REPEATS = 32, 4, 5
 OLD, NEW = replace(MINICPM_S_1B, V=600, L=1), replace(MINICPM_2B, V=600, L=1)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from measure import MINICPM_2B, MINICPM_S_1B, REPORTS, machine, random_checkpoint, write_report
 
-from lorasuite_fast.families import Shape
+from lorasuite_fast.models.families import Shape
 
 SHARED = 60_000
 LLAMA_13B = Shape(V=32_000, d=5120, h=128, H=40, G=40, f=13_824, L=40)
@@ -57,9 +57,9 @@ def status(field: str) -> int:
 
 
 def stream(folder: Path) -> dict[str, Any]:
-    from lorasuite_fast.checkpoint import Checkpoint
-    from lorasuite_fast.hidden_states import LayerStream, pooled_layers
-    from lorasuite_fast.phases import anonymous_memory
+    from lorasuite_fast.io.phases import anonymous_memory
+    from lorasuite_fast.models.checkpoint import Checkpoint
+    from lorasuite_fast.models.hidden_states import LayerStream, pooled_layers
 
     resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
     ids = torch.randint(0, 1000, (EXAMPLES, TOKENS))

@@ -35,8 +35,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from lorasuite_fast.refinement import step_batches
-from lorasuite_fast.retention import RETAIN_WEIGHT, summed_shift
+from lorasuite_fast.training.batches import step_batches
+from lorasuite_fast.training.retention import RETAIN_WEIGHT, summed_shift
 
 DEMO = Path(__file__).resolve().parent.parent / "lorasuite_fast" / "demo"
 LENGTH = 256

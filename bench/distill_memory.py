@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from measure import machine, random_checkpoint, write_report
 
-from lorasuite_fast.families import Shape
+from lorasuite_fast.models.families import Shape
 
 OLD = Shape(V=32_768, d=768, h=64, H=12, G=12, f=2048, L=2)
 NEW = Shape(V=49_152, d=1024, h=64, H=16, G=8, f=2816, L=2)

@@ -39,13 +39,13 @@ from measure import machine, write_report
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save_file
 
-import lorasuite_fast.build
-import lorasuite_fast.cli
-import lorasuite_fast.distilled_adapter
-import lorasuite_fast.finetuning
-import lorasuite_fast.plan
-import lorasuite_fast.refinement
-import lorasuite_fast.tensor_files
+import lorasuite_fast.cli.commands
+import lorasuite_fast.distillation.distilled_adapter
+import lorasuite_fast.io.tensor_files
+import lorasuite_fast.training.finetuning
+import lorasuite_fast.training.refinement
+import lorasuite_fast.transfer.build
+import lorasuite_fast.transfer.plan
 
 DEMO = Path(lorasuite_fast.__file__).parent / "demo"
 PLAN = ("--examples", "4", "--method", "lstsq")
@@ -164,7 +164,7 @@ def _child(
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             if inject:
                 inject()
-            lorasuite_fast.cli.main(arguments)
+            lorasuite_fast.cli.commands.main(arguments)
         finally:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     except SystemExit as end:
@@ -341,7 +341,7 @@ def failing_reads(share: float, generator: random.Random) -> Callable[[], None]:
 
     def inject() -> None:
         count = 0
-        populate = lorasuite_fast.tensor_files._File.populate
+        populate = lorasuite_fast.io.tensor_files._File.populate
 
         def broken(file: Any, begin: int, stop: int) -> None:
             nonlocal count
@@ -358,7 +358,7 @@ def failing_reads(share: float, generator: random.Random) -> Callable[[], None]:
             finally:
                 del file.advise
 
-        lorasuite_fast.tensor_files._File.populate = broken  # type: ignore[method-assign]
+        lorasuite_fast.io.tensor_files._File.populate = broken  # type: ignore[method-assign]
 
     return inject
 

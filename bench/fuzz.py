@@ -145,7 +145,7 @@ def model_shape() -> Any:
     """Sizes of the model of tests/hostile.py."""
     import hostile
 
-    from lorasuite_fast.families import Shape
+    from lorasuite_fast.models.families import Shape
 
     return Shape(**hostile.MODEL)
 
@@ -156,7 +156,7 @@ def tensors_target(folder: Path) -> Target:
     import torch
 
     from lorasuite_fast import LoraSuiteError
-    from lorasuite_fast.tensor_files import DTYPES, TensorFiles
+    from lorasuite_fast.io.tensor_files import DTYPES, TensorFiles
 
     def read() -> Any:
         files = TensorFiles([folder / "a.safetensors"])
@@ -179,7 +179,7 @@ def config_target(folder: Path) -> Target:
     """A model's config.json."""
     import hostile
 
-    from lorasuite_fast.checkpoint import Checkpoint
+    from lorasuite_fast.models.checkpoint import Checkpoint
 
     shape = model_shape()
 
@@ -209,7 +209,7 @@ def index_target(folder: Path) -> Target:
     """An index over a model's files."""
     import hostile
 
-    from lorasuite_fast.checkpoint import Checkpoint
+    from lorasuite_fast.models.checkpoint import Checkpoint
 
     model = hostile.write_model(folder)
     (model / "model.safetensors").rename(model / "one.safetensors")
@@ -231,8 +231,9 @@ def adapter_config_target(folder: Path) -> Target:
     """adapter_config.json."""
     import hostile
 
-    from lorasuite_fast.adapter import check_base, read_adapter
-    from lorasuite_fast.families import FAMILIES
+    from lorasuite_fast.adapters.adapter import read_adapter
+    from lorasuite_fast.adapters.base_match import check_base
+    from lorasuite_fast.models.family_table import FAMILIES
 
     shape = model_shape()
 
@@ -267,9 +268,9 @@ def adapter_weights_target(folder: Path) -> Target:
     import hostile
     import torch
 
-    from lorasuite_fast.adapter import read_adapter
-    from lorasuite_fast.families import FAMILIES
-    from lorasuite_fast.tensor_files import DTYPES
+    from lorasuite_fast.adapters.adapter import read_adapter
+    from lorasuite_fast.io.tensor_files import DTYPES
+    from lorasuite_fast.models.family_table import FAMILIES
 
     shape = model_shape()
 
@@ -365,7 +366,7 @@ def tokenizer_target(folder: Path, name: str) -> Target:
     """Ids of tokenizer.json or vocab.json."""
     import hostile
 
-    from lorasuite_fast import vocabulary
+    from lorasuite_fast.models import vocabulary
 
     vocab = {"a": 0, "b": 1, "c": 2}
     whole = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocab, "merges": []}}
@@ -392,7 +393,7 @@ def work_target(folder: Path) -> Target:
     """What an interrupted run has noted of itself."""
     import hostile
 
-    from lorasuite_fast.work import Work
+    from lorasuite_fast.io.work import Work
 
     run = folder / "work/run.json"
     run.parent.mkdir()
@@ -413,9 +414,9 @@ def work_target(folder: Path) -> Target:
 
 def text_readers() -> dict[str, tuple[str, Callable[[Path], Any]]]:
     """What reads texts, by name, with the end of the file's name."""
-    from lorasuite_fast.calibration import load_examples
-    from lorasuite_fast.samples import read_records
-    from lorasuite_fast.verification import load_labelled
+    from lorasuite_fast.evaluation.labelled import load_labelled
+    from lorasuite_fast.text.calibration import load_examples
+    from lorasuite_fast.text.samples import read_records
 
     return {
         "calibration": (".jsonl", lambda path: load_examples(path, 8, 0)),
@@ -428,7 +429,7 @@ def text_readers() -> dict[str, tuple[str, Callable[[Path], Any]]]:
 def chat_target(folder: Path) -> Target:
     """Turns of a chat, each of which may hold anything."""
 
-    from lorasuite_fast.samples import SampleMaker, read_records
+    from lorasuite_fast.text.samples import SampleMaker, read_records
 
     from planted import tiny_tokenizer
 

@@ -125,8 +125,8 @@ class Job:
             row["phases"] = [phase.as_dict() for phase in getattr(found, "phases", [])]
 
     def write(self) -> None:
-        from lorasuite_fast.checkpoint import Checkpoint
-        from lorasuite_fast.self_text import self_written
+        from lorasuite_fast.models.checkpoint import Checkpoint
+        from lorasuite_fast.text.self_text import self_written
 
         dtype = torch.float32 if DRY else torch.bfloat16
         with timed(self.path, "write") as row:

@@ -11,7 +11,8 @@ from measure import random_adapter, random_tokenizer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lorasuite_fast.families import FAMILIES, ROLES, Shape
+from lorasuite_fast.models.families import ROLES, Shape
+from lorasuite_fast.models.family_table import FAMILIES
 
 LLAMA_2_7B = Shape(V=32_000, d=4096, h=128, H=32, G=32, f=11_008, L=32)
 LLAMA_3_8B = Shape(V=128_256, d=4096, h=128, H=32, G=8, f=14_336, L=32)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from gpu_models import NEW, OLD, SHARED, parameters
 
-from lorasuite_fast.families import Shape
+from lorasuite_fast.models.families import Shape
 
 HALF_PRODUCTS, DOUBLE_PRODUCTS, DOUBLE_SOLVES = 600e12, 50e12, 5e12
 MEMORY, LOADING, LAUNCH = 3.0e12, 10e9, 20e-6

@@ -29,9 +29,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lorasuite_fast import LoraSuiteError, Migration, TransferPlan, migrate
-from lorasuite_fast.candidates import applicable
-from lorasuite_fast.choice import FIGURE, WHOLE
-from lorasuite_fast.families import FAMILIES, ROLES
+from lorasuite_fast.distillation.choice import FIGURE, WHOLE
+from lorasuite_fast.models.families import ROLES
+from lorasuite_fast.models.family_table import FAMILIES
+from lorasuite_fast.transfer.copying import applicable
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "lorasuite_fast/demo"

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from measure import MINICPM_2B, machine, random_checkpoint, write_report
 
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.loader import stream_layers
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.loader import stream_layers
 
 SHARED, ROUNDS, BLOCK = 60_000, 5, 16 << 20
 

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorasuite_fast.families import FAMILIES, Shape
+from lorasuite_fast.models.families import Shape
+from lorasuite_fast.models.family_table import FAMILIES
 
 REPORTS = Path(__file__).parent / "reports"
 

@@ -223,9 +223,10 @@ def run_module(tree: Path, name: str, module: Module) -> list[tuple[Mutant, Outc
     if bare.notice:
         raise RuntimeError(f"{name}: {bare.notice} fails without a mutant\n{(tree / 'log').read_text()[-4000:]}")
     print(f"{name}: {len(module.mutants)} mutants, {bare.seconds:.0f} s without one", flush=True)
-    file = source_of(tree, name)
-    text, found = file.read_text("utf-8"), []
+    found = []
     for mutant in module.mutants:
+        file = source_of(tree, name, mutant.old)
+        text = file.read_text("utf-8")
         file.write_text(applied(text, mutant, name), "utf-8")
         try:
             result = outcome(tree, tests, max(LEAST_SECONDS, TIMES_LONGER * bare.seconds))
@@ -268,7 +269,10 @@ class Kept:
         content = hashlib.sha256(repr(module.tests).encode())
         for path in sorted(tests | shared):
             content.update(path.read_bytes())
-        return cls(hashlib.sha256(source_of(tree, name).read_bytes()).hexdigest(), content.hexdigest(), {})
+        source = hashlib.sha256()
+        for path in sorted({source_of(tree, name, mutant.old) for mutant in module.mutants}):
+            source.update(path.read_bytes())
+        return cls(source.hexdigest(), content.hexdigest(), {})
 
     @classmethod
     def read(cls, file: Path) -> Kept | None:

@@ -16,8 +16,8 @@ import torch
 from measure import MINICPM_2B, MINICPM_S_1B, machine, random_adapter, random_checkpoint, write_report
 
 from lorasuite_fast import TransferPlan
-from lorasuite_fast.families import ATTENTION, ROLES
-from lorasuite_fast.phases import PhaseClock
+from lorasuite_fast.io.phases import PhaseClock
+from lorasuite_fast.models.families import ATTENTION, ROLES
 
 RANK, SHARED = 32, 60_000
 CALIBRATION = ("old hidden states", "new hidden states")

@@ -32,7 +32,7 @@ from demo_text import Document
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, LlamaConfig
 
-from lorasuite_fast.phases import PhaseClock, anonymous_memory, release_memory
+from lorasuite_fast.io.phases import PhaseClock, anonymous_memory, release_memory
 
 DOMAINS = ("bible", "code")
 CODE_PACKAGES = ("networkx", "scipy", "sympy")

@@ -36,11 +36,11 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from lorasuite_fast import migrate, refine, verify
-from lorasuite_fast.calibration import load_examples
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.distillation import Settings
-from lorasuite_fast.families import ATTENTION
-from lorasuite_fast.self_text import self_written
+from lorasuite_fast.distillation.settings import Settings
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.families import ATTENTION
+from lorasuite_fast.text.calibration import load_examples
+from lorasuite_fast.text.self_text import self_written
 
 RATES, EPOCHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (3, 6, 15)
 TEXT_BYTES = 160_000

@@ -33,9 +33,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lorasuite_fast import TransferPlan, refine, verify
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.distillation import Settings
-from lorasuite_fast.self_text import self_written
+from lorasuite_fast.distillation.settings import Settings
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.text.self_text import self_written
 
 LENGTH, BATCH, STEPS, WARM_UP = 96, 4, 96, 4
 RATE = 3e-3

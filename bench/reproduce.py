@@ -44,8 +44,8 @@ from transformers.utils import logging
 from word_problems import Difficulty, Record, exact_match, fixed_answers, problems
 
 from lorasuite_fast import finetune, migrate
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.families import ATTENTION
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.families import ATTENTION
 
 OWN = ("neox", "llama-deep")
 PAPER = {"nothing": (3e-4, 3), "paper": (1e-3, 3)}

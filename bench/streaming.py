@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from measure import MINICPM_S_1B, machine, random_checkpoint, write_report
 
-from lorasuite_fast.families import Shape
+from lorasuite_fast.models.families import Shape
 
 EXAMPLES, TOKENS = 64, 128
 DEEP, SHALLOW = (replace(MINICPM_S_1B, V=4096, L=layers) for layers in (24, 8))
@@ -63,8 +63,8 @@ def evict(folder: Path) -> None:
 
 
 def ours(folder: Path, micro_batch: int, cold: bool) -> dict[str, Any]:
-    from lorasuite_fast.checkpoint import Checkpoint
-    from lorasuite_fast.hidden_states import LayerStream, pooled_layers
+    from lorasuite_fast.models.checkpoint import Checkpoint
+    from lorasuite_fast.models.hidden_states import LayerStream, pooled_layers
 
     ids = tokens()
     if cold:
@@ -310,7 +310,7 @@ def main() -> None:
         import transformers.models.llama.modeling_llama  # noqa: F401
         from transformers import AutoModel  # noqa: F401
 
-        import lorasuite_fast.hidden_states  # noqa: F401
+        import lorasuite_fast.models.hidden_states  # noqa: F401
 
         torch.randn(256, 256) @ torch.randn(256, 256)
         print(json.dumps(METHODS[name](Path(folder), int(micro_batch), cold == "1")))

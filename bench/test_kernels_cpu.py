@@ -28,8 +28,8 @@ from gpu_plain import published_pair
 from measure import MINICPM_2B, MINICPM_S_1B, machine, product_rate, write_report
 from torch import Tensor
 
-from lorasuite_fast.families import Shape
-from lorasuite_fast.phases import release_memory
+from lorasuite_fast.io.phases import release_memory
+from lorasuite_fast.models.families import Shape
 from lorasuite_kernels import balance, cka, head_similarity, project_heads
 
 PEERS = Path(os.environ.get("PEERS", Path(__file__).parent.parent / ".cache" / "peers"))

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from measure import machine, write_report
 
-from lorasuite_fast.phases import PhaseClock, anonymous_memory
-from lorasuite_fast.transfer import normal_equations, solve_normal
+from lorasuite_fast.io.phases import PhaseClock, anonymous_memory
+from lorasuite_fast.transfer.embeddings import normal_equations, solve_normal
 
 TOKENS, D_O, D_N = 50_000, 1536, 2304
 REPEATS = 3

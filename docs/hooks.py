@@ -36,7 +36,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     def help_of(match: re.Match[str]) -> str:
         from typer.testing import CliRunner
 
-        from lorasuite_fast.cli import app
+        from lorasuite_fast.cli.app import app
 
         shown = CliRunner(env={"COLUMNS": "82", "NO_COLOR": "1"}).invoke(app, [match[1], "--help"])
         return f"```output\n{shown.stdout.strip()}\n```"

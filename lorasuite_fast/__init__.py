@@ -8,16 +8,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ._moved import install
 from ._version import __version__
 from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
-    from .finetuning import Finetuning, finetune
-    from .model_card import push_to_hub
-    from .plan import TransferPlan, migrate
-    from .refinement import Refinement, refine
-    from .result import LayerResult, Migration
-    from .verification import Verification, verify
+    from .evaluation.verification import Verification
+    from .pipeline.finetune import finetune
+    from .pipeline.migrate import migrate
+    from .pipeline.plan import TransferPlan
+    from .pipeline.refine import refine
+    from .pipeline.verify import verify
+    from .reporting.model_card import push_to_hub
+    from .results import Migration
+    from .training.finetuning import Finetuning
+    from .training.refinement import Refinement
+    from .transfer.projection import LayerResult
 
 __all__ = [
     "Finetuning",
@@ -36,18 +42,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Finetuning": "finetuning",
-    "finetune": "finetuning",
-    "push_to_hub": "model_card",
-    "TransferPlan": "plan",
-    "migrate": "plan",
-    "Migration": "result",
-    "LayerResult": "result",
-    "Refinement": "refinement",
-    "refine": "refinement",
-    "Verification": "verification",
-    "verify": "verification",
+    "Finetuning": "training.finetuning",
+    "finetune": "pipeline.finetune",
+    "push_to_hub": "reporting.model_card",
+    "TransferPlan": "pipeline.plan",
+    "migrate": "pipeline.migrate",
+    "Migration": "results",
+    "LayerResult": "transfer.projection",
+    "Refinement": "training.refinement",
+    "refine": "pipeline.refine",
+    "Verification": "evaluation.verification",
+    "verify": "pipeline.verify",
 }
+
+install()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ def main() -> Any:
     """Runs the command line; Ctrl-C ends it in one line from the imports to the end of the process."""
     try:
         with interrupts():
-            from .cli import main as run
+            from .cli.commands import main as run
 
             return run()
     finally:

@@ -56,4 +56,4 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
 def unrefined(monkeypatch: pytest.MonkeyPatch) -> None:
     """A migration refines by default where there is a GPU; here only where a test asks for it."""
     if torch.cuda.is_available():
-        monkeypatch.setattr("lorasuite_fast.plan.default_refinement", lambda _: 0)
+        monkeypatch.setattr("lorasuite_fast.pipeline.migrate.default_refinement", lambda _: 0)

@@ -12,19 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load
 
-from lorasuite_fast.adapter import (
-    Adapter,
-    Update,
-    _check_values,
-    adapter_files,
-    by_module,
-    check_base,
-    read_adapter,
-)
-from lorasuite_fast.checkpoint import Checkpoint
+from lorasuite_fast.adapters.adapter import Adapter, Update, _check_values, adapter_files, by_module, read_adapter
+from lorasuite_fast.adapters.base_match import check_base
+from lorasuite_fast.adapters.factors import Factors
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.families import FAMILIES, Shape
-from lorasuite_fast.projection import Factors
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.families import Shape
+from lorasuite_fast.models.family_table import FAMILIES
 
 SHAPE = Shape(**hostile.MODEL)
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorasuite_fast import LoraSuiteError, migrate
-from lorasuite_fast.adapter import read_adapter
-from lorasuite_fast.adapter_config import _KNOWN, is_target
-from lorasuite_fast.aligned_states import LoadedModel
-from lorasuite_fast.families import FAMILIES, Shape
-from lorasuite_fast.peft_check import check_loads, empty_model, skeleton
+from lorasuite_fast.adapters.adapter import read_adapter
+from lorasuite_fast.adapters.adapter_config import _KNOWN, is_target
+from lorasuite_fast.adapters.aligned_states import LoadedModel
+from lorasuite_fast.adapters.peft_check import check_loads, empty_model, skeleton
+from lorasuite_fast.models.families import Shape
+from lorasuite_fast.models.family_table import FAMILIES
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -216,7 +217,7 @@ def test_the_check_takes_what_peft_takes(dora: bool, root: Path, tmp_path: Path)
 
 
 def read_shape(folder: Path) -> Shape:
-    from lorasuite_fast.checkpoint import Checkpoint
+    from lorasuite_fast.models.checkpoint import Checkpoint
 
     return Checkpoint(folder).shape
 

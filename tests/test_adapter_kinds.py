@@ -17,13 +17,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
-from lorasuite_fast.adapter import read_adapter
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.cli import app
-from lorasuite_fast.distillation import updated
-from lorasuite_fast.hidden_states import LayerStream, padded
-from lorasuite_fast.magnitude import stored_factors
-from lorasuite_fast.projection import Factors
+from lorasuite_fast.adapters.adapter import read_adapter
+from lorasuite_fast.adapters.factors import Factors
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.distillation.streams import updated
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.hidden_states import LayerStream, padded
+from lorasuite_fast.transfer.magnitude import stored_factors
 
 from planted import Planted, effect, plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
 

@@ -10,8 +10,9 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lorasuite_fast.alignment import AlignedText, Alignment, TokenEnds
-from lorasuite_fast.vocabulary import token_keys
+from lorasuite_fast.models.token_ends import TokenEnds
+from lorasuite_fast.models.vocabulary import token_keys
+from lorasuite_fast.text.alignment import AlignedText, Alignment
 
 import real_models
 from planted import tiny_tokenizer

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, finetune, migrate, output, refine, verify
-from lorasuite_fast.artifacts import REPORT_MARK, STEPS_MARK
-from lorasuite_fast.cli import app
-from lorasuite_fast.work import Work, clean_up, work_folder
+from lorasuite_fast import LoraSuiteError, TransferPlan, finetune, migrate, refine, verify
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.io import output
+from lorasuite_fast.io.artifacts import REPORT_MARK, STEPS_MARK
+from lorasuite_fast.io.work import Work, clean_up, work_folder
 
 PEFT_CARD = "---\nbase_model: some/model\nlibrary_name: peft\n---\n\n# Model Card for Model ID\n"
 OUR_CARD = f"# LoRA adapter\n\n{STEPS_MARK}\n"

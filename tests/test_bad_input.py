@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
-from lorasuite_fast.cli import app
+from lorasuite_fast.cli.app import app
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 import lorasuite_fast
 from lorasuite_fast import LoraSuiteError
-from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer, read_sizes
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.hidden_states import LayerStream, padded
+from lorasuite_fast.adapters.aligned_states import LoadedModel, load_tokenizer, read_sizes
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.hidden_states import LayerStream, padded
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

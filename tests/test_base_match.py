@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from test_hostile import opening_only
 
 from lorasuite_fast import LoraSuiteError, migrate
-from lorasuite_fast.adapter import Adapter, check_base, read_adapter
-from lorasuite_fast.base_match import same_weights
-from lorasuite_fast.checkpoint import Checkpoint
+from lorasuite_fast.adapters.adapter import Adapter, read_adapter
+from lorasuite_fast.adapters.base_match import check_base, same_weights
+from lorasuite_fast.models.checkpoint import Checkpoint
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

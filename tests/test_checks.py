@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, cli, migrate
-from lorasuite_fast.distillation import Settings
+from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast.cli import commands as cli
+from lorasuite_fast.distillation.settings import Settings
 
 FOLDERS = ("old-model", "new-model", "adapter")
 PROBE = """
 import contextlib, io, json, sys
-from lorasuite_fast import cli
+from lorasuite_fast.cli import commands as cli
 found = []
 for arguments in json.loads(sys.argv[1]):
     said = io.StringIO()
@@ -87,14 +88,14 @@ def test_slips_are_told_before_anything_heavy_is_imported(place: Path) -> None:
 
 
 def test_a_name_that_may_be_a_hub_id_is_left_to_the_hub(place: Path) -> None:
-    from lorasuite_fast.given_paths import check_folder
+    from lorasuite_fast.cli.given_paths import check_folder
 
     for name in ("Qwen/Qwen2.5-3B", "gpt2", "old-model"):
         check_folder("OLD model", name)
 
 
 def test_a_model_of_the_cache_is_not_taken_for_a_slip(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasuite_fast.given_paths import check_folder
+    from lorasuite_fast.cli.given_paths import check_folder
 
     (place / "cache/models--old-modle").mkdir(parents=True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(place / "cache"))
@@ -156,7 +157,7 @@ def test_any_exception_is_one_line_and_exit_code_70(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("lorasuite_fast.plan.migrate", fail)
+    monkeypatch.setattr("lorasuite_fast.pipeline.migrate.migrate", fail)
     with pytest.raises(SystemExit) as end:
         cli.main([*MIGRATE, *(["--debug"] if debug else [])])
     assert end.value.code == 70
@@ -182,7 +183,7 @@ def test_the_other_exit_codes_stay(
         def fail(*_: object, error: BaseException = error, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr("lorasuite_fast.plan.migrate", fail)
+        monkeypatch.setattr("lorasuite_fast.pipeline.migrate.migrate", fail)
         with pytest.raises(SystemExit) as end:
             cli.main(list(MIGRATE))
         assert end.value.code == code

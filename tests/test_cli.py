@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner
 
 from lorasuite_fast import __version__
-from lorasuite_fast.cli import app
+from lorasuite_fast.cli.app import app
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

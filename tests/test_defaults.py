@@ -11,7 +11,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, cli, finetune, migrate, plan, refine, verify
+from lorasuite_fast import LoraSuiteError, TransferPlan, cli, finetune, migrate, refine, verify
+from lorasuite_fast.cli import carrying, training, verification
+from lorasuite_fast.pipeline import migrate as verb
 
 ELSEWHERE = {"overwrite", "report_file", "as_json", "seed"}
 """Options whose default is checked elsewhere, or which the command line has alone."""
@@ -20,12 +22,12 @@ ELSEWHERE = {"overwrite", "report_file", "as_json", "seed"}
 @pytest.mark.parametrize(
     ("command", "functions", "renamed"),
     [
-        (cli.migrate, (migrate, TransferPlan.build), {}),
-        (cli.plan, (TransferPlan.build,), {"roles": None}),
-        (cli.apply, (TransferPlan.apply,), {"out": None}),
-        (cli.refine, (refine,), {"patience": None, "top_k": None}),
-        (cli.finetune, (finetune,), {}),
-        (cli.verify, (verify,), {}),
+        (carrying.migrate, (migrate, TransferPlan.build), {}),
+        (carrying.plan, (TransferPlan.build,), {"roles": None}),
+        (carrying.apply, (TransferPlan.apply,), {"out": None}),
+        (training.refine, (refine,), {"patience": None, "top_k": None}),
+        (training.finetune, (finetune,), {}),
+        (verification.verify, (verify,), {}),
     ],
 )
 def test_an_option_has_one_default(
@@ -45,7 +47,7 @@ def test_an_option_has_one_default(
 
 
 def test_apply_offers_what_its_function_takes() -> None:
-    offered = inspect.signature(cli.apply).parameters
+    offered = inspect.signature(carrying.apply).parameters
     assert {"device", "dtype", "trust_remote_code", "memory", "old", "new", "text"} <= offered.keys()
 
 
@@ -87,7 +89,7 @@ def test_whether_a_migration_refines_is_decided_in_one_place(tmp_path: Path, mon
         asked.append(device)
         raise LoraSuiteError("stop")
 
-    monkeypatch.setattr(plan, "default_refinement", decide)
+    monkeypatch.setattr(verb, "default_refinement", decide)
     paths = [str(tmp_path / name) for name in ("old", "new", "adapter", "out")]
     for folder in paths[:3]:
         Path(folder).mkdir()
@@ -101,7 +103,7 @@ def test_a_migration_refines_by_default_on_a_gpu_alone_and_says_so(monkeypatch: 
     monkeypatch.undo()
     for found, device, steps in ((True, "auto", "auto"), (True, "cpu", 0), (False, "auto", 0), (True, "cuda", "auto")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
-        assert plan.default_refinement(device) == steps
+        assert verb.default_refinement(device) == steps
     said: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for options, words in (

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasuite_fast import LoraSuiteError, Migration, TransferPlan, migrate, verify
-from lorasuite_fast.adapter import adapter_files
-from lorasuite_fast.mapping import map_layers, match_heads, match_neurons
+from lorasuite_fast.adapters.adapter import adapter_files
+from lorasuite_fast.transfer.mapping import map_layers, match_heads, match_neurons
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -194,7 +194,7 @@ def test_the_writer_refuses_what_is_not_finite_and_names_it(
         updates[key].factors.b[0, 0] = value
         return adapter_files(updates, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("lorasuite_fast.plan.adapter_files", broken)
+    monkeypatch.setattr("lorasuite_fast.pipeline.plan.adapter_files", broken)
     with pytest.raises(LoraSuiteError, match=r"the migrated base_model\..*lora_B\.weight holds NaN or infinity"):
         plan.apply(adapter, tmp_path / "out")
     plan.tensors["W_h"][0, 0] = value

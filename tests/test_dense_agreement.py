@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from lorasuite_fast import TransferPlan
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.mapping import map_layers
-from lorasuite_fast.vocabulary import shared_tokens
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.vocabulary import shared_tokens
+from lorasuite_fast.transfer.mapping import map_layers
 
 import dense_oracle as oracle
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer

@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorasuite_fast import TransferPlan, memory, migrate
-from lorasuite_fast.work import work_folder
+from lorasuite_fast import TransferPlan, migrate
+from lorasuite_fast.io.work import work_folder
+from lorasuite_fast.transfer import memory
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

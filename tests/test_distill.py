@@ -18,15 +18,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, distillation, migrate
-from lorasuite_fast.adapter import read_adapter
-from lorasuite_fast.alignment import Alignment
-from lorasuite_fast.calibration import load_examples
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.distillation import Distilled, Settings, distill, in_front_of_norm, reduced_rank_ridge, updated
-from lorasuite_fast.phases import PhaseClock
-from lorasuite_fast.projection import Factors
-from lorasuite_fast.self_text import self_written
+from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast.adapters.adapter import read_adapter
+from lorasuite_fast.adapters.factors import Factors
+from lorasuite_fast.distillation import scores
+from lorasuite_fast.distillation.distill import distill
+from lorasuite_fast.distillation.regression import in_front_of_norm, reduced_rank_ridge
+from lorasuite_fast.distillation.settings import Distilled, Settings
+from lorasuite_fast.distillation.streams import updated
+from lorasuite_fast.io.phases import PhaseClock
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.text.alignment import Alignment
+from lorasuite_fast.text.calibration import load_examples
+from lorasuite_fast.text.self_text import self_written
 
 from planted import Planted, effect, plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -431,14 +435,14 @@ def test_few_texts_between_unrelated_models_are_warned_of_all_the_same(texts: in
 def test_the_gain_a_text_is_judged_with_is_chosen_by_the_others() -> None:
     found = {0.0: [2.0, 2.0, 2.0], 0.5: [0.0, 2.1, 2.1], 1.0: [9.0, 9.0, 9.0]}
     divergences = {gain: torch.tensor(values, dtype=torch.float64) for gain, values in found.items()}
-    assert distillation._best_gain(divergences) == 0.5
+    assert scores.best_gain(divergences) == 0.5
     equal = {gain: torch.tensor([1.0 + (gain > 1)]) for gain in (1.25, 1.0, 0.5)}
-    assert distillation._best_gain(equal) == 0.5
+    assert scores.best_gain(equal) == 0.5
     # Without the first text, which alone gains by an update, the others want none.
-    assert distillation._gains_by_others(divergences).tolist() == [0.0, 0.5, 0.5]
+    assert scores.gains_by_others(divergences).tolist() == [0.0, 0.5, 0.5]
     states = {gain: [torch.full((2, 3), gain), torch.full((1, 3), gain)] for gain in found}
     gains = torch.tensor([1.0, 0.0, 0.5], dtype=torch.float64)
-    assert distillation._rows_by_gain(states, gains)[:, 0].tolist() == [1.0, 0.0, 0.5]
+    assert scores.rows_by_gain(states, gains)[:, 0].tolist() == [1.0, 0.0, 0.5]
 
 
 @pytest.mark.parametrize("rank", [None, 2, 7])
@@ -526,5 +530,5 @@ def test_self_written_text_is_seeded_and_kept(planted: Pair, tmp_path: Path, mon
     (penalised / "generation_config.json").write_text(json.dumps(config))
     old = Checkpoint(penalised, "old")
     assert write(0) == first
-    monkeypatch.setattr("lorasuite_fast.aligned_states.LoadedModel", None)
+    monkeypatch.setattr("lorasuite_fast.adapters.aligned_states.LoadedModel", None)
     assert write(0) == first

@@ -17,16 +17,18 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
-from lorasuite_fast import distillation as module
-from lorasuite_fast.adapter import read_adapter
-from lorasuite_fast.calibration import load_examples
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.cli import app
-from lorasuite_fast.distillation import Distilled, Settings, distill
+from lorasuite_fast.adapters.adapter import read_adapter
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.distillation.distill import distill
+from lorasuite_fast.distillation.layer_fit import Fit
+from lorasuite_fast.distillation.settings import Distilled, Settings
+from lorasuite_fast.distillation.streams import Side
 from lorasuite_fast.errors import WriteError
-from lorasuite_fast.phases import PhaseClock
-from lorasuite_fast.stored_tensors import StoredTensors
-from lorasuite_fast.work import Work, work_folder
+from lorasuite_fast.io.phases import PhaseClock
+from lorasuite_fast.io.stored_tensors import StoredTensors
+from lorasuite_fast.io.work import Work, work_folder
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.text.calibration import load_examples
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -135,7 +137,7 @@ def test_an_interrupted_distillation_goes_on_to_the_same_bits(
     with pytest.raises(Stop), begun(tmp_path / "work", away=away) as work:
         distil(root, work, stop_at(phase, step))
     read, fitted = [], []
-    states, fit = module._Side.stream, module._Fit._fitted
+    states, fit = Side.stream, Fit._fitted
 
     def stream(side: Any, run: Any, name: str, **options: Any) -> Any:
         read.append(name)
@@ -145,8 +147,8 @@ def test_an_interrupted_distillation_goes_on_to_the_same_bits(
         fitted.append(layer.index)
         return fit(self, layer, *arguments)
 
-    monkeypatch.setattr(module._Side, "stream", stream)
-    monkeypatch.setattr(module._Fit, "_fitted", fitting)
+    monkeypatch.setattr(Side, "stream", stream)
+    monkeypatch.setattr(Fit, "_fitted", fitting)
     with begun(tmp_path / "work", away=away) as work:
         assert same(distil(root, work), whole)
     assert ("old" in read) == (phase == "adapter's effect")
@@ -266,7 +268,7 @@ def test_what_was_measured_stays_below_what_was_predicted(away: bool, larger: Pa
     code = f"""
 import json, re
 from lorasuite_fast import LoraSuiteError, TransferPlan
-from lorasuite_fast.distillation import Settings
+from lorasuite_fast.distillation.distill import Settings
 options = {{"settings": Settings(max_tokens=80)}}
 plan = TransferPlan.from_pretrained({str(larger / "plan")!r})
 memory = "4GB"

@@ -26,7 +26,7 @@ from huggingface_hub import RepoUrl
 from typer.testing import CliRunner
 
 import lorasuite_fast
-from lorasuite_fast.cli import app
+from lorasuite_fast.cli.app import app
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -41,6 +41,8 @@ NOT_RUN = {
     "make test": "is what runs this",
     "make docs": "needs the extra `docs`",
     "pip install .": "tests/test_release.py builds what it installs",
+    "lorasuite-fast verify meta-llama": "needs models of the hub; the same command runs with tiny models",
+    "lorasuite-fast migrate meta-llama": "needs models of the hub; the same command runs with tiny models",
     "python examples/checkpoint_cka.py": "tests/test_examples.py runs it",
     "torchrun": "tests/test_ranks.py runs several processes",
 }
@@ -218,3 +220,17 @@ def test_a_notebook_is_valid_and_holds_no_output(path: Path) -> None:
             assert (cell["outputs"], cell["execution_count"]) == ([], None)
         assert cell.keys() == wanted
         assert all(isinstance(line, str) for line in cell["source"])
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link.partition("#")[0]).exists()] == []
+
+
+def test_the_picture_is_what_the_reports_say() -> None:
+    import picture
+
+    assert picture.PICTURE.read_text("utf-8") == picture.svg()

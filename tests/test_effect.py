@@ -8,8 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasuite_fast.aligned_states import Head, States
-from lorasuite_fast.effect import EffectSums, _beyond, chunk_size, effect_sums, position_chunks, resamples, statistics
+from lorasuite_fast.adapters.aligned_states import Head, States
+from lorasuite_fast.evaluation.effect import (
+    EffectSums,
+    _beyond,
+    chunk_size,
+    effect_sums,
+    position_chunks,
+    resamples,
+    statistics,
+)
 
 TOKENS = 7
 

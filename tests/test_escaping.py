@@ -14,10 +14,18 @@ import yaml
 from markdown_it import MarkdownIt
 from rich.console import Console
 
-from lorasuite_fast.artifacts import PROVENANCE
-from lorasuite_fast.escaping import code_span, html_text, markdown, paragraph, printable, python_literal, terminal
-from lorasuite_fast.model_card import card_files, model_card
-from lorasuite_fast.provenance import Step
+from lorasuite_fast.io.artifacts import PROVENANCE
+from lorasuite_fast.reporting.escaping import (
+    code_span,
+    html_text,
+    markdown,
+    paragraph,
+    printable,
+    python_literal,
+    terminal,
+)
+from lorasuite_fast.reporting.model_card import card_files, model_card
+from lorasuite_fast.reporting.provenance import Step
 
 EVIL = [
     "<script>alert(1)</script>",

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorasuite_fast import LoraSuiteError, migrate
-from lorasuite_fast.adapter import read_adapter
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.distillation import Settings, _Side, updated
-from lorasuite_fast.hidden_states import LayerStream, padded
-from lorasuite_fast.projection import Factors, _with_constant
-from lorasuite_fast.vocabulary import shared_tokens
+from lorasuite_fast.adapters.adapter import read_adapter
+from lorasuite_fast.adapters.factors import Factors
+from lorasuite_fast.distillation.settings import Settings
+from lorasuite_fast.distillation.streams import Side, updated
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.hidden_states import LayerStream, padded
+from lorasuite_fast.models.vocabulary import shared_tokens
+from lorasuite_fast.transfer.projection import _with_constant
 
 import dense_oracle as oracle
 import planted
@@ -248,7 +250,7 @@ def test_a_streamed_pass_with_an_update_equals_peft(family: str, tmp_path: Path)
         }
         with updated(layer.module, checkpoint, factors):
             list(layer.run(stream.hidden))
-    side = _Side(checkpoint, rows, [torch.arange(12)] * 2, Settings(), torch.device("cpu"))
+    side = Side(checkpoint, rows, [torch.arange(12)] * 2, Settings(), torch.device("cpu"))
     head = side.head(torch.arange(320))
     found = head.log_probs(side.last(side.take(0, stream.hidden[0])))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "old").eval()

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
-from lorasuite_fast.adapter import read_adapter
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.families import FAMILIES
+from lorasuite_fast.adapters.adapter import read_adapter
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.family_table import FAMILIES
 
 import dense_oracle as oracle
 import planted

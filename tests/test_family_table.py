@@ -7,7 +7,7 @@ from pathlib import Path
 
 from planted_families import NAMES
 
-from lorasuite_fast.families import FAMILIES, TEXT_LAYOUTS, WRAPPERS
+from lorasuite_fast.models.family_table import FAMILIES, TEXT_LAYOUTS, WRAPPERS
 
 PAGE = Path(__file__).parents[1] / "docs/reference/families.md"
 PLAIN = ("llama", "mistral", "qwen2", "qwen3")
@@ -17,7 +17,7 @@ REFINED = ("llama",)
 _HEAD = """# Families
 
 What each family of models was tested for, by its `model_type` in config.json. This page is made by
-`tests/test_family_table.py` from the table in `lorasuite_fast.families`.
+`tests/test_family_table.py` from the table in `lorasuite_fast.models.families`.
 
 - read: transformers builds the class, and every norm, projection and fused row is where the table says.
 - project: an upgrade is planted, a new model in another shape that computes the old one's function; the change of the

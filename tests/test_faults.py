@@ -11,9 +11,9 @@ from pathlib import Path
 import faults
 import pytest
 
-from lorasuite_fast import output
-from lorasuite_fast.artifacts import REPORT_MARK
 from lorasuite_fast.errors import LoraSuiteError, WriteError
+from lorasuite_fast.io import output
+from lorasuite_fast.io.artifacts import REPORT_MARK
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, finetune, migrate
-from lorasuite_fast import finetuning as finetuning_module
-from lorasuite_fast.adapter import trained_config
-from lorasuite_fast.aligned_states import LoadedModel
-from lorasuite_fast.cli import app
-from lorasuite_fast.finetuning import sample_batches
-from lorasuite_fast.refinement import step_batches
-from lorasuite_fast.samples import SampleMaker, _reaching_into, load_samples, prompt, read_records
+from lorasuite_fast.adapters.adapter import trained_config
+from lorasuite_fast.adapters.aligned_states import LoadedModel
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.pipeline import finetune as verb
+from lorasuite_fast.text.samples import SampleMaker, _reaching_into, load_samples, prompt, read_records
+from lorasuite_fast.training import finetuning as finetuning_module
+from lorasuite_fast.training.batches import sample_batches, step_batches
 
 from planted import plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -256,7 +256,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[LoadedModel]:
             super().__init__(*args, **kwargs)
             found.append(self)
 
-    monkeypatch.setattr(finetuning_module, "LoadedModel", Kept)
+    monkeypatch.setattr(verb, "LoadedModel", Kept)
     return found
 
 
@@ -643,7 +643,7 @@ def test_where_nothing_is_better_on_the_validation_samples_the_start_is_kept(roo
 def test_a_share_of_the_samples_is_held_out(root: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     wording = {"template": "alpaca", "max_tokens": 48, "completion_only": False}
-    training, held_out = finetuning_module._split(records(20), 0.25, tokenizer, wording, 0)
+    training, held_out = finetuning_module.split_samples(records(20), 0.25, tokenizer, wording, 0)
     assert (len(training.samples), len(held_out.samples)) == (15, 5)
     both = sorted(sample.ids for part in (training, held_out) for sample in part.samples)
     assert both == sorted(sample.ids for sample in load_samples(records(20), tokenizer, max_tokens=48).samples)
@@ -692,7 +692,7 @@ def test_loss_traded_for_closeness_is_no_divergence(root: Path, tmp_path: Path) 
 def test_a_batch_larger_than_the_data_retains_no_more_than_it_reads(root: Path, tmp_path: Path, count: int) -> None:
     made: list[int] = []
 
-    class Spy(finetuning_module._Batches):
+    class Spy(finetuning_module.FinetuningBatches):
         def __init__(self, samples: Any, batches: Any, kept: Any = None) -> None:
             super().__init__(samples, batches, kept)
             if kept is not None:
@@ -701,7 +701,7 @@ def test_a_batch_larger_than_the_data_retains_no_more_than_it_reads(root: Path, 
 
     data = records(count)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetuning_module, "_Batches", Spy)
+        patch.setattr(finetuning_module, "FinetuningBatches", Spy)
         run(root, tmp_path / "out", data=data, batch=64, steps=1, retain=general_text(tmp_path))
     samples = load_samples(data, AutoTokenizer.from_pretrained(root / "model"), max_tokens=48).samples
     assert made[0] <= sum(len(sample.ids) for sample in samples) + 48
@@ -811,7 +811,7 @@ def test_a_run_cut_off_before_its_result_was_written_only_writes_it(
 ) -> None:
     whole = run(root, tmp_path / "whole", steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr(finetuning_module, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(verb, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(root, tmp_path / "cut", steps=4)
     seen: list[int] = []

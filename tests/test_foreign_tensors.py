@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorasuite_fast import LoraSuiteError
-from lorasuite_fast.aligned_states import LoadedModel
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.hidden_states import LayerStream, padded
+from lorasuite_fast.adapters.aligned_states import LoadedModel
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.hidden_states import LayerStream, padded
 
 from planted import save_folder, tiny_model, tiny_tokenizer
 

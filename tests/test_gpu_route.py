@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import lorasuite_fast.build as build
-import lorasuite_fast.transfer as transfer
+import lorasuite_fast.transfer.build as build
+import lorasuite_fast.transfer.embeddings as transfer
 from lorasuite_fast import TransferPlan
-from lorasuite_fast.transfer import Stream, fit_transfer
-from lorasuite_fast.vocabulary import SharedTokens
+from lorasuite_fast.models.vocabulary import SharedTokens
+from lorasuite_fast.transfer.embeddings import Stream, fit_transfer
 from lorasuite_kernels import Gram, StreamingCKA
 
 from planted import save_folder, tiny_model, tiny_tokenizer
@@ -129,7 +129,7 @@ def test_transfer_stays_on_the_cpu_where_the_budget_is_too_small() -> None:
 
 
 def test_tf32_is_taken_on_a_gpu_for_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasuite_fast.plan import make_options
+    from lorasuite_fast.transfer.plan import make_options
 
     assert not make_options(device="cpu").tf32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -139,7 +139,7 @@ def test_tf32_is_taken_on_a_gpu_for_auto_alone(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_tf32_is_given_back_after_an_error() -> None:
-    from lorasuite_fast.products import tf32
+    from lorasuite_fast.models.products import tf32
 
     def failing() -> None:
         with tf32(True):

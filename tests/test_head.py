@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from lorasuite_fast import LoraSuiteError, TransferPlan
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.distillation import unembedding
-from lorasuite_fast.families import FAMILIES
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.family_table import FAMILIES
+from lorasuite_fast.models.unembedding import unembedding
 
 from planted import plant, save_folder, tiny_model, tiny_tokenizer
 

@@ -16,8 +16,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from lorasuite_fast import TransferPlan, doctor
-from lorasuite_fast.cli import _PlainProgress, app
+from lorasuite_fast import TransferPlan
+from lorasuite_fast.cli import doctor
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.cli.running import _PlainProgress
 
 from planted import save_folder, tiny_model, tiny_tokenizer
 

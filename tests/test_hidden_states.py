@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.hidden_states import LayerStream, padded, pooled_layers
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.hidden_states import LayerStream, padded, pooled_layers
 
 from planted import save_folder, tiny_model, tiny_tokenizer
 

@@ -42,20 +42,24 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan
-from lorasuite_fast.adapter import check_base, read_adapter
-from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer, read_sizes
-from lorasuite_fast.calibration import load_examples
-from lorasuite_fast.checkpoint import Checkpoint, resolve_folder
-from lorasuite_fast.cli import app
-from lorasuite_fast.distillation import Settings, _Side, final_norm
-from lorasuite_fast.families import FAMILIES, Shape
-from lorasuite_fast.hidden_states import LayerStream, padded
-from lorasuite_fast.json_files import MOST_BYTES
-from lorasuite_fast.samples import read_records
-from lorasuite_fast.tensor_files import DTYPES, TensorFiles
-from lorasuite_fast.verification import load_labelled
-from lorasuite_fast.vocabulary import check_ids, token_keys
-from lorasuite_fast.work import Work
+from lorasuite_fast.adapters.adapter import read_adapter
+from lorasuite_fast.adapters.aligned_states import LoadedModel, load_tokenizer, read_sizes
+from lorasuite_fast.adapters.base_match import check_base
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.distillation.settings import Settings
+from lorasuite_fast.distillation.streams import Side
+from lorasuite_fast.evaluation.labelled import load_labelled
+from lorasuite_fast.io.json_files import MOST_BYTES
+from lorasuite_fast.io.tensor_files import DTYPES, TensorFiles
+from lorasuite_fast.io.work import Work
+from lorasuite_fast.models.checkpoint import Checkpoint, resolve_folder
+from lorasuite_fast.models.families import Shape
+from lorasuite_fast.models.family_table import FAMILIES
+from lorasuite_fast.models.hidden_states import LayerStream, padded
+from lorasuite_fast.models.unembedding import final_norm
+from lorasuite_fast.models.vocabulary import check_ids, token_keys
+from lorasuite_fast.text.calibration import load_examples
+from lorasuite_fast.text.samples import read_records
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -711,7 +715,7 @@ def test_nan_in_the_head_and_the_final_norm_is_refused_by_name(model: Path) -> N
         tensors[name][3] = float("nan")
         (model / "model.safetensors").write_bytes(pack(tensors))
         checkpoint = Checkpoint(model)
-        side = _Side(checkpoint, [[1]], [torch.tensor([0])], Settings(seed=0), torch.device("cpu"))
+        side = Side(checkpoint, [[1]], [torch.tensor([0])], Settings(seed=0), torch.device("cpu"))
         reads = {
             "lm_head.weight": lambda s=side: s.head(torch.arange(12)),
             "model.norm.weight": partial(final_norm, checkpoint),
@@ -729,11 +733,11 @@ def hear(event, arguments):
 sys.addaudithook(hear)
 import torch
 from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
-from lorasuite_fast.adapter import check_base, read_adapter
-from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer
-from lorasuite_fast.checkpoint import Checkpoint, resolve_folder
-from lorasuite_fast.families import FAMILIES, Shape
-from lorasuite_fast.samples import read_records
+from lorasuite_fast.adapters.adapter import check_base, read_adapter
+from lorasuite_fast.adapters.aligned_states import LoadedModel, load_tokenizer
+from lorasuite_fast.models.checkpoint import Checkpoint, resolve_folder
+from lorasuite_fast.models.families import FAMILIES, Shape
+from lorasuite_fast.text.samples import read_records
 model, adapter = map(Path, sys.argv[1:3])
 checkpoint = Checkpoint(model)
 found = read_adapter(adapter, checkpoint.family, checkpoint.shape, "OLD")
@@ -777,10 +781,10 @@ import os, resource, sys
 import torch
 from pathlib import Path
 from lorasuite_fast import LoraSuiteError, TransferPlan
-from lorasuite_fast.adapter import read_adapter
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.families import FAMILIES, Shape
-from lorasuite_fast.tensor_files import TensorFiles
+from lorasuite_fast.adapters.adapter import read_adapter
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.families import FAMILIES, Shape
+from lorasuite_fast.io.tensor_files import TensorFiles
 def held():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) << 10
 root = Path(sys.argv[1])

@@ -11,7 +11,7 @@ import pytest
 LINE = "interrupted; OUT is what it was, or complete; the same command goes on from what is done\n"
 BEGIN = """
 import os, signal, sys, time
-from lorasuite_fast import cli
+from lorasuite_fast.cli import commands as cli
 from lorasuite_fast.interrupts import interrupts
 def press():
     os.kill(os.getpid(), signal.SIGINT)
@@ -73,12 +73,12 @@ cli.main([])
 def test_a_press_during_the_imports_and_behind_the_end_is_no_traceback() -> None:
     code = """
 import runpy
-sys.modules["lorasuite_fast.cli"] = None
+sys.modules["lorasuite_fast.cli.commands"] = None
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "lorasuite_fast.cli":
+        if name == "lorasuite_fast.cli.commands":
             press()
-del sys.modules["lorasuite_fast.cli"]
+del sys.modules["lorasuite_fast.cli.commands"]
 sys.meta_path.insert(0, Finder())
 sys.argv[1:] = ["--version"]
 import atexit
@@ -95,7 +95,7 @@ runpy.run_module("lorasuite_fast", run_name="__main__")
 def test_a_command_interrupted_twice_ends_in_one_line(tmp_path: Path) -> None:
     code = f"""
 def work(args):
-    from lorasuite_fast.output import write_folder
+    from lorasuite_fast.io.output import write_folder
     from pathlib import Path
     def write(path):
         path.write_bytes(b"half")

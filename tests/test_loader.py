@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.loader import _prefetched, _Staged, stream_layers
-from lorasuite_fast.phases import memory
-from lorasuite_fast.tensor_files import TensorFiles
+from lorasuite_fast.io.phases import memory
+from lorasuite_fast.io.tensor_files import TensorFiles
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.loader import _prefetched, _Staged, stream_layers
 
 from planted import save_folder, tiny_model, tiny_tokenizer
 
@@ -160,8 +160,8 @@ def test_pages_the_file_no_longer_has_are_an_error_and_not_a_signal(folder: Path
     """The check of the size is passed over on purpose, as if the file were cut off between it and the first touch."""
     code = f"""
 import os
-from lorasuite_fast import tensor_files
-from lorasuite_fast.checkpoint import Checkpoint
+from lorasuite_fast.io import tensor_files
+from lorasuite_fast.models.checkpoint import Checkpoint
 files = Checkpoint({str(folder)!r}).tensors
 name = max(files.entries, key=lambda n: files.entries[n].start)
 files.file(files.entry(name)).map
@@ -201,8 +201,8 @@ def test_the_command_line_turns_a_bus_error_into_one_line(tmp_path: Path) -> Non
     code = f"""
 import os
 from pathlib import Path
-from lorasuite_fast.cli import _run
-from lorasuite_fast.tensor_files import TensorFiles
+from lorasuite_fast.cli.commands import _run
+from lorasuite_fast.io.tensor_files import TensorFiles
 with _run(True):
     view = TensorFiles([Path({str(tmp_path / "w.safetensors")!r})]).view("w")
     os.truncate({str(tmp_path / "w.safetensors")!r}, 4096)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasuite_fast.loading import loading, reason
+from lorasuite_fast.models.loading import loading, reason
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasuite_fast.adapter import Update
+from lorasuite_fast.adapters.adapter import Update
+from lorasuite_fast.adapters.factors import Factors
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.families import Shape
-from lorasuite_fast.magnitude import carry_factors, factors_of, row_norms
-from lorasuite_fast.projection import Factors, PlannedLayer
+from lorasuite_fast.models.families import Shape
+from lorasuite_fast.transfer.magnitude import carry_factors, factors_of, row_norms
+from lorasuite_fast.transfer.projection import PlannedLayer
 
 OLD = Shape(V=50, d=4, h=3, H=4, G=2, f=5, L=1)
 NEW = Shape(V=60, d=6, h=2, H=4, G=2, f=6, L=1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.mapping import map_layers, match_heads, match_neurons
+from lorasuite_fast.transfer.mapping import map_layers, match_heads, match_neurons
 
 
 @pytest.mark.parametrize(("lead", "layer"), [(5e-5, 0), (5e-4, 1)])

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from lorasuite_fast import TransferPlan
-from lorasuite_fast.checkpoint import Checkpoint
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.families import ATTENTION, ROLES
-from lorasuite_fast.memory import Demand, parse_memory
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.families import ATTENTION, ROLES
+from lorasuite_fast.transfer.memory import Demand, parse_memory
 
 from planted import save_folder, tiny_model, tiny_tokenizer
 

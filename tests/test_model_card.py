@@ -13,8 +13,9 @@ from hub_stub import Hub
 from huggingface_hub import ModelCard
 
 from lorasuite_fast import LoraSuiteError, TransferPlan, finetune, migrate, push_to_hub
-from lorasuite_fast.model_card import hub_id, model_card, section, shown
-from lorasuite_fast.provenance import Step, provenance, read_steps
+from lorasuite_fast.io.hub_ids import hub_id, shown
+from lorasuite_fast.reporting.model_card import model_card, section
+from lorasuite_fast.reporting.provenance import Step, provenance, read_steps
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

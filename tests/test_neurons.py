@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasuite_fast.mapping import match_neurons
+from lorasuite_fast.transfer.mapping import match_neurons
 from lorasuite_kernels import neuron_candidates
 
 Neurons = tuple[Tensor | None, Tensor, Tensor]

@@ -15,13 +15,13 @@ import torch
 from hostile import write_adapter, write_model
 
 from lorasuite_fast import LoraSuiteError
-from lorasuite_fast.adapter_folder import adapter_digest
-from lorasuite_fast.aligned_states import LoadedModel
-from lorasuite_fast.checkpoint import Checkpoint, check_links
-from lorasuite_fast.finetuning import finetune
-from lorasuite_fast.model_card import earlier_steps, model_card
-from lorasuite_fast.refinement import refine
-from lorasuite_fast.vocabulary import check_ids
+from lorasuite_fast.adapters.adapter_folder import adapter_digest
+from lorasuite_fast.adapters.aligned_states import LoadedModel
+from lorasuite_fast.models.checkpoint import Checkpoint, check_links
+from lorasuite_fast.models.vocabulary import check_ids
+from lorasuite_fast.pipeline.finetune import finetune
+from lorasuite_fast.pipeline.refine import refine
+from lorasuite_fast.reporting.model_card import earlier_steps, model_card
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

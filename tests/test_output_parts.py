@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from lorasuite_fast import output
 from lorasuite_fast.errors import LoraSuiteError, WriteError
+from lorasuite_fast.io import output
 
 
 def test_outputs_can_be_read_by_others_whatever_the_umask(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from lorasuite_fast import TransferPlan
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.vocabulary import shared_tokens
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.vocabulary import shared_tokens
 
 import dense_oracle as oracle
 from planted import random_adapter, save_folder, tiny_tokenizer

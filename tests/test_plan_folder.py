@@ -23,10 +23,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lorasuite_fast import LoraSuiteError, TransferPlan
-from lorasuite_fast.cli import _print_transfer, app
-from lorasuite_fast.html_report import report_html
-from lorasuite_fast.inspection import print_plan
-from lorasuite_fast.plan_folder import plan_card
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.cli.tables import print_transfer
+from lorasuite_fast.reporting.html_report import report_html
+from lorasuite_fast.reporting.inspection import print_plan
+from lorasuite_fast.reporting.plan_folder import plan_card
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -279,7 +280,7 @@ def test_a_strangers_reason_does_nothing_in_card_report_and_terminal(made: Any) 
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=400)
     print_plan(console, plan, "CKA")
-    _print_transfer(console, plan)
+    print_transfer(console, plan)
     shown = re.sub(r"\x1b\[[\d;]*m", "", out.getvalue())
     assert shown.count("[red]r[/red]") == 3
     assert all(line.isprintable() for line in shown.splitlines())

@@ -10,22 +10,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
-from lorasuite_fast.families import Shape
-from lorasuite_fast.projection import (
-    Factors,
+from lorasuite_fast.adapters.factors import Factors, update_norm
+from lorasuite_fast.models.families import Shape
+from lorasuite_fast.transfer.embeddings import pinv_times
+from lorasuite_fast.transfer.projection import (
     LeastSquares,
     PlannedLayer,
     _fitted_scale,
     _neuron_fit,
-    _whitened,
     _with_constant,
     carry_heads,
     carry_writes,
     inverse,
-    pinv_times,
-    update_norm,
-    whiten,
 )
+from lorasuite_fast.transfer.similarity import _whitened, whiten
 
 OLD = Shape(V=50, d=7, h=3, H=2, G=2, f=5, L=1)
 NEW = Shape(V=60, d=9, h=4, H=3, G=3, f=6, L=1)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lorasuite_fast.ranks import Ranks
-from lorasuite_fast.work import work_folder
+from lorasuite_fast.io.ranks import Ranks
+from lorasuite_fast.io.work import work_folder
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

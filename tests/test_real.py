@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorasuite_fast import migrate
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.transfer import Stream, fit_transfer
-from lorasuite_fast.vocabulary import SharedTokens, drop_untrained, shared_tokens, token_bytes
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.vocabulary import SharedTokens, drop_untrained, shared_tokens, token_bytes
+from lorasuite_fast.transfer.embeddings import Stream, fit_transfer
 
 from planted import Planted, plant
 from real_models import gemma_tokenizer, smollm2

@@ -16,17 +16,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, refine, refinement, teacher
-from lorasuite_fast.aligned_states import LoadedModel, load_tokenizer
-from lorasuite_fast.alignment import Alignment
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.cli import app
+from lorasuite_fast import LoraSuiteError, refine
+from lorasuite_fast.adapters.aligned_states import LoadedModel, load_tokenizer
+from lorasuite_fast.cli.app import app
 from lorasuite_fast.errors import WriteError
-from lorasuite_fast.phases import PhaseClock
-from lorasuite_fast.refinement import _Batches, step_batches, step_budget
-from lorasuite_fast.samples import load_samples
-from lorasuite_fast.teacher import Target, Targets, divergence, target, write_targets
-from lorasuite_fast.work import Work
+from lorasuite_fast.io.phases import PhaseClock
+from lorasuite_fast.io.work import Work
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.pipeline import refine as verb
+from lorasuite_fast.text.alignment import Alignment
+from lorasuite_fast.text.samples import load_samples
+from lorasuite_fast.training import refinement, teacher
+from lorasuite_fast.training.batches import step_batches
+from lorasuite_fast.training.refinement import step_budget
+from lorasuite_fast.training.refinement_loop import RefinementBatches
+from lorasuite_fast.training.teacher import Target, Targets, divergence, target, write_targets
 
 from planted import plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -467,7 +471,7 @@ def test_a_run_cut_off_behind_its_early_stop_only_writes_its_result(
     assert whole.steps < 60
     assert whole.steps == whole.chosen_step + 2
     with monkeypatch.context() as patch:
-        patch.setattr(refinement, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(verb, "_write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(root, tmp_path / "cut", **options)
     cut = run(root, tmp_path / "cut", **options)
@@ -562,7 +566,7 @@ def test_a_start_among_further_modules_computes_the_same_function(root: Path, tm
 
 def test_targets_in_a_cache_serve_another_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(root, tmp_path / "a", steps=2, cache=tmp_path / "cache")
-    monkeypatch.setattr("lorasuite_fast.teacher._old_passes", None)
+    monkeypatch.setattr("lorasuite_fast.training.teacher._old_passes", None)
     result = run(root, tmp_path / "b", steps=2, kl_weight=0.5, cache=tmp_path / "cache")
     assert result.steps == 2
 
@@ -622,11 +626,11 @@ def invoke(*arguments: object) -> str:
 
 def test_shuffled_labels_are_the_same_tokens_in_another_order(root: Path, tmp_path: Path) -> None:
     targets = taught(root, tmp_path / "work", "new", 8, shuffled=True)
-    plain, shuffled = (_Batches(targets, [[0, 1, 2], [3, 4]], seed)[0]["labels"] for seed in (None, 5))
+    plain, shuffled = (RefinementBatches(targets, [[0, 1, 2], [3, 4]], seed)[0]["labels"] for seed in (None, 5))
     assert torch.equal(plain == -100, shuffled == -100)
     assert torch.equal(plain.flatten().sort().values, shuffled.flatten().sort().values)
     assert (plain != shuffled).float().mean() > 0.3
-    batch = _Batches(targets, [[0, 1, 2]])[0]
+    batch = RefinementBatches(targets, [[0, 1, 2]])[0]
     ids = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     assert torch.equal(batch["labels"], ids[:, 1:])
 

@@ -16,14 +16,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, distillation, kinship, migrate, verify
-from lorasuite_fast.calibration import load_examples
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.choice import choose
-from lorasuite_fast.cli import app
-from lorasuite_fast.distillation import Settings
-from lorasuite_fast.distilled_adapter import TEXTS
-from lorasuite_fast.kinship import weight_distance
+from lorasuite_fast import LoraSuiteError, TransferPlan, migrate, verify
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.distillation import distill as distillation
+from lorasuite_fast.distillation.choice import choose
+from lorasuite_fast.distillation.distilled_adapter import TEXTS
+from lorasuite_fast.distillation.settings import Settings
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.text.calibration import load_examples
+from lorasuite_fast.transfer import kinship
+from lorasuite_fast.transfer.kinship import weight_distance
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -232,7 +234,9 @@ def test_a_choice_interrupted_at_its_end_goes_on_to_the_same_bits(root: Path, tm
 def test_a_plan_of_the_chosen_method_can_be_saved_and_applied(root: Path, tmp_path: Path) -> None:
     new = moved(tmp_path / "new", 0.2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lorasuite_fast.plan.choose", lambda judged, out: choose({"lstsq": judged["lstsq"]}, out))
+        patch.setattr(
+            "lorasuite_fast.pipeline.plan.choose", lambda judged, out: choose({"lstsq": judged["lstsq"]}, out)
+        )
         result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
     assert result.plan.options["method"] == "lstsq"
     result.plan.save(tmp_path / "plan")

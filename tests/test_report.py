@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, figures, finetune, migrate, verify
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.cli import app
-from lorasuite_fast.html_report import report_html
-from lorasuite_fast.refinement import Evaluation, Refinement
-from lorasuite_fast.report_file import write_report
-from lorasuite_fast.spectra import migration_spectra
-from lorasuite_fast.teacher import TeacherFacts
+from lorasuite_fast import LoraSuiteError, TransferPlan, finetune, migrate, verify
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.reporting import figures
+from lorasuite_fast.reporting.html_report import report_html, write_report
+from lorasuite_fast.reporting.spectra import migration_spectra
+from lorasuite_fast.training.refinement import Evaluation, Refinement
+from lorasuite_fast.training.teacher import TeacherFacts
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

@@ -16,9 +16,9 @@ import torch
 from typer.testing import CliRunner
 
 from lorasuite_fast import TransferPlan, migrate
-from lorasuite_fast.cli import app
+from lorasuite_fast.cli.app import app
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.work import Work, clean_up, work_folder
+from lorasuite_fast.io.work import Work, clean_up, work_folder
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -81,7 +81,11 @@ def test_what_is_finished_is_not_done_again(
 ) -> None:
     work = tmp_path / "work"
     TransferPlan.build(*pair, examples=EXAMPLES, work=work)
-    for module, name in (("build", "build_transfer"), ("build", "LayerStream"), ("build", "_pair")):
+    for module, name in (
+        ("transfer.compare", "build_transfer"),
+        ("transfer.compare", "LayerStream"),
+        ("transfer.build", "_pair"),
+    ):
         monkeypatch.setattr(f"lorasuite_fast.{module}.{name}", lambda *_, **__: pytest.fail("done again"))
     TransferPlan.build(*pair, examples=EXAMPLES, work=work)
 

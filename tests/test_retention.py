@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.retention import RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, summed_shift
-from lorasuite_fast.samples import Sample
+from lorasuite_fast.text.samples import Sample
+from lorasuite_fast.training.retention import RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, summed_shift
 
 from planted import tiny_model, tiny_tokenizer
 

@@ -10,7 +10,8 @@ from planted_families import config_of, random_model
 from torch import Tensor
 
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.families import FAMILIES, Shape, family_of, shape_of
+from lorasuite_fast.models.families import Shape, shape_of
+from lorasuite_fast.models.family_table import FAMILIES, family_of
 
 from planted import tiny_model
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from lorasuite_fast import TransferPlan
-from lorasuite_fast.build import _minibatches
-from lorasuite_fast.cli import app
+from lorasuite_fast.cli.app import app
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.similarity import (
+from lorasuite_fast.transfer.compare import _minibatches
+from lorasuite_fast.transfer.similarity import (
     MEASURES,
     Components,
     StreamingSimilarity,
@@ -256,7 +256,7 @@ def test_several_minibatches_of_a_build_are_averaged(
     upgrade: tuple[Path, Planted], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, planted = upgrade
-    monkeypatch.setattr("lorasuite_fast.build._MINIBATCH", 10)
+    monkeypatch.setattr("lorasuite_fast.transfer.compare._MINIBATCH", 10)
     assert len(_minibatches(24)) == 3
     plan = TransferPlan.build(root / "old", root / "new", examples=24, roles=("q",), similarity="procrustes")
     assert plan.layers == {j: i for i, j in enumerate(planted.layer_map)}

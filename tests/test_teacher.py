@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasuite_fast.aligned_states import Head
+from lorasuite_fast.adapters.aligned_states import Head
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.phases import PhaseClock
-from lorasuite_fast.teacher import TeacherFacts, _chunk_targets, _enough, write_targets
-from lorasuite_fast.work import Work
+from lorasuite_fast.io.phases import PhaseClock
+from lorasuite_fast.io.work import Work
+from lorasuite_fast.training.teacher import TeacherFacts, _chunk_targets, _enough, write_targets
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -51,7 +51,7 @@ def test_kept_tokens_are_named_whatever_the_vocabulary(tokens: int) -> None:
 def test_positions_read_the_heads_a_part_at_a_time_to_the_same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     given = sides(500, 7)
     whole = _chunk_targets(given, 4, 0.3, CPU)
-    monkeypatch.setattr("lorasuite_fast.teacher._ELEMENTS", 1000)
+    monkeypatch.setattr("lorasuite_fast.training.teacher._ELEMENTS", 1000)
     parts = _chunk_targets(given, 4, 0.3, CPU)
     assert torch.equal(whole[0]["index"], parts[0]["index"])
     for name in ("log_probs", "log_rest"):

@@ -13,12 +13,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate, text_files
-from lorasuite_fast.calibration import load_examples
-from lorasuite_fast.cli import app
-from lorasuite_fast.samples import read_records
-from lorasuite_fast.text_files import read_text
-from lorasuite_fast.verification import load_labelled
+from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.evaluation.labelled import load_labelled
+from lorasuite_fast.io import text_files
+from lorasuite_fast.io.text_files import read_text
+from lorasuite_fast.text.calibration import load_examples
+from lorasuite_fast.text.samples import read_records
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 

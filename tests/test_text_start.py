@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from lorasuite_fast.calibration import load_examples
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.self_text import self_written
-from lorasuite_fast.text_start import text_start
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.text.calibration import load_examples
+from lorasuite_fast.text.self_text import self_written
+from lorasuite_fast.text.text_start import text_start
 
 from planted import save_folder, tiny_model, tiny_tokenizer
 

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from lorasuite_fast import LoraSuiteError
-from lorasuite_fast.transfer import FLOAT32_CONDITION, Stream, _r2, fit_transfer, normal_equations, solve_normal
-from lorasuite_fast.vocabulary import SharedTokens
+from lorasuite_fast.models.vocabulary import SharedTokens
+from lorasuite_fast.transfer.embeddings import (
+    FLOAT32_CONDITION,
+    Stream,
+    _r2,
+    fit_transfer,
+    normal_equations,
+    solve_normal,
+)
 from lorasuite_kernels import shared_gram
 
 

@@ -12,16 +12,10 @@ import pytest
 import torch
 
 from lorasuite_fast.errors import LoraSuiteError
-from lorasuite_fast.verification import (
-    Interval,
-    _bits,
-    _interval,
-    _layer_effects,
-    _relative,
-    load_labelled,
-    verdict,
-    verify,
-)
+from lorasuite_fast.evaluation.labelled import load_labelled
+from lorasuite_fast.evaluation.measures import Interval
+from lorasuite_fast.evaluation.verification import _interval, _relative, bits_per_byte, layer_effects, verdict
+from lorasuite_fast.pipeline.verify import verify
 
 
 def at(value: float | None, spread: float = 0.05) -> Interval:
@@ -110,7 +104,7 @@ def test_a_layer_that_does_not_change_is_like_no_other() -> None:
         )
         for size in (1.0, 2.0)
     )
-    table = _layer_effects(old, new)  # type: ignore[arg-type]
+    table = layer_effects(old, new)  # type: ignore[arg-type]
     assert [row.old_layer for row in table] == [0, 1, 2]
     assert table[0].cka is None
     assert table[0].new_change == 0
@@ -126,7 +120,7 @@ def side(*nats: list[float]) -> Any:
 
 def test_bits_per_byte_count_examples_together_and_a_gain_is_what_the_adapter_saves() -> None:
     draws = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]]).double()
-    found = _bits(side([7.0, 8.0], [4.0, 5.0]), side([9.0, 9.0], [8.0, 8.0]), draws)
+    found = bits_per_byte(side([7.0, 8.0], [4.0, 5.0]), side([9.0, 9.0], [8.0, 8.0]), draws)
     assert found.old.value == pytest.approx(15 / 30 / math.log(2))
     assert found.old_gain is not None
     assert found.new_gain is not None
@@ -134,7 +128,7 @@ def test_bits_per_byte_count_examples_together_and_a_gain_is_what_the_adapter_sa
     assert found.old_gain.value == pytest.approx(6 / 30 / math.log(2))
     assert found.new_gain.value == pytest.approx(2 / 30 / math.log(2))
     assert found.gain_share.value == pytest.approx(2 / 6)
-    worse = _bits(side([4.0, 5.0], [7.0, 8.0]), side([9.0, 9.0], [8.0, 8.0]), draws)
+    worse = bits_per_byte(side([4.0, 5.0], [7.0, 8.0]), side([9.0, 9.0], [8.0, 8.0]), draws)
     assert worse.gain_share is None
 
 

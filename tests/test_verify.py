@@ -18,14 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, base_fit, migrate, verify
-from lorasuite_fast.aligned_states import Head, States
-from lorasuite_fast.base_fit import BaseFit, prediction
-from lorasuite_fast.calibration import load_examples
-from lorasuite_fast.cli import app
-from lorasuite_fast.effect import chunk_size, effect_sums, position_chunks, resamples
-from lorasuite_fast.verification import Verification, _effect, verdict
-from lorasuite_fast.vocabulary import token_keys
+from lorasuite_fast import LoraSuiteError, TransferPlan, migrate, verify
+from lorasuite_fast.adapters.aligned_states import Head, States
+from lorasuite_fast.cli.app import app
+from lorasuite_fast.evaluation import base_fit
+from lorasuite_fast.evaluation.base_fit import BaseFit, prediction
+from lorasuite_fast.evaluation.effect import chunk_size, effect_sums, position_chunks, resamples
+from lorasuite_fast.evaluation.verification import Verification, effect_of, verdict
+from lorasuite_fast.models.vocabulary import token_keys
+from lorasuite_fast.text.calibration import load_examples
 
 from planted import in_float64, plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -226,7 +227,7 @@ def synthetic(change: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch
     new = States(base, empty, head), States(base + change(0.3 * content, 0.2 * shift, 0.3 * noise), empty, head)
     text = torch.arange(texts).repeat_interleave(positions)
     sums = effect_sums(old, new, text, device=torch.device("cpu"), seed=0)
-    return verdict(_effect(sums, resamples(texts, 200, 0)))
+    return verdict(effect_of(sums, resamples(texts, 200, 0)))
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,17 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from lorasuite_fast import LoraSuiteError
-from lorasuite_fast.transfer import Stream, fit_transfer
-from lorasuite_fast.vocabulary import (
+from lorasuite_fast.models.vocabulary import (
     SharedTokens,
-    _prefix,
     check_ids,
     common_ids,
     drop_untrained,
+    prefix,
     shared_tokens,
     token_bytes,
     trained_rows,
 )
+from lorasuite_fast.transfer.embeddings import Stream, fit_transfer
 
 from planted import tiny_tokenizer
 
@@ -221,7 +221,7 @@ def test_a_tokenizer_that_puts_any_number_of_tokens_in_front_is_refused() -> Non
             single=f"{name} " * count + "$A", special_tokens=[(name, tokenizer.eos_token_id)]
         )
         if fine:
-            assert _prefix(tokenizer) == [tokenizer.eos_token_id] * count
+            assert prefix(tokenizer) == [tokenizer.eos_token_id] * count
         else:
             with pytest.raises(LoraSuiteError, match=f"adds {count} special tokens to every text, more than 64; fetch"):
                 common_ids(tokenizer, tokenizer, ["a text"], 4)

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorasuite_fast.errors import LoraSuiteError, WriteError
-from lorasuite_fast.work import Work, clean_up, stacked, unless_unusable, unstacked, work_folder
+from lorasuite_fast.io.work import Work, clean_up, stacked, unless_unusable, unstacked, work_folder
 
 
 def unfinished(folder: Path, **identity: Any) -> None:
@@ -87,7 +87,7 @@ def test_a_large_state_is_saved_so_seldom_that_it_takes_a_twentieth_of_the_time(
 ) -> None:
     """Saving takes one second here: the next one is due 20 seconds later."""
     now = [100.0]
-    monkeypatch.setattr("lorasuite_fast.work.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("lorasuite_fast.io.work.time.monotonic", lambda: now[0])
     work, saved = Work(tmp_path / "work", {}), []
 
     def save(name: str, *_: Any, **__: Any) -> None:

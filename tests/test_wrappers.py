@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorasuite_fast import LoraSuiteError, migrate, verify
-from lorasuite_fast.adapter import read_adapter
-from lorasuite_fast.checkpoint import Checkpoint
-from lorasuite_fast.families import WRAPPERS
+from lorasuite_fast.adapters.adapter import read_adapter
+from lorasuite_fast.models.checkpoint import Checkpoint
+from lorasuite_fast.models.family_table import WRAPPERS
 
 import planted
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer

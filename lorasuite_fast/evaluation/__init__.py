@@ -1,0 +1,1 @@
+"""What arrived of an adapter, measured without labels."""

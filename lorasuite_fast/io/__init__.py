@@ -1,0 +1,1 @@
+"""Files, folders and bytes: what reads and writes, and knows no model."""

@@ -1,0 +1,1 @@
+"""The verbs: each checks what it is given, computes, and writes once."""

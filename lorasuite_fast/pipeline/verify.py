@@ -1,0 +1,214 @@
+"""Verification: what arrived of an adapter, or how two models fit each other."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+
+import torch
+
+from ..adapters.aligned_states import load_tokenizer, read_sizes
+from ..config import pick_device, pick_dtype
+from ..errors import LoraSuiteError
+from ..evaluation.base_fit import base_fit, depth_pairs, mapped_pairs, prediction
+from ..evaluation.effect import effect_sums, resamples
+from ..evaluation.labelled import load_labelled
+from ..evaluation.verification import (
+    SAMPLED,
+    STORED,
+    Reading,
+    Verification,
+    bits_per_byte,
+    compared_bases,
+    effect_of,
+    fingerprint,
+    layer_effects,
+    relatives_of,
+    verdict,
+)
+from ..io.number_range import in_range
+from ..io.phases import PhaseClock, Progress, release_memory
+from ..io.report_path import check_report
+from ..reporting.html_report import write_report
+from ..text.alignment import Alignment
+from ..text.calibration import MIN_EXAMPLES, load_examples
+
+
+def verify(
+    old: str | os.PathLike[str],
+    old_adapter: str | os.PathLike[str] | None,
+    new: str | os.PathLike[str],
+    new_adapter: str | os.PathLike[str] | None,
+    *,
+    text: str | os.PathLike[str] | None = None,
+    labelled: str | os.PathLike[str] | None = None,
+    examples: int = 64,
+    max_tokens: int = 256,
+    device: str = "auto",
+    dtype: str = "auto",
+    seed: int = 0,
+    bootstrap: int = 1000,
+    trust_remote_code: bool = False,
+    report: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compares what two adapters do to their models, or, without adapters, how well the two models fit each other.
+
+    The models are loaded one after the other, each through transformers and its adapter through PEFT. Kept of each are
+    its last hidden states at the aligned positions, (positions, d), and the residual stream at a sample of them.
+
+    Args:
+        old, new: model folders or hub ids. old_adapter, new_adapter: PEFT folders, made by any tool; None for both
+            gives the form before a migration.
+        text: unlabelled .jsonl (field `text`) or .txt; None takes the general text shipped with the package. An
+            adapter's effect shows best on text of its domain.
+        labelled: .jsonl with fields `text`, or `prompt` and `completion`; adds bits per byte.
+        examples: of either file, a seeded sample where there are more. max_tokens: of each, for each model.
+        dtype: of weights and products; auto is float32. Log-probabilities are float32 always.
+        bootstrap: resamples of the texts for the intervals.
+        report: HTML file to write (`html_report.write_report`); an earlier report there is replaced.
+
+    Raises:
+        LoraSuiteError: for input that cannot be used, or where the two models share no tokens or positions.
+    """
+    start = time.perf_counter()
+    given = {"OLD": old, "OLD_ADAPTER": old_adapter, "NEW": new, "NEW_ADAPTER": new_adapter}
+    check_report(report, inputs=given | {"--text": text, "--labelled": labelled})
+    if (old_adapter is None) != (new_adapter is None):
+        raise LoraSuiteError("verify takes both adapters, or none for a pair of base models; one was given")
+    if max_tokens < 2 or bootstrap < 1:
+        raise LoraSuiteError(f"max_tokens is {max_tokens} and must be at least 2, bootstrap {bootstrap} at least 1")
+    adapted = old_adapter is not None
+    run_device, run_dtype = pick_device(device), pick_dtype(dtype)
+    texts = load_examples(text, examples, seed)
+    answers = [] if labelled is None else load_labelled(labelled, examples, seed)
+    clock = PhaseClock(progress, run_device)
+    with clock.phase("align", len(texts)) as step:
+        sizes_o, sizes_n = (
+            read_sizes(source, what, trust_remote_code=trust_remote_code)
+            for source, what in ((old, "OLD"), (new, "NEW"))
+        )
+        alignment = Alignment(
+            load_tokenizer(old, "OLD", trust_remote_code=trust_remote_code),
+            load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code),
+        )
+        aligned = alignment.align_all(texts, max_tokens)
+        step(len(texts))
+    shared = alignment.ordinary
+    inside = (shared.old < sizes_o.V) & (shared.new < sizes_n.V)
+    positions = sum(len(a.ends) for a in aligned)
+    if len(aligned) < MIN_EXAMPLES or positions < 8 * MIN_EXAMPLES or int(inside.sum()) < 2:
+        raise LoraSuiteError(
+            f"{old} and {new} share {int(inside.sum())} tokens, and end tokens at the same byte at {positions} places "
+            f"of {len(aligned)} texts; too few to compare anything"
+        )
+    of_text = torch.cat([torch.full((len(a.ends),), n) for n, a in enumerate(aligned)])
+    compared = (
+        None
+        if adapted
+        else compared_bases(old, new, text, examples, seed, clock, run_device, run_dtype, trust_remote_code)
+    )
+    pairs = mapped_pairs(compared.mapping) if compared else depth_pairs(sizes_o.L, sizes_n.L)
+    layers_o = list(range(sizes_o.L)) if adapted else [i for i, _ in pairs]
+    layers_n = list(range(sizes_n.L)) if adapted else [j for _, j in pairs]
+    stored = max(len(layers_o) * sizes_o.d, len(layers_n) * sizes_n.d)
+    sampled = min(positions, STORED // stored, SAMPLED if adapted else positions)
+    sample = torch.randperm(positions, generator=torch.Generator().manual_seed(seed))[:sampled].sort().values
+    reading = Reading(answers, max_tokens, clock, run_device, run_dtype, trust_remote_code)
+    o = reading.side(
+        old,
+        old_adapter,
+        "OLD",
+        [a.ids_o for a in aligned],
+        [a.positions_o for a in aligned],
+        shared.old[inside],
+        layers_o,
+        sample,
+        alignment.old,
+    )
+    release_memory()
+    n = reading.side(
+        new,
+        new_adapter,
+        "NEW",
+        [a.ids_n for a in aligned],
+        [a.positions_n for a in aligned],
+        shared.new[inside],
+        layers_n,
+        sample,
+        alignment.new,
+    )
+    effect, layers, fit = None, [], None
+    with (
+        clock.phase("compare", (2 if adapted else 1) * positions) as step,
+        in_range(f"{old} or {new}, or their adapters"),
+    ):
+        if o.after is not None and n.after is not None:
+            sums = effect_sums(
+                (o.before, o.after), (n.before, n.after), of_text, device=run_device, seed=seed, report=step
+            )
+            effect = effect_of(sums, resamples(len(aligned), bootstrap, seed))
+            layers = layer_effects(o, n)
+            kind, sentence = verdict(effect)
+        else:
+            assert o.rows is not None
+            assert n.rows is not None
+            fit = base_fit(
+                (o.before, n.before),
+                (o.rows, n.rows),
+                pairs,
+                of_text,
+                of_text[sample],
+                device=run_device,
+                seed=seed,
+                report=step,
+            )
+            if compared is not None:
+                fit = replace(
+                    fit,
+                    embedding_r2=compared.carried.r2,
+                    embedding_r2_back=compared.carried.r2_back,
+                    layer_map=compared.mapping,
+                    layer_r2=compared.layer_r2,
+                )
+            kind, sentence = prediction(fit)
+    result = Verification(
+        os.fspath(old),
+        None if old_adapter is None else os.fspath(old_adapter),
+        os.fspath(new),
+        None if new_adapter is None else os.fspath(new_adapter),
+        kind,
+        sentence,
+        effect,
+        layers,
+        fit,
+        bits_per_byte(o, n, resamples(len(answers), bootstrap, seed)) if answers else None,
+        {
+            "texts": len(aligned),
+            "texts_without_positions": len(texts) - len(aligned),
+            "positions": positions,
+            "sampled_positions": sampled,
+            "tokens_old": sum(len(a.ids_o) for a in aligned),
+            "tokens_new": sum(len(a.ids_n) for a in aligned),
+            "shared_tokens": int(inside.sum()),
+            "layers_old": sizes_o.L,
+            "layers_new": sizes_n.L,
+        },
+        {
+            "text": "shipped" if text is None else os.fspath(text),
+            "labelled": None if labelled is None else os.fspath(labelled),
+            "examples": examples,
+            "max_tokens": max_tokens,
+            "seed": seed,
+            "bootstrap": bootstrap,
+            "device": run_device.type,
+            "dtype": str(run_dtype).removeprefix("torch."),
+        },
+        clock.phases,
+        time.perf_counter() - start,
+        {"old": fingerprint(old, "old"), "new": fingerprint(new, "new")},
+        None if fit is None else relatives_of(old, new, fit),
+    )
+    write_report(result, report)
+    return result

@@ -1,0 +1,1 @@
+"""Reference text, samples, and how two tokenizers cut the same text."""

@@ -1,0 +1,425 @@
+"""Label-free refinement by gradient: an adapter learns to change the new model as the old one was changed.
+
+The loss at every byte-aligned position is `KL(target ‖ new + adapter)` over the shared tokens, where the target
+(`teacher`) is the new model's own prediction changed as the old adapter changes the old model's, mixed with what the
+old model itself predicts with its adapter. A next-token cross-entropy on the same text, by default text the old model
+writes with its adapter, can be added, and text whose predictions are to stay what they are (`retention`).
+
+The agreement, on held-out texts, is the share of that divergence the adapter takes away:
+`1 - Σ KL(target ‖ new + adapter) / Σ KL(target ‖ new)`. It decides which state is kept and when to stop.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.adapter import by_module, read_adapter
+from ..adapters.aligned_states import LoadedModel
+from ..errors import LoraSuiteError
+from ..io.json_files import finite
+from ..io.notebook import Rendered
+from ..io.phases import Phase, PhaseClock
+from ..models.checkpoint import Checkpoint
+from ..text.calibration import load_examples, whole_characters
+from ..text.samples import Sample
+from ..transfer.memory import parse_memory
+from .batches import step_batches
+from .checkpoints import STATE, last_checkpoint, out_of_patience
+from .refinement_loop import RefinementBatches, refinement_trainer
+from .teacher import Targets, TeacherFacts
+
+SELF_TEXT_BYTES = 600_000
+"""Bytes of text the old model writes where no text is given."""
+MAX_TOKENS = 256
+RATE = 1e-2
+"""Learning rate from an adapter that does nothing, or from a distilled one."""
+CARRIED_RATE = 5e-3
+"""From one that was copied or carried by least squares.
+
+Between relatives 2e-3, 5e-3 and 1e-2 reached 86, 93 and 95 % of a training on all labels from least squares on a pruned
+model; copies, which already do most of it, were best kept at 2e-3.
+"""
+BATCH_BYTES = 2_000
+CONTROLS = ("none", "shuffled", "shuffled-labels")
+LEAST_STEPS, MOST_STEPS = 150, 600
+"""Bounds of an automatic step budget, which otherwise reads the text once."""
+_HELD_OUT_SHARE = 10
+_HELD_OUT_BYTES = 24_000
+_ALL_TEXTS = 10**9
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures after a number of steps.
+
+    Attributes:
+        agreement: on held-out texts, 1 for the target itself and 0 for the bare new model.
+        kl, next_token: mean losses in nats over the steps since the last evaluation; None at step 0, and where a loss
+            has no weight.
+        retained_kl: of the same steps, KL(bare model ‖ with adapter) on the text to retain, if there is such text.
+    """
+
+    step: int
+    agreement: float
+    kl: float | None
+    next_token: float | None
+    retained_kl: float | None = None
+
+
+@dataclass(frozen=True)
+class Refinement(Rendered):
+    """The outcome of `refine`; the adapter itself is in the folder `out`.
+
+    Attributes:
+        steps: taken. budget: steps planned. chosen_step: of the state written; 0 is the start.
+        kept_start: nothing was better on held-out texts than the start, which was written. stopped: "budget",
+            "patience" or "diverged". summary: the outcome in one sentence.
+        start_agreement, agreement: on held-out texts, of the start and of what was written.
+        teacher: what the teacher pass saw. text: where the text came from. fingerprints: of the models, old and new.
+    """
+
+    old: str
+    old_adapter: str
+    new: str
+    start: str | None
+    out: str
+    steps: int
+    budget: int
+    chosen_step: int
+    kept_start: bool
+    stopped: str
+    summary: str
+    start_agreement: float
+    agreement: float
+    evaluations: list[Evaluation]
+    teacher: TeacherFacts
+    text: str
+    held_out_texts: int
+    trained_tokens: int
+    trainable_parameters: int
+    options: dict[str, Any]
+    phases: list[Phase]
+    seconds: float
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def peak_memory(self) -> int:
+        """Bytes the process allocated itself, at most."""
+        return max(phase.peak_memory for phase in self.phases)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, what `--json` prints."""
+        costs = {phase.name: phase.seconds for phase in self.phases}
+        evaluations = [{name: finite(value) for name, value in asdict(e).items()} for e in self.evaluations]
+        further = {"teacher": self.teacher.as_dict(), "peak_memory": self.peak_memory, "costs": costs}
+        return asdict(self) | {"evaluations": evaluations} | further
+
+
+def step_budget(size: int, batch_bytes: int = BATCH_BYTES) -> int:
+    """Steps for a text of `size` bytes: as many as read it once, within LEAST_STEPS and MOST_STEPS."""
+    return max(LEAST_STEPS, min(MOST_STEPS, round(size / batch_bytes)))
+
+
+def _new_peft(
+    model: LoadedModel,
+    checkpoint: Checkpoint,
+    start: Path | None,
+    roles: tuple[str, ...] | None,
+    rank: int | None,
+    alpha: float | None,
+    seed: int,
+) -> Any:
+    """The new model with a trainable adapter: the start itself, the start among further modules, or a new one."""
+    from peft import LoraConfig, get_peft_model
+
+    if start is not None and roles is None and rank is None:
+        model.attach(start, trainable=True)
+        return model.peft
+    family = checkpoint.family
+    source = None if start is None else read_adapter(start, family, checkpoint.shape, checkpoint.name)
+    if source is not None and source.dora:
+        raise LoraSuiteError(f"{start}: a DoRA start is trained as it is; leave out roles and rank")
+    known = source.roles if source else ()
+    wanted = {*(roles or known or family.roles), *known}
+    known_updates = by_module(source.updates, family, checkpoint.shape, torch.float32) if source else {}
+    largest = max((u.rank for u in known_updates.values()), default=1)
+    r = max(rank or 8, largest)
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha or 2 * r,
+        target_modules=family.targets(wanted),
+    )
+    peft_model = get_peft_model(model.model, config)
+    if source is not None:
+        scale = config.lora_alpha / r
+        for (layer, inside), update in known_updates.items():
+            module = peft_model.base_model.model.get_submodule(f"{family.layer(layer)}.{inside}")
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            with torch.no_grad():
+                a[: update.rank] = update.factors.a
+                b[:, : update.rank] = update.factors.b * (update.scale / scale)
+    return peft_model
+
+
+def _memory_of_training(
+    old: Checkpoint, new: Checkpoint, dtype: torch.dtype, tokens: int, *, checkpointing: bool
+) -> int:
+    """Bytes at most at once, an estimate from the shapes: the larger model, or the new one in training.
+
+    Args:
+        tokens: of one batch, padding included.
+    """
+    weights = [dtype.itemsize * sum(math.prod(e.shape) for e in c.tensors.entries.values()) for c in (old, new)]
+    s = new.shape
+    layer = tokens * (8 * s.d + 4 * (s.H + s.G) * s.h + 5 * s.f) * dtype.itemsize
+    kept = s.L * tokens * s.d * dtype.itemsize + layer if checkpointing else s.L * layer
+    # Logits, their log-softmax and the gradient of both losses, all float32.
+    logits = 6 * 4 * tokens * s.V
+    return max(weights[0], weights[1] + kept + logits)
+
+
+def _checkpointing(
+    old: Checkpoint, new: Checkpoint, dtype: torch.dtype, tokens: int, budget: str | int | None, wanted: bool
+) -> bool:
+    """Whether to recompute activations: if asked to, or if the budget asks for it.
+
+    Raises:
+        LoraSuiteError: what even that needs is over the budget.
+    """
+    if budget is None:
+        return wanted
+    size = parse_memory(budget)
+    for checkpointing in (wanted, True):
+        needed = _memory_of_training(old, new, dtype, tokens, checkpointing=checkpointing)
+        if needed <= size:
+            return checkpointing
+    raise LoraSuiteError(
+        f"--memory {budget}: refining {new.name} in {str(dtype).removeprefix('torch.')} needs about "
+        f"{needed / 2**20:.0f} MiB with gradient checkpointing; give more, or a smaller dtype or fewer batch bytes"
+    )
+
+
+def texts_of(text: str | os.PathLike[str] | Sequence[str], seed: int) -> list[str]:
+    """The texts of a .jsonl or .txt file, or those given, each once."""
+    if isinstance(text, str | os.PathLike):
+        return load_examples(text, _ALL_TEXTS, seed)
+    return different(whole_characters(t) for t in text if t.strip())
+
+
+def different(texts: Iterable[str]) -> list[str]:
+    """Each text once: one that stood on both sides of the split would make the agreement too good."""
+    return list(dict.fromkeys(texts))
+
+
+def check_refinement(
+    steps: int | str,
+    rank: int | None,
+    alpha: float | None,
+    learning_rate: float,
+    weights: tuple[float, float],
+    batch_bytes: int,
+    max_tokens: int,
+    top_k: int | str | None,
+    eval_every: int,
+    patience: int | None,
+) -> None:
+    if steps != "auto" and (isinstance(steps, str) or steps < 1):
+        raise LoraSuiteError(f"steps is {steps!r}; it must be auto or at least 1")
+    for name, number in (("learning_rate", learning_rate), ("alpha", alpha)):
+        if number is not None and not (math.isfinite(number) and number > 0):
+            raise LoraSuiteError(f"{name} is {number}; it must be above 0")
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise LoraSuiteError(f"kl_weight is {weights[0]}, next_token_weight {weights[1]}; one must be above 0")
+    least = {"batch_bytes": (batch_bytes, 1), "max_tokens": (max_tokens, 2), "eval_every": (eval_every, 1)}
+    if isinstance(top_k, str) and top_k != "auto":
+        raise LoraSuiteError(f"top_k is {top_k!r}; it must be auto, None for all, or a number")
+    least |= {"top_k": (1 if top_k is None or isinstance(top_k, str) else top_k, 1)}
+    least |= {"patience": (1 if patience is None else patience, 1), "rank": (1 if rank is None else rank, 1)}
+    for name, (value, bound) in least.items():
+        if value < bound:
+            raise LoraSuiteError(f"{name} is {value}; it must be at least {bound}")
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a training came to; `source` holds the adapter chosen."""
+
+    source: Path
+    steps: int
+    chosen: int
+    stopped: str
+    evaluations: list[Evaluation]
+    held_out: int
+    tokens: int
+    parameters: int
+    checkpointing: bool
+
+
+def _split(targets: Targets, seed: int) -> tuple[list[int], list[int]]:
+    """Held-out texts and the others."""
+    sizes = [int(a.ends[-1]) for a in targets.aligned]
+    order = list(range(len(sizes)))
+    random.Random(seed).shuffle(order)
+    held: list[int] = []
+    share = min(_HELD_OUT_BYTES, sum(sizes) // _HELD_OUT_SHARE)
+    while len(held) < 2 or (sum(sizes[i] for i in held) < share and len(order) > len(sizes) // 2):
+        held.append(order.pop())
+    return sorted(held), sorted(order)
+
+
+def train_on_targets(
+    folder: Path,
+    old: Checkpoint,
+    new: Checkpoint,
+    start: Path | None,
+    targets: Targets,
+    retained: list[Sample],
+    clock: PhaseClock,
+    steps: int,
+    options: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    half: bool,
+    memory: str | int | None,
+    checkpointing: bool,
+    trust_remote_code: bool,
+) -> Course:
+    from transformers import EarlyStoppingCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback, TrainerState
+
+    held, others = _split(targets, options["seed"])
+    sizes = [int(targets.aligned[i].ends[-1]) for i in range(len(targets))]
+    batches = [
+        [others[i] for i in batch]
+        for batch in step_batches([sizes[i] for i in others], options["batch_bytes"], steps, options["seed"])
+    ]
+    lengths = [len(a.ids_n) for a in targets.aligned]
+    widest = max(len(b) * max(lengths[i] for i in b) for b in batches)
+    kept_rows = None
+    if retained:
+        wanted = sum(lengths[i] for b in batches for i in b) // len(batches)
+        rows = [len(sample.ids) for sample in retained]
+        kept_rows = retained, step_batches(rows, max(1, wanted), steps, options["seed"])
+        # Both graphs are there until the one backward pass.
+        widest += max(len(b) * max(rows[i] for i in b) for b in kept_rows[1])
+    checkpointing = _checkpointing(old, new, dtype, widest, memory, checkpointing)
+    evaluated = step_batches([sizes[i] for i in held], options["batch_bytes"], len(held), options["seed"])
+    seen: set[int] = set()
+    kept: list[list[int]] = []
+    for batch in evaluated:
+        fresh = [held[i] for i in batch if held[i] not in seen]
+        seen.update(fresh)
+        if fresh:
+            kept.append(fresh)
+    held_out = [RefinementBatches(targets, kept)[n] for n in range(len(kept))]
+    trainer_class, course_class = refinement_trainer()
+    with clock.phase("train", steps) as report:
+        loaded = LoadedModel(new.folder, "NEW", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        model = _new_peft(loaded, new, start, options["roles"], options["rank"], options["alpha"], options["seed"]).to(
+            device
+        )
+        new.tensors.check_same()
+        # Another name would be looked up at every checkpoint, and the embeddings saved besides if it is unlike NEW.
+        model.peft_config["default"].base_model_name_or_path = new.name
+        if retained:
+            loaded.check_ids([sample.ids for sample in retained])
+        beginning = folder / "start"
+        model.save_pretrained(beginning)
+        arguments = TrainingArguments(
+            output_dir=str(folder / "trainer"),
+            max_steps=steps,
+            per_device_train_batch_size=1,
+            learning_rate=options["learning_rate"],
+            lr_scheduler_type="linear",
+            warmup_steps=0,
+            weight_decay=0.0,
+            optim="adamw_torch",
+            seed=options["seed"],
+            bf16=half and dtype == torch.bfloat16,
+            gradient_checkpointing=checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+            eval_strategy="steps",
+            eval_steps=options["eval_every"],
+            save_strategy="steps",
+            save_steps=options["eval_every"],
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="agreement",
+            greater_is_better=True,
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            restore_callback_states_from_checkpoint=True,
+            use_cpu=device.type == "cpu",
+            dataloader_pin_memory=device.type == "cuda",
+        )
+        if device.type == "cuda":
+            # Trainer would split the one batch over every GPU it sees.
+            arguments._n_gpu = 1
+        course = course_class(report)
+        callbacks: list[Any] = [course]
+        if options["patience"] is not None:
+            callbacks.append(EarlyStoppingCallback(options["patience"]))
+        trainer = trainer_class(
+            model=model,
+            args=arguments,
+            train_dataset=RefinementBatches(
+                targets, batches, options["seed"] if options["control"] == CONTROLS[2] else None, kept_rows
+            ),
+            eval_dataset=held_out,
+            data_collator=lambda items: items[0],
+            callbacks=callbacks,
+            tokens=targets.tokens,
+            weights=(options["kl_weight"], options["next_token_weight"], options.get("retain_weight", 0.0)),
+            held_out=held_out,
+        )
+        trainer.remove_callback(PrinterCallback)
+        course.trainer = trainer
+        with model.disable_adapter():
+            trainer.base_kl = trainer.total_kl()
+        first = trainer.agreement()
+        if not math.isfinite(first):
+            raise LoraSuiteError(
+                f"{new.name} with {start or 'a new adapter'} gives NaN or infinity on the text in {model.dtype}; check "
+                "the weights, or try --dtype float32"
+            )
+        last = last_checkpoint(folder / "trainer")
+        if last is not None and options["patience"] is not None and out_of_patience(last, options["patience"]):
+            # Trained to its end already: the Trainer would forget that it had stopped, and go on.
+            trainer.state = TrainerState.load_from_json(str(last / STATE))
+        else:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    state = trainer.state
+    evaluations = [Evaluation(0, first, None, None)] + [
+        Evaluation(e["step"], e["eval_agreement"], e["eval_kl"], e["eval_next_token"], e["eval_retained_kl"])
+        for e in state.log_history
+        if "eval_agreement" in e
+    ]
+    best = max(evaluations, key=lambda e: e.agreement)
+    chosen, source = 0, beginning
+    if best.step and best.agreement > max(first, 0.0) and state.best_model_checkpoint is not None:
+        chosen, source = best.step, Path(state.best_model_checkpoint)
+    stopped = "diverged" if trainer.diverged else "budget" if state.global_step >= steps else "patience"
+    taken = batches[: state.global_step]
+    return Course(
+        source,
+        state.global_step,
+        chosen,
+        stopped,
+        evaluations,
+        len(held),
+        sum(lengths[i] for batch in taken for i in batch),
+        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        checkpointing,
+    )
