@@ -519,7 +519,8 @@ def full_disks(lab: Laboratory, count: int) -> Iterator[Tally]:
                 tally.trials += 1
                 tally.struck += end.code != OK
                 where = f"{job.name}, disk full at {room}"
-                if end.code != REFUSED or "No space left" not in end.errors or "Traceback" in end.errors:
+                told = any(words in end.errors for words in ("No space left", "are free"))
+                if end.code != REFUSED or not told or "Traceback" in end.errors:
                     tally.violations.append(f"{where}: exit code {end.code}: {end.errors[-400:]}")
                 if (lab.folder / "out").exists():
                     tally.violations.append(f"{where}: OUT exists")

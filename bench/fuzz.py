@@ -448,7 +448,8 @@ def chat_target(folder: Path) -> Target:
         for line in data.decode("utf-8-sig").split("\n"):
             if not line.strip():
                 continue
-            turns = json.loads(line, parse_constant=float).get("messages")
+            value = json.loads(line, parse_constant=float)
+            turns = value.get("messages") if isinstance(value, dict) else None
             if turns is not None and not all(isinstance(turn["content"], str) for turn in turns):
                 raise Found("taken with a turn that is no text")
 

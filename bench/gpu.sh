@@ -47,4 +47,4 @@ fi
 section facts "${FACTS_S:-60}" "$PYTHON" bench/gpu_facts.py "$RUN"
 section tests "${TESTS_S:-120}" "$PYTHON" -m pytest -m gpu -q -p no:benchmark -p no:cacheprovider $PYTEST $KERNEL_TESTS
 section kernels "${KERNELS_S:-120}" "$PYTHON" bench/gpu.py "$RUN"
-section job "${JOB_S:-200}" "$PYTHON" bench/gpu_job.py "$RUN"
+section job "${JOB_S:-180}" "$PYTHON" bench/gpu_job.py "$RUN"

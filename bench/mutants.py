@@ -611,7 +611,7 @@ MODULES: dict[str, Module] = {
         *(
             f"test_faults.py::test_{name}"
             for name in (
-                "a_folder_takes_the_place_of_a_folder_a_file_or_a_link",
+                "a_folder_takes_the_place_of_an_earlier_or_an_empty_one",
                 "what_exists_is_refused_at_the_last_moment_too",
                 "an_output_that_fails_leaves_the_old_one",
                 "an_old_output_survives_an_end_between_the_two_renames",

@@ -270,7 +270,8 @@ class Kept:
         for path in sorted(tests | shared):
             content.update(path.read_bytes())
         source = hashlib.sha256()
-        for path in sorted({source_of(tree, name, mutant.old) for mutant in module.mutants}):
+        parts = {source_of(tree, name, mutant.old) for mutant in module.mutants} or {source_of(tree, name)}
+        for path in sorted(parts):
             source.update(path.read_bytes())
         return cls(source.hexdigest(), content.hexdigest(), {})
 

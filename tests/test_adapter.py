@@ -195,7 +195,7 @@ def test_an_adapter_of_another_model_at_hand_is_refused(tmp_path: Path) -> None:
     check_base(adapter, fingerprint, "old")
     check_base(adapter, "another", str(base))
     with pytest.raises(LoraSuiteError, match="while the plan's old model is old"):
-        check_base(adapter, "another", "old")
+        check_base(adapter, "another", "old", passed=(base,))
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(6, 6 / 3.00001), (0, 2 / 3.00001)])

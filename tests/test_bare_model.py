@@ -96,7 +96,7 @@ def test_a_tokenizer_or_model_that_needs_code_names_the_option(model: Path) -> N
 def test_only_one_module_loads_through_transformers() -> None:
     """Of the classes of transformers; PEFT's stand where an adapter is put on."""
     callers = set()
-    for file in Path(lorasuite_fast.__file__).parent.glob("*.py"):
+    for file in Path(lorasuite_fast.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Attribute) and node.attr == "from_pretrained":
                 owner = ast.unparse(node.value)

@@ -24,7 +24,10 @@ def tallies() -> dict[tuple[str, str], dict[str, object]]:
     return {(tally["job"], tally["fault"]): tally for tally in json.loads(done.stdout.splitlines()[-1])}
 
 
-FAULTS = ("SIGKILL", "Ctrl-C", "file cut off", "file replaced", "out of memory", "unwritable folder", "unreadable file")
+FAULTS = (
+    *("SIGKILL", "Ctrl-C", "Ctrl-C twice", "file cut off", "file replaced"),
+    *("out of memory", "unwritable folder", "unreadable file"),
+)
 
 
 @pytest.mark.parametrize("job", [job.name for job in faults.JOBS])

@@ -104,7 +104,7 @@ def _norm(pair: Pair, role: str) -> Tensor:
 
 def _pairs(plan: Plan, models: tuple[Checkpoint, Checkpoint], roles: tuple[str, ...]) -> Iterator[Pair]:
     """The plan's layer pairs, both checkpoints walked together and read once."""
-    device, dtype = torch.device(plan.options["device"]), getattr(torch, plan.options["dtype"])
+    device, dtype = plan.device, plan.dtype
     W_h, S = (plan.tensors[name].to(device, dtype) for name in ("W_h", "S"))
     wanted = tuple(role for group in (ATTENTION, MLP) if set(group) & set(roles) for role in group)
     order = sorted(plan.layers)
@@ -119,7 +119,7 @@ def _check_room(plan: Plan, models: tuple[Checkpoint, Checkpoint], roles: tuple[
     """Raises LoraSuiteError where carrying a layer pair takes more than the budget."""
     if memory is None:
         return
-    device, dtype = torch.device(plan.options["device"]), getattr(torch, plan.options["dtype"])
+    device, dtype = plan.device, plan.dtype
     base = torch.cuda.memory_allocated(device) if device.type == "cuda" else process_memory()[1]
     phase = "heads and projections"
     needed = Demand(*models, roles, 1, 1, dtype, device, base).predict(1, 1)[phase]

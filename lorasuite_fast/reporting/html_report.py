@@ -117,7 +117,6 @@ def write_report(subject: Subject, path: str | os.PathLike[str] | None) -> None:
     target = check_report(path)
     if target is None:
         return
-    from .html_report import report_html
 
     html = report_html(subject)
     write_file(target, lambda file: file.write_text(html, encoding="utf-8"), overwrite=True, kind="report")
