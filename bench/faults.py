@@ -85,7 +85,16 @@ JOBS = (
     ),
     Job(
         "apply-distill",
-        lambda i, o: ["apply", f"{i}/distill-plan", f"{i}/adapter", f"{o}/out", "--distill-layers", "2"],
+        lambda i, o: [
+            "apply",
+            f"{i}/distill-plan",
+            f"{i}/adapter",
+            f"{o}/out",
+            "--distill-layers",
+            "2",
+            "--text",
+            f"{i}/text.jsonl",
+        ],
         ("adapter", "distill-plan"),
     ),
     Job(

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import lorasuite_fast.transfer.build as build
+import lorasuite_fast.transfer.compare as compare
 import lorasuite_fast.transfer.embeddings as transfer
 from lorasuite_fast import TransferPlan
 from lorasuite_fast.models.vocabulary import SharedTokens
@@ -44,7 +44,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts the calls of a plan that believes its device is a GPU."""
     counts = {"gram": 0, "hsic": 0}
-    real = build.layer_gram
+    real = compare.layer_gram
 
     def counted(measure: str, layers: Tensor) -> Gram:
         counts["gram"] += 1
@@ -56,9 +56,9 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         update(self, Gram(*(t.as_subclass(Tensor) for t in gx)), Gram(*(t.as_subclass(Tensor) for t in gy)))
 
     update = StreamingCKA.update_grams
-    monkeypatch.setattr(build, "layer_gram", counted)
+    monkeypatch.setattr(compare, "layer_gram", counted)
     monkeypatch.setattr(StreamingCKA, "update_grams", added)
-    monkeypatch.setattr(build, "_together", lambda options, ranks: True)
+    monkeypatch.setattr(compare, "_together", lambda options, ranks: True)
     monkeypatch.setattr(transfer, "elsewhere", lambda device: device is not None)
     return counts
 
@@ -84,10 +84,10 @@ def test_gpu_plan_goes_on_from_finished_layers(
     whole = TransferPlan.build(*models, examples=16, method="lstsq", device="cpu")
     work = tmp_path / "work"
     with monkeypatch.context() as broken:
-        broken.setattr(build, "_similarity", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        broken.setattr(compare, "_similarity", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             TransferPlan.build(*models, examples=16, method="lstsq", device="cpu", work=work)
-    monkeypatch.setattr(build, "_run_block", lambda *a: pytest.fail("a finished layer was run again"))
+    monkeypatch.setattr(compare, "_run_block", lambda *a: pytest.fail("a finished layer was run again"))
     resumed = TransferPlan.build(*models, examples=16, method="lstsq", device="cpu", work=work)
     for name in ("W_h", "S", "cka"):
         assert torch.equal(resumed.tensors[name], whole.tensors[name])
@@ -123,9 +123,9 @@ def test_transfer_stays_on_the_cpu_where_the_budget_is_too_small() -> None:
     class Allowed:
         chunk_rows = 64
 
-    assert build._transfer_device(Both, Asked, Allowed) == torch.device("cuda")
+    assert compare._transfer_device(Both, Asked, Allowed) == torch.device("cuda")
     Asked.memory = 10**7
-    assert build._transfer_device(Both, Asked, Allowed) == torch.device("cpu")
+    assert compare._transfer_device(Both, Asked, Allowed) == torch.device("cpu")
 
 
 def test_tf32_is_taken_on_a_gpu_for_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:

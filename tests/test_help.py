@@ -114,7 +114,7 @@ def test_doctor_shows_a_gpu_with_its_memory_and_why_it_runs_no_kernel(monkeypatc
 
 
 def test_doctor_knows_every_operator_with_a_kernel() -> None:
-    source = Path(doctor.__file__).parents[1] / "kernels/torch-ext/lorasuite_kernels"
+    source = Path(doctor.__file__).parents[2] / "kernels/torch-ext/lorasuite_kernels"
     found = re.findall(r'kernel=\("\w+", "(\w+)"\)', "".join(path.read_text() for path in source.glob("*.py")))
     assert set(found) == set(doctor.OPERATORS)
 

@@ -733,10 +733,12 @@ def hear(event, arguments):
 sys.addaudithook(hear)
 import torch
 from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
-from lorasuite_fast.adapters.adapter import check_base, read_adapter
+from lorasuite_fast.adapters.adapter import read_adapter
+from lorasuite_fast.adapters.base_match import check_base
 from lorasuite_fast.adapters.aligned_states import LoadedModel, load_tokenizer
 from lorasuite_fast.models.checkpoint import Checkpoint, resolve_folder
-from lorasuite_fast.models.families import FAMILIES, Shape
+from lorasuite_fast.models.families import Shape
+from lorasuite_fast.models.family_table import FAMILIES
 from lorasuite_fast.text.samples import read_records
 model, adapter = map(Path, sys.argv[1:3])
 checkpoint = Checkpoint(model)
@@ -783,7 +785,8 @@ from pathlib import Path
 from lorasuite_fast import LoraSuiteError, TransferPlan
 from lorasuite_fast.adapters.adapter import read_adapter
 from lorasuite_fast.models.checkpoint import Checkpoint
-from lorasuite_fast.models.families import FAMILIES, Shape
+from lorasuite_fast.models.families import Shape
+from lorasuite_fast.models.family_table import FAMILIES
 from lorasuite_fast.io.tensor_files import TensorFiles
 def held():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) << 10

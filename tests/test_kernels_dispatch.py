@@ -76,6 +76,7 @@ match2, weight2 = torch.tensor([1, -1, 0, 1]), torch.rand(4)
 x2, y2 = torch.randn(4, 150, 7), torch.randn(2, 150, 3)
 attention2 = (q2, kv2, kv2, o2)
 RESIZED = {
+    "cka": (x2, y2),
     "cka_terms": (x2, y2),
     "gram": (x2,),
     "hsic_terms": (*gram(x2), *gram(y2)),

@@ -201,9 +201,9 @@ def test_the_command_line_turns_a_bus_error_into_one_line(tmp_path: Path) -> Non
     code = f"""
 import os
 from pathlib import Path
-from lorasuite_fast.cli.commands import _run
+from lorasuite_fast.cli.running import running
 from lorasuite_fast.io.tensor_files import TensorFiles
-with _run(True):
+with running(True):
     view = TensorFiles([Path({str(tmp_path / "w.safetensors")!r})]).view("w")
     os.truncate({str(tmp_path / "w.safetensors")!r}, 4096)
     print(float(view.sum()))

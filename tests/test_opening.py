@@ -21,7 +21,7 @@ from lorasuite_fast.models.checkpoint import Checkpoint, check_links
 from lorasuite_fast.models.vocabulary import check_ids
 from lorasuite_fast.pipeline.finetune import finetune
 from lorasuite_fast.pipeline.refine import refine
-from lorasuite_fast.reporting.model_card import earlier_steps, model_card
+from lorasuite_fast.reporting.provenance import Step, provenance, read_steps
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -112,16 +112,17 @@ def test_a_tokenizer_longer_than_any_is_refused_unread(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["long", "a pipe", "a folder"])
-def test_a_card_that_is_none_is_left_alone(kind: str, tmp_path: Path) -> None:
+def test_a_record_of_steps_that_is_none_is_left_alone(kind: str, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter")
-    (adapter / "README.md").write_bytes(model_card("owner/model", "## A step\n"))
-    assert "A step" in earlier_steps(adapter)
+    record = adapter / "lorasuite.json"
+    record.write_bytes(provenance([Step("migration", "A step.")]))
+    assert [step.outcome for step in read_steps(adapter)] == ["A step."]
     if kind == "long":
-        with (adapter / "README.md").open("ab") as file:
+        with record.open("ab") as file:
             file.truncate(1 << 30)
     else:
-        spoil(adapter / "README.md", kind, tmp_path / "x")
-    assert earlier_steps(adapter) == ""
+        spoil(record, kind, tmp_path / "x")
+    assert read_steps(adapter) == []
 
 
 def test_a_file_nobody_reads_may_be_long(tmp_path: Path) -> None:

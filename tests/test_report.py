@@ -223,7 +223,7 @@ def test_a_plans_report_shows_how_well_the_map_fits_every_layers_states(made: An
 def test_only_a_plan_whose_layers_fit_too_promises_that_an_adapter_arrives_whole(made: Any) -> None:
     promise = "an adapter should arrive whole"
     for layer_r2, promised in ((1.0, True), (0.9, False)):
-        facts = made.lstsq.plan.facts | {"r2": 1.0, "r2_back": 0.9999, "layer_r2": {"0": layer_r2}}
+        facts = made.lstsq.plan.facts | {"r2": 1.0, "r2_back": 0.9999, "head_r2": 1.0, "layer_r2": {"0": layer_r2}}
         assert (promise in report_html(replace(made.lstsq.plan, facts=facts))) is promised
 
 

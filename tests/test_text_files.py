@@ -97,9 +97,9 @@ def test_a_file_beyond_the_bound_is_not_read(tmp_path: Path) -> None:
 
 def test_a_template_is_bounded_as_texts_are(tmp_path: Path) -> None:
     (tmp_path / "template").symlink_to("/dev/zero")
-    result = CliRunner().invoke(
-        app, ["finetune", "m", "none", "d.jsonl", "o", "--template", str(tmp_path / "template")]
-    )
+    (tmp_path / "d.jsonl").write_text("{}\n")
+    given = ["finetune", tmp_path, "none", tmp_path / "d.jsonl", tmp_path / "o", "--template", tmp_path / "template"]
+    result = CliRunner().invoke(app, list(map(str, given)))
     assert result.exit_code == 2
     assert "is not a regular file" in result.stderr
 

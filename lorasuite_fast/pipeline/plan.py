@@ -410,7 +410,7 @@ def _chosen(
 ) -> tuple[Plan, Choice | None]:
     """The plan as the best candidate carried it out, and how that was chosen; None where there was no choice."""
     if not others:
-        return plan, None
+        return replace(plan, options=without_candidates(plan)), None
     judged = result.distilled.others
     broken = {name: "it gives NaN or infinity on the text" for name in others if name not in judged}
     choice = choose(judged | {"distill": result.distilled.agreement}, left_out | broken)

@@ -86,6 +86,8 @@ class Inputs:
     @classmethod
     def open(cls, old: str | os.PathLike[str], new: str | os.PathLike[str], options: Options) -> Inputs:
         models = Checkpoint(old, "old", mapped=options.mapped), Checkpoint(new, "new", mapped=options.mapped)
+        for model in models:
+            _check_positions(model)
         tokenizers = tuple(m.tokenizer(trust_remote_code=options.trust_remote_code) for m in models)
         # Text an adapter writes is not there yet, and CKA compares the models without one.
         calibration = options.calibration
@@ -109,6 +111,18 @@ class Inputs:
             "calibration text": text,
             "versions": [__version__, torch.__version__, transformers.__version__],
         } | {f"option {name}": value for name, value in options.as_dict().items() if name != "calibration"}
+
+
+def _check_positions(model: Checkpoint) -> None:
+    """Refuses a model whose table of learned positions is shorter than the pieces the calibration text is read in."""
+    if not any("position" in name or "wpe" in name for name in model.family.outside):
+        return
+    held = model.config.get("n_positions") or model.config.get("max_position_embeddings")
+    if isinstance(held, int) and held < MAX_TOKENS:
+        raise LoraSuiteError(
+            f"{model.folder}: has learned positions for {held} tokens, and the calibration text is read in pieces of "
+            f"{MAX_TOKENS}; choose a model that reads as many"
+        )
 
 
 def files_identity(model: Checkpoint) -> dict[str, Any]:

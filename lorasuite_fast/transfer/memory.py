@@ -35,13 +35,13 @@ def parse_memory(text: str | int) -> int:
     """Bytes of "6GB", "512MiB", "24 G" or a plain number.
 
     Raises:
-        LoraSuiteError: if it is none of these, or less than a MiB, which is a unit left out.
+        LoraSuiteError: if it is none of these, or less than a megabyte, which is a unit left out.
     """
     match = _SIZE.fullmatch(str(text).strip())
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
         raise LoraSuiteError(f"--memory {text}: expected a size such as 6GB, 512MiB or 24000000000")
-    if size < MIB:
+    if size < 10**6:
         unit = "" if match is None or match[2] else f"; did you mean {match[1]}GB?"
         raise LoraSuiteError(f"--memory {text}: is {size:,} bytes, less than any model needs{unit}")
     return size
