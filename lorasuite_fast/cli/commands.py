@@ -187,6 +187,9 @@ def main(arguments: list[str] | None = None) -> Any:
                 raise KeyboardInterrupt from None
             raise
         except Exception as error:
+            if isinstance(error.__context__, KeyboardInterrupt):
+                # What goes wrong on the way out is the interruption's doing.
+                raise KeyboardInterrupt from None
             if debug:
                 traceback.print_exc()
             # torch has a class of its own for GPUs alone, and what is imported late may not find room.
