@@ -168,11 +168,11 @@ def main() -> None:
             ("planted", score(planted.model, work / "planted", texts)),
             (
                 "planted + migrated adapter (lstsq)",
-                score(planted.model, work / "planted", texts, work / "migrated-planted", refine=0),
+                score(planted.model, work / "planted", texts, work / "migrated-planted"),
             ),
         ],
     )
-    cosine, ratio = logit_change(planted, old_model, adapter, work / "migrated-planted", refine=0)
+    cosine, ratio = logit_change(planted, old_model, adapter, work / "migrated-planted")
     console.print(f"the adapter's change of the logits, planted : old: cosine {cosine:.7f}, size {ratio:.5f}")
     console.print(f"written: migrated, migrated-lstsq, migrated-paper, migrated-planted in {work}/", highlight=False)
 
