@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import LoraSuiteError
 from ..io.json_files import read_json
+from ..io.number_range import check_range
 from ..io.tensor_files import TensorFiles
 from ..models.families import Family, Shape
 from ..models.family_table import family_named
@@ -350,8 +351,7 @@ def adapter_files(
             named["lora_magnitude_vector"] = update.magnitude
         for which, tensor in named.items():
             name = f"base_model.model.{modules[key]}.{which}"
-            if not torch.isfinite(tensor).all():
-                raise LoraSuiteError(f"the migrated {name} holds NaN or infinity; nothing was written")
+            check_range(f"the migrated {name}", tensor)
             tensors[name] = tensor.contiguous()
     config = cleared(source.config)
     config |= {

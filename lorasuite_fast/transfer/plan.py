@@ -115,8 +115,7 @@ class Plan(Rendered):
 
     def _check_finite(self) -> None:
         for name, tensor in self.tensors.items():
-            if tensor.dtype.is_floating_point and not torch.isfinite(tensor).all():
-                raise LoraSuiteError(f"the plan's tensor {name} holds NaN or infinity; nothing was written")
+            check_range(f"the plan's tensor {name}", tensor)
 
     def _write(self, file: Path) -> None:
         header = {
