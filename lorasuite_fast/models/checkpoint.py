@@ -38,6 +38,8 @@ _UNUSED = re.compile(
     r"^(model\.)?(v_head|value_head|score|mtp)\."  # heads of rewards and classes, and of further tokens
     r"|\.(q|k|v|kv|prob|prob_output)(_cache)?_scale$|\.[kv]_proj\.(output|k|v)_scale$"  # of a quantised cache
 )
+_MOST_FURTHER = 64
+"""Layers behind the last one that predict further tokens; they are left out."""
 _ROWS = 4096
 """Of a table that are compared at once."""
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -189,7 +191,10 @@ class Checkpoint:
             notice(
                 f"{self.folder}: its tensors are named {wrapper}…, as a wrapper saves them; they are read without it"
             )
-        unused = sorted(name for name in held if _UNUSED.search(name))
+        further = self.config.get("num_nextn_predict_layers")
+        further = further if self.family.experts and isinstance(further, int) and 0 < further < _MOST_FURTHER else 0
+        ahead = tuple(f"{self.family.layer(self.shape.L + n)}." for n in range(further))
+        unused = sorted(name for name in held if _UNUSED.search(name) or name.startswith(ahead))
         if unused:
             notice(
                 f"{self.folder}: {len(unused)} tensors of its files are not part of the language model and are left "
@@ -292,11 +297,19 @@ class Checkpoint:
         optional = set(heads)
         optional |= {f"{self.layer(i)}.{name}" for i in range(self.shape.L) for name in self.family.optional}
         for name in entries if self.family.wrapper is None else self._text_tensors():
-            if name not in expected and name not in optional and not name.endswith(self.family.ignored):
+            if name in expected or name in optional or name.endswith(self.family.ignored):
+                continue
+            if not self._is_expert(name):
                 raise LoraSuiteError(
                     f"{entries[name].file}: tensor {name} is not part of a {self.family.model_type} model of "
                     f"{self.shape.L} layers; check that config.json belongs to these weights"
                 )
+
+    def _is_expert(self, name: str) -> bool:
+        """Whether a tensor belongs to the experts of one of the layers."""
+        place = name.removeprefix(f"{self.prefix}{self.family.layers}.")
+        layer, _, inside = place.partition(".")
+        return place != name and layer.isdecimal() and int(layer) < self.shape.L and self.family.is_expert(inside)
 
     def _text_tensors(self) -> list[str]:
         """Names of the text model's tensors, of a wrapper that holds others as well."""
