@@ -53,6 +53,8 @@ _REFUSED = """
   behind the norms.
 - Adapters on experts or their routers, and whole layers that are no attention: a `model_type` that is not in the table
   is refused, and so is a module of the experts.
+- Checkpoints whose attention or MLP is quantised (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors), by the kind that
+  config.json states: pass the 16-bit model. Experts in mxfp4 are read.
 - `lstsq` between a family that reads its residual stream through norms and one that reads it as it is (OLMo 2 and 3,
   EXAONE 4): `distill` fits the effect instead, and `auto` chooses it.
 """

@@ -21,7 +21,7 @@ from .families import Family, Projection, Shape, shape_of
 from .family_table import family_of
 from .loading import reason
 from .pretrained import INDEX, SINGLE, check_weights_name, load_tokenizer, wrapper_prefix
-from .text_config import text_settings
+from .text_config import quantisation, text_settings
 
 _SAMPLE_BYTES = 256
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
@@ -145,6 +145,7 @@ class Checkpoint:
         self.config = read_json(self.folder / "config.json")
         self.family: Family = family_of(self.config, str(self.folder))
         check_weights_name(self.config, self.folder)
+        self._quantised = quantisation(self.config)
         self.config = text_settings(self.config, self.folder)
         self.shape: Shape = shape_of(self.config, self.family, str(self.folder))
         self._check_config()
@@ -262,6 +263,15 @@ class Checkpoint:
                     f"{self.folder / shard}: tensor {name} is missing, though the index names it there"
                 )
         for name, shape in expected.items():
+            if self._quantised and (
+                name not in entries
+                or entries[name].dtype not in _FLOATS
+                or (shape is not None and entries[name].shape != shape)
+            ):
+                raise LoraSuiteError(
+                    f"{self.folder}: its weights are quantised ({self._quantised}), which is not read here; pass the "
+                    "16-bit model it was made from"
+                )
             if name not in entries:
                 raise LoraSuiteError(
                     f"{self.folder}: tensor {name} is missing; a {self.family.model_type} checkpoint of "
