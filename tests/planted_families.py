@@ -173,6 +173,16 @@ NAMES = {
     ),
     "olmo": Names(**_LLAMA | {"layer_norm": True}, **_BEFORE),
 }  # fmt: skip
+MIXTURES = {
+    "mixtral": Names(**_LLAMA, **_BEFORE),
+    "qwen2_moe": Names(**_LLAMA, **_BEFORE),
+    "qwen3_moe": Names(**_LLAMA, **_BEFORE),
+    "olmoe": Names(**_LLAMA, **_BEFORE, wide_norms=True),
+    "gpt_oss": Names(**_LLAMA, **_BEFORE),
+    "glm4_moe": Names(**_LLAMA, **_BEFORE),
+    "llama4_text": Names(**_LLAMA, **_BEFORE),
+}
+"""Mixtures of experts; `planted_experts` carries what is not their attention."""
 TARGETS = {family: names.targets for family, names in NAMES.items()}
 EXTRA: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0, 1],},
@@ -187,6 +197,19 @@ EXTRA: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "falcon": {"multi_query": True, "parallel_attn": True, "new_decoder_architecture": False},
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                  "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "glm4_moe": {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+                 "first_k_dense_replace": 0, "use_qk_norm": True},
+    "llama4_text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 40,
+                    "no_rope_layers": [1, 0, 1], "layer_types": ["chunked_attention", "full_attention",
+                                                                 "chunked_attention"]},
 }  # fmt: skip
 """Config keys of a family beside the usual ones."""
 _GPT_KEYS = {
@@ -287,7 +310,7 @@ MULTIPLIED: dict[str, dict[str, float]] = {
 def random_model(config: Any, seed: int) -> PreTrainedModel:
     """Random float32 weights: std 1/sqrt(fan in), biases 0.3, gains in (0.5, 1.5)."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
-    names = NAMES[config.model_type]
+    names = (NAMES | MIXTURES)[config.model_type]
     offset = names.offset
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -295,7 +318,9 @@ def random_model(config: Any, seed: int) -> PreTrainedModel:
             if weight.ndim == 2:
                 stored_across = names.transposed and f".{names.layers}." in name
                 weight.copy_(_normal(rng, *weight.shape) / math.sqrt(weight.shape[0 if stored_across else 1]))
-            elif name.endswith("bias"):
+            elif weight.ndim == 3:
+                weight.copy_(_normal(rng, *weight.shape) / math.sqrt(config.hidden_size))
+            elif name.endswith(("bias", "sinks")):
                 weight.copy_(_normal(rng, *weight.shape) * 0.3)
             else:
                 weight.copy_(0.5 + torch.rand(weight.shape, generator=rng) - offset)
@@ -328,7 +353,7 @@ class _Planter:
     """Carries one model's tensors; `self.old` and `self.new` are state dicts in float64."""
 
     def __init__(self, model: PreTrainedModel, config: Any, rng: torch.Generator, stretch: float) -> None:
-        self.names = NAMES[config.model_type]
+        self.names = (NAMES | MIXTURES)[config.model_type]
         self.config_o, self.config_n, self.rng, self.stretch = model.config, config, rng, stretch
         self.old = {name: self.turned(name, tensor.double()) for name, tensor in model.state_dict().items()}
         self.new: dict[str, Tensor] = {}
@@ -546,6 +571,7 @@ def plant_family(
     head_dim_new: int | None = None,
     head_map: list[int] | None = None,
     stretch: float = 1.0,
+    planter_class: type[_Planter] = _Planter,
 ) -> Planted:
     """Plant an upgrade of a model made by `random_model`; see `planted.plant`.
 
@@ -582,7 +608,7 @@ def plant_family(
     if family in MULTIPLIED:
         for key, value in MULTIPLIED[family].items():
             setattr(config, key, value)
-    planter = _Planter(model, config, rng, stretch)
+    planter = planter_class(model, config, rng, stretch)
     planter.ends(token_map)
     f_o = neurons_of(old)
     head_maps, neuron_maps = [], []
@@ -605,7 +631,7 @@ def plant_family(
 
 def dense_layer(model: PreTrainedModel, adapter: Path, i: int) -> tuple[dict[str, Tensor], dict[str, oracle.Lora]]:
     """A layer's weights (out, in) and an adapter's updates of them by role, float64, fused ones taken apart."""
-    names, config = NAMES[model.config.model_type], model.config
+    names, config = (NAMES | MIXTURES)[model.config.model_type], model.config
     layer = f"{names.prefix}{names.layers}.{i}."
     tensors = load_file(adapter / "adapter_model.safetensors")
     alpha, r = (json.loads((adapter / "adapter_config.json").read_text())[key] for key in ("lora_alpha", "r"))

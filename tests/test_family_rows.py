@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from planted_families import NAMES, OLDER, TARGETS, config_of, dense_layer, plant_family, random_model
+from planted_families import MIXTURES, NAMES, OLDER, TARGETS, config_of, dense_layer, plant_family, random_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -61,7 +61,7 @@ def one_thread() -> Iterator[None]:
 
 
 def test_every_family_of_the_table_is_planted_somewhere() -> None:
-    assert set(FAMILIES) == {*NAMES, "llama", "mistral", "qwen2", "qwen3"}
+    assert set(FAMILIES) == {*NAMES, *MIXTURES, "llama", "mistral", "qwen2", "qwen3"}
 
 
 @pytest.mark.parametrize("family", ROWS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from planted_families import NAMES
+from planted_families import MIXTURES, NAMES
 
 from lorasuite_fast.models.family_table import FAMILIES, TEXT_LAYOUTS, WRAPPERS
 
@@ -27,9 +27,12 @@ What each family of models was tested for, by its `model_type` in config.json. T
 - refine: trained in a test. It trains through PEFT, so that the others (not tried) need nothing of their own.
 - wrapper: multimodal classes with this text model inside that a planted upgrade was carried in; any of the wrappers
   below may hold any of the families.
+- experts: what becomes of the experts of a mixture. "left alone": adapters on the attention are carried, experts are
+  neither read nor compared, and a streamed forward pass runs them as transformers does (distill: hidden states equal
+  those of the whole model).
 
-| model_type | read | project | distill | refine | wrapper |
-|---|---|---|---|---|---|
+| model_type | read | project | distill | refine | wrapper | experts |
+|---|---|---|---|---|---|---|
 """
 _TAIL = """
 ## Multimodal classes
@@ -48,7 +51,10 @@ _REFUSED = """
   without multi-query attention or with attention and MLP in turn; GPT-BigCode without multi-query attention; OPT with
   norms behind the layers; GPT-2 with cross-attention; MPT with another expansion ratio than 4; Bloom with residuals
   behind the norms.
-- Mixtures of experts, and layers that are no attention: their `model_type` is not in the table.
+- Adapters on experts or their routers, and whole layers that are no attention: a `model_type` that is not in the table
+  is refused, and so is a module of the experts.
+- Checkpoints whose attention or MLP is quantised (GPTQ, AWQ, FP8, bitsandbytes, compressed-tensors), by the kind that
+  config.json states: pass the 16-bit model. Experts in mxfp4 are read.
 - `lstsq` between a family that reads its residual stream through norms and one that reads it as it is (OLMo 2 and 3,
   EXAONE 4): `distill` fits the effect instead, and `auto` chooses it.
 """
@@ -59,9 +65,10 @@ def page(tried: dict[str, str]) -> str:
     rows = []
     for family in FAMILIES:
         held = ", ".join(w for w, text in tried.items() if text == family) or "–"
-        distilled = "yes" if family in NAMES or family in PLAIN else "no"
+        distilled = "yes" if family in NAMES or family in PLAIN or family in MIXTURES else "no"
         rows.append(
-            f"| `{family}` | yes | yes | {distilled} | {'yes' if family in REFINED else 'not tried'} | {held} |"
+            f"| `{family}` | yes | yes | {distilled} | {'yes' if family in REFINED else 'not tried'} | {held} | "
+            f"{'left alone' if family in MIXTURES else '–'} |"
         )
     wrappers = [f"| `{name}` | `{wrapper.text}` |" for name, wrapper in WRAPPERS.items()]
     layouts = [f"`{text}` is read as `{layout}`" for text, layout in TEXT_LAYOUTS.items()]
@@ -74,7 +81,7 @@ def test_the_page_of_families_is_that_of_the_table() -> None:
     """Set WRITE_FAMILIES=1 to write the page anew."""
     from test_wrappers import TEXTS
 
-    assert set(FAMILIES) == {*NAMES, *PLAIN}
+    assert set(FAMILIES) == {*NAMES, *MIXTURES, *PLAIN}
     text = page(TEXTS)
     if os.environ.get("WRITE_FAMILIES"):
         PAGE.write_text(text)

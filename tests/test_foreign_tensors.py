@@ -113,3 +113,31 @@ def test_a_prefix_of_some_names_is_no_wrappers(model: Path) -> None:
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LoraSuiteError, match=r"tensor model\.norm\.weight is missing"):
         Checkpoint(model)
+
+
+@pytest.mark.parametrize(
+    ("stated", "stored", "named"),
+    [
+        ({"quant_method": "gptq", "bits": 3}, "qweight", "GPTQ, 3 bit"),
+        ({"quant_method": "awq", "bits": 4}, "qweight", "AWQ, 4 bit"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "weight", "bitsandbytes, 4 bit"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "float8", "FP8"),
+        ({"quant_method": "compressed-tensors"}, "weight_packed", "compressed-tensors"),
+    ],
+)
+def test_a_quantised_checkpoint_is_refused_by_its_kind(
+    stated: dict[str, object], stored: str, named: str, model: Path
+) -> None:
+    """Whether its tensors have other names, another shape or another dtype."""
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        weight = tensors.pop(name)
+        if stored == "float8":
+            tensors[name] = weight.to(torch.float8_e4m3fn)
+        else:
+            tensors[f"{name.removesuffix('weight')}{stored}"] = torch.zeros(weight.numel() // 2, 1, dtype=torch.uint8)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": stated}))
+    with pytest.raises(LoraSuiteError, match=rf"its weights are quantised \({named}\).*pass the 16-bit model"):
+        Checkpoint(model)

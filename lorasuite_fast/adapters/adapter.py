@@ -87,6 +87,11 @@ def _place_of(module: str, family: Family, where: Path) -> tuple[int, str]:
     """Layer, and module path inside it."""
     prefixes = "|".join(re.escape(f"{prefix}{family.layers}.") for prefix in family.adapter_prefixes)
     match = re.fullmatch(f"(?:{prefixes})" + r"(0|[1-9][0-9]{0,5})\.(.+)", module)
+    if match is not None and family.is_expert(match[2]):
+        raise LoraSuiteError(
+            f"{where}: module {module} belongs to the experts of a {family.model_type} model, which are not carried; "
+            f"pass an adapter that was trained on the attention alone ({', '.join(family.modules())})"
+        )
     if match is None or match[2] not in family.modules():
         known = ", ".join(family.modules())
         raise LoraSuiteError(

@@ -73,6 +73,7 @@ def distill(
         LoraSuiteError: too little text, models that share too few tokens, NaN or infinity in a forward pass, a budget
             too small.
     """
+    settings = replace(settings, roles=tuple(role for role in settings.roles if role in new.family.projections))
     aligned, shared = _align(old, new, tokenizers, texts, settings)
     of_text = torch.cat([torch.full((len(a.ends),), n) for n, a in enumerate(aligned)])
     held_texts = _held_texts(len(aligned))

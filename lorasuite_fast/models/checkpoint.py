@@ -21,7 +21,7 @@ from .families import Family, Projection, Shape, shape_of
 from .family_table import family_of
 from .loading import reason
 from .pretrained import INDEX, SINGLE, check_weights_name, load_tokenizer, wrapper_prefix
-from .text_config import text_settings
+from .text_config import quantisation, text_settings
 
 _SAMPLE_BYTES = 256
 _VOLATILE_CONFIG = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache")
@@ -38,6 +38,8 @@ _UNUSED = re.compile(
     r"^(model\.)?(v_head|value_head|score|mtp)\."  # heads of rewards and classes, and of further tokens
     r"|\.(q|k|v|kv|prob|prob_output)(_cache)?_scale$|\.[kv]_proj\.(output|k|v)_scale$"  # of a quantised cache
 )
+_MOST_FURTHER = 64
+"""Layers behind the last one that predict further tokens; they are left out."""
 _ROWS = 4096
 """Of a table that are compared at once."""
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -143,6 +145,7 @@ class Checkpoint:
         self.config = read_json(self.folder / "config.json")
         self.family: Family = family_of(self.config, str(self.folder))
         check_weights_name(self.config, self.folder)
+        self._quantised = quantisation(self.config)
         self.config = text_settings(self.config, self.folder)
         self.shape: Shape = shape_of(self.config, self.family, str(self.folder))
         self._check_config()
@@ -189,7 +192,10 @@ class Checkpoint:
             notice(
                 f"{self.folder}: its tensors are named {wrapper}…, as a wrapper saves them; they are read without it"
             )
-        unused = sorted(name for name in held if _UNUSED.search(name))
+        further = self.config.get("num_nextn_predict_layers")
+        further = further if self.family.experts and isinstance(further, int) and 0 < further < _MOST_FURTHER else 0
+        ahead = tuple(f"{self.family.layer(self.shape.L + n)}." for n in range(further))
+        unused = sorted(name for name in held if _UNUSED.search(name) or name.startswith(ahead))
         if unused:
             notice(
                 f"{self.folder}: {len(unused)} tensors of its files are not part of the language model and are left "
@@ -257,6 +263,15 @@ class Checkpoint:
                     f"{self.folder / shard}: tensor {name} is missing, though the index names it there"
                 )
         for name, shape in expected.items():
+            if self._quantised and (
+                name not in entries
+                or entries[name].dtype not in _FLOATS
+                or (shape is not None and entries[name].shape != shape)
+            ):
+                raise LoraSuiteError(
+                    f"{self.folder}: its weights are quantised ({self._quantised}), which is not read here; pass the "
+                    "16-bit model it was made from"
+                )
             if name not in entries:
                 raise LoraSuiteError(
                     f"{self.folder}: tensor {name} is missing; a {self.family.model_type} checkpoint of "
@@ -292,11 +307,19 @@ class Checkpoint:
         optional = set(heads)
         optional |= {f"{self.layer(i)}.{name}" for i in range(self.shape.L) for name in self.family.optional}
         for name in entries if self.family.wrapper is None else self._text_tensors():
-            if name not in expected and name not in optional and not name.endswith(self.family.ignored):
+            if name in expected or name in optional or name.endswith(self.family.ignored):
+                continue
+            if not self._is_expert(name):
                 raise LoraSuiteError(
                     f"{entries[name].file}: tensor {name} is not part of a {self.family.model_type} model of "
                     f"{self.shape.L} layers; check that config.json belongs to these weights"
                 )
+
+    def _is_expert(self, name: str) -> bool:
+        """Whether a tensor belongs to the experts of one of the layers."""
+        place = name.removeprefix(f"{self.prefix}{self.family.layers}.")
+        layer, _, inside = place.partition(".")
+        return place != name and layer.isdecimal() and int(layer) < self.shape.L and self.family.is_expert(inside)
 
     def _text_tensors(self) -> list[str]:
         """Names of the text model's tensors, of a wrapper that holds others as well."""

@@ -66,6 +66,7 @@ class Family:
         mlp_ratio: f / d, where the config does not say f.
         outside: further tensors outside the layers, such as learned positions.
         extra: further tensors a layer holds, that no projection needs. optional: those it may hold.
+        experts: modules of a layer, experts and routers among them, of which no tensor is read but for a forward pass.
         ignored: tensor name endings some files hold though they follow from the config.
         config_names: further names of config keys, by the usual one.
         refused: config keys, and the one value of each that is understood.
@@ -97,6 +98,7 @@ class Family:
     outside: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "masked_bias", "attention.bias")
     config_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     refused: dict[str, Any] = field(default_factory=dict)
@@ -144,6 +146,10 @@ class Family:
 
     def layer(self, i: int) -> str:
         return f"{self.prefix}{self.layers}.{i}"
+
+    def is_expert(self, name: str) -> bool:
+        """Whether a tensor or module, by its path inside a layer, belongs to the experts or their router."""
+        return any(name == module or name.startswith(f"{module}.") for module in self.experts)
 
     def norms(self) -> list[str]:
         named = ({p.norm, p.after} for p in self.projections.values())

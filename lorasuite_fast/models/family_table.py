@@ -9,6 +9,7 @@ from typing import Any
 from ..errors import LoraSuiteError
 from .families import Family, Projection
 from .layouts import (
+    MIXTURES,
     _behind,
     _without,
     fused_projections,
@@ -347,6 +348,7 @@ FAMILIES: dict[str, Family] = {
             norm_parts=(),
             epsilon="layer_norm_eps",
         ),
+        *MIXTURES,
     )
 }
 

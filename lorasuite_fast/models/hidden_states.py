@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import LoraSuiteError
 from ..io.phases import release_memory
 from .checkpoint import Checkpoint
+from .experts import composed
 from .loader import Layer, stream_layers
 from .loading import loading
 from .pretrained import load_config
@@ -271,5 +272,13 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
 
 def _load(layer: Layer, module: nn.Module, dtype: torch.dtype) -> None:
     """Gives a module on the meta device its weights."""
+    if layer.checkpoint.family.experts:
+        for name, value in composed(layer, module, dtype).items():
+            _set(module, name, value)
+        for name, buffer in list(module.named_buffers()):
+            if name in layer.inside:
+                owner, _, attribute = name.rpartition(".")
+                setattr(module.get_submodule(owner), attribute, layer.read(name, buffer.dtype))
+        return
     for name, _ in list(module.named_parameters()):
         _set(module, name, layer.read(name, dtype))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .families import Projection
+from .families import ATTENTION, Family, Projection
 
 READING = ("q", "k", "v", "gate", "up")
 """Roles that read the residual stream; o and down write to it."""
@@ -82,3 +82,60 @@ def glm4_projections() -> dict[str, Projection]:
     behind = {"o": "post_self_attn_layernorm", "down": "post_mlp_layernorm"}
     plain = _fused_gate(llama_projections("attention_bias", False, False))
     return {role: replace(p, after=behind.get(role), bias_default=role in ("q", "k", "v")) for role, p in plain.items()}
+
+
+_HEAD_NORMS = ("self_attn.q_norm.weight", "self_attn.k_norm.weight")
+_MLP_NORM = "post_attention_layernorm.weight"
+
+
+def _attention(qkv_bias: str | bool, o_bias: str | bool, *, bias_default: bool = False) -> dict[str, Projection]:
+    found = llama_projections(qkv_bias, o_bias, False)
+    return {role: replace(found[role], bias_default=bias_default) for role in ATTENTION}
+
+
+MIXTURES = (
+    Family(
+        "mixtral",
+        _attention(False, False),
+        epsilon_default=1e-5,
+        extra=(_MLP_NORM,),
+        experts=("block_sparse_moe", "mlp"),
+    ),
+    Family("qwen2_moe", _attention("qkv_bias", False, bias_default=True), extra=(_MLP_NORM,), experts=("mlp",)),
+    Family(
+        "qwen3_moe", _attention("attention_bias", "attention_bias"), extra=(*_HEAD_NORMS, _MLP_NORM), experts=("mlp",)
+    ),
+    Family(
+        "olmoe",
+        _attention("attention_bias", "attention_bias"),
+        epsilon_default=1e-5,
+        extra=(*_HEAD_NORMS, _MLP_NORM),
+        experts=("mlp",),
+        refused={"clip_qkv": None},
+    ),
+    Family(
+        "gpt_oss",
+        _attention("attention_bias", "attention_bias", bias_default=True),
+        epsilon_default=1e-5,
+        head_dim=64,
+        extra=("self_attn.sinks", _MLP_NORM),
+        experts=("mlp",),
+    ),
+    Family(
+        "glm4_moe",
+        _attention("attention_bias", False),
+        epsilon_default=1e-5,
+        extra=(_MLP_NORM,),
+        optional=_HEAD_NORMS,
+        experts=("mlp",),
+    ),
+    Family(
+        "llama4_text",
+        _attention("attention_bias", "attention_bias"),
+        epsilon_default=1e-5,
+        head_dim=128,
+        extra=(_MLP_NORM,),
+        experts=("feed_forward",),
+    ),
+)
+"""Mixtures of experts. Only the attention has projections: experts and routers are neither read nor compared."""

@@ -39,6 +39,11 @@ class Layer:
         names = checkpoint.layer_tensors(index, roles)
         return cls(checkpoint, index, {n: checkpoint.tensors.view(n) for n in names}, torch.device("cpu"))
 
+    @property
+    def inside(self) -> dict[str, Tensor]:
+        """The tensors by their names inside the layer."""
+        return {name.removeprefix(self.prefix): tensor for name, tensor in self.tensors.items()}
+
     def read(self, name: str, dtype: torch.dtype) -> Tensor:
         """A tensor by its name inside the layer, in the given dtype; without a copy where it is stored so.
 

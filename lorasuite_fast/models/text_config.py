@@ -39,3 +39,28 @@ def text_settings(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         full: dict[str, Any] = CONFIG_MAPPING[text_type](**kept).to_dict()
     tied = config.get("tie_word_embeddings", wrapper.tied)
     return full | kept | {"model_type": text_type, "tie_word_embeddings": tied}
+
+
+_METHODS = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "fp8": "FP8",
+    "fbgemm_fp8": "FP8",
+    "mxfp4": "mxfp4",
+    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes_4bit": "bitsandbytes",
+    "bitsandbytes_8bit": "bitsandbytes",
+}
+
+
+def quantisation(config: dict[str, Any]) -> str | None:
+    """How a config.json says its weights are quantised, as "GPTQ, 4 bit"; None where it does not."""
+    stated = config.get("quantization_config")
+    if not isinstance(stated, dict):
+        return None
+    method = str(stated.get("quant_method", "bitsandbytes"))
+    bits = stated.get("bits")
+    if not isinstance(bits, int):
+        bits = next((bits for key, bits in (("load_in_4bit", 4), ("load_in_8bit", 8)) if stated.get(key)), None)
+    name = _METHODS.get(method, method)
+    return f"{name}, {bits} bit" if bits else name

@@ -214,8 +214,10 @@ def _add_layer(sums: dict[str, Tensor], old: Checkpoint, new: Checkpoint, i: int
     sides = Layer.of(old, i), Layer.of(new, j)
     for role in family.roles:
         _add(sums, role, *(side.weight(role, torch.float32) for side in sides))
-    inside = [{name.removeprefix(side.prefix): t for name, t in side.tensors.items()} for side in sides]
+    inside = [side.inside for side in sides]
     for name in sorted(set(inside[0]) & set(inside[1]) - weights):
+        if family.is_expert(name):
+            continue
         _add(sums, "other", inside[0][name], inside[1][name])
     for side in sides:
         side.release()
@@ -256,8 +258,9 @@ def _partners(old: Checkpoint, new: Checkpoint) -> dict[int, int]:
 
 def _sample(model: Checkpoint, layer: int) -> Tensor:
     """Some rows of a layer's output projections as one vector of length 1, float64."""
-    read = Layer.of(model, layer, ("o", "down"))
-    rows = [read.weight(role, torch.float32)[:_SAMPLE].double().flatten() for role in ("o", "down")]
+    roles = tuple(role for role in ("o", "down") if role in model.family.projections)
+    read = Layer.of(model, layer, roles)
+    rows = [read.weight(role, torch.float32)[:_SAMPLE].double().flatten() for role in roles]
     vector = torch.cat(rows)
     read.release()
     unit: Tensor = vector / vector.norm().clamp_min(torch.finfo(torch.float64).tiny)
