@@ -169,6 +169,12 @@ def test_training_is_that_of_a_plain_loop_in_float64(root: Path, tmp_path: Path,
         assert not torch.equal(out[name].float(), start[name])
 
 
+def test_the_losses_are_those_of_an_established_trainer(root: Path, tmp_path: Path) -> None:
+    """Recorded from transformers' Trainer: AdamW, a linear schedule, clipping at norm 1."""
+    recorded = [6.334885, 6.403264, 6.252563, 6.2307, 6.326977, 6.333562, 6.307246, 6.23458, 6.245046]
+    assert run(root, tmp_path / "out").losses == pytest.approx(recorded, rel=1e-5)
+
+
 GENERAL = [f"{WORDS[n]} and {WORDS[n + k]} of the {WORDS[n + 5]} it was" for k in (3, 4, 6) for n in range(8)]
 
 

@@ -29,7 +29,7 @@ from lorasuite_fast.text.samples import load_samples
 from lorasuite_fast.training import refinement, teacher
 from lorasuite_fast.training.batches import step_batches
 from lorasuite_fast.training.refinement import step_budget
-from lorasuite_fast.training.refinement_loop import RefinementBatches
+from lorasuite_fast.training.target_loss import RefinementBatches
 from lorasuite_fast.training.teacher import Target, Targets, divergence, target, write_targets
 
 from planted import plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
@@ -360,6 +360,16 @@ def test_a_seed_makes_it_repeatable(root: Path, tmp_path: Path) -> None:
     a, b, c = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc")
     assert all(torch.equal(a[k], b[k]) for k in a)
     assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_the_course_is_that_of_an_established_trainer(root: Path, tmp_path: Path) -> None:
+    """Recorded from transformers' Trainer: AdamW, a linear schedule, clipping at norm 1."""
+    recorded = [(4, 0.553423, 0.4457), (8, 0.615548, 0.27202), (12, 0.642327, 0.22206)]
+    result = run(root, tmp_path / "out")
+    for e, (step, agreement, kl) in zip(result.evaluations[1:], recorded, strict=True):
+        assert e.step == step
+        assert e.agreement == pytest.approx(agreement, abs=1e-4)
+        assert e.kl == pytest.approx(kl, rel=1e-4)
 
 
 def general_text(folder: Path) -> Path:

@@ -38,7 +38,7 @@ from .options import (
     TrainingDtype,
     option,
 )
-from .running import DIVERGED, running, say
+from .running import DIVERGED, joined_ranks, running, say
 from .tables import percent, phase_table, print_finetuned, print_written
 
 _MOST_TEMPLATE = 1 << 20
@@ -107,7 +107,7 @@ def refine(
         written = text is None or str(text) == "self"
         only_for(context, written, "text the old model writes; leave out --text, or this", "text_bytes")
         only_for(context, retain is not None, "--retain; give both", "retain_weight")
-    with running(as_json) as report:
+    with running(as_json) as report, joined_ranks() as ranks:
         from ..pipeline.refine import refine as run
 
         result = run(
@@ -140,9 +140,11 @@ def refine(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             report=report_file,
-            progress=report,
+            progress=report if ranks.first else None,
             say=say,
         )
+    if not ranks.first:
+        return
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return
@@ -234,7 +236,7 @@ def finetune(
         only_for(context, adapter == "none", anew, "rank", "alpha", "dropout", "roles")
         only_for(context, steps is None, "trainings without --steps; give one of the two", "epochs")
         only_for(context, retain is not None, "--retain; give both", "retain_weight")
-    with running(as_json) as report:
+    with running(as_json) as report, joined_ranks() as ranks:
         from ..pipeline.finetune import finetune as run
 
         result = run(
@@ -265,9 +267,11 @@ def finetune(
             overwrite=overwrite,
             trust_remote_code=trust_remote_code,
             report=report_file,
-            progress=report,
+            progress=report if ranks.first else None,
             say=say,
         )
+    if not ranks.first:
+        return
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
     else:

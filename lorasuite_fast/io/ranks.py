@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import LoraSuiteError
+from ..errors import LoraSuiteError, WriteError
+
+_PATIENCE = timedelta(days=7)
+"""A process may wait as long as the first one writes text or targets; one that ended is noticed at once."""
+
+
+@contextmanager
+def _company() -> Iterator[None]:
+    """Makes one error of whatever torch.distributed raises where another process has ended.
+
+    A WriteError, since nothing is wrong with the input: the work done so far is kept.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise WriteError("torchrun: another process of this run ended; its own error says why") from None
 
 
 @dataclass(frozen=True)
@@ -34,7 +54,7 @@ class Ranks:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=_PATIENCE)
         return cls(dist.get_rank(), dist.get_world_size())
 
     @property
@@ -54,7 +74,8 @@ class Ranks:
         import torch.distributed as dist
 
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        with _company():
+            dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def merge(self, part: dict[Any, Any]) -> dict[Any, Any]:
@@ -64,8 +85,31 @@ class Ranks:
         import torch.distributed as dist
 
         parts: list[dict[Any, Any]] = [{} for _ in range(self.size)]
-        dist.all_gather_object(parts, part)
+        with _company():
+            dist.all_gather_object(parts, part)
         return {key: value for each in parts for key, value in each.items()}
+
+    def wait(self) -> None:
+        """Goes on once every process has come here."""
+        self.merge({})
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first process goes through the block alone, and all others behind it, who find what it has written."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """A tensor summed over the processes; the same bits on each."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            with _company():
+                dist.all_reduce(values)
+        return values
 
     def block(self, start: int, stop: int) -> range:
         """This rank's share of start … stop - 1: consecutive, earlier ranks first."""

@@ -129,7 +129,7 @@ class Work:
     """
 
     def __init__(self, folder: Path, identity: dict[str, Any], *, owner: bool = True) -> None:
-        self.folder = folder
+        self.folder, self._owner = folder, owner
         self._last_state = self._state_seconds = 0.0
         self._lock: int | None = None
         self.record: dict[str, Any]
@@ -194,6 +194,8 @@ class Work:
 
     def start(self, **chosen: Any) -> None:
         """Records what the run chose by itself (micro-batch sizes), which a resumed run must repeat."""
+        if not self._owner:
+            return
         self.record |= chosen
         self._replace(_RUN, lambda path: path.write_text(json.dumps(self.record)))
 
@@ -241,6 +243,8 @@ class Work:
 
     def discard(self) -> None:
         """Removes the folder, once its output is in place; one that another process goes on in is left to that one."""
+        if not self._owner:
+            return
         try:
             self._lock = self._lock if self._lock is not None else _claim(self.folder)
         except OSError:

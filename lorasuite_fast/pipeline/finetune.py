@@ -22,6 +22,7 @@ from ..io.hub_ids import shown
 from ..io.json_files import read_json
 from ..io.output import check_output, write_folder, writing
 from ..io.phases import PhaseClock, Progress
+from ..io.ranks import Ranks
 from ..io.report_path import check_report
 from ..io.work import Work, clean_up, remove_work, unless_unusable
 from ..models.checkpoint import Checkpoint, resolve_folder
@@ -30,7 +31,6 @@ from ..reporting.html_report import write_report
 from ..reporting.model_card import card_files
 from ..reporting.provenance import Step, without_machine
 from ..text.samples import Data
-from ..training.checkpoints import TRAINING
 from ..training.finetuning import (
     BATCH,
     EPOCHS,
@@ -45,6 +45,7 @@ from ..training.finetuning import (
     split_samples,
     train_on_samples,
 )
+from ..training.loop import TRAINING
 from ..training.retention import RETAIN_WEIGHT, check_retain_weight, kept_samples, named_text
 
 
@@ -127,7 +128,9 @@ def finetune(
     begin = time.perf_counter()
     inputs = {"MODEL": model, "ADAPTER": adapter, "DATA": data, "--validation": validation, "--retain": retain}
     check_report(report, out, inputs)
-    clean_up(out, finetuning_folder(out), TRAINING)
+    ranks = Ranks.join()
+    if ranks.first:
+        clean_up(out, finetuning_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite, inputs=inputs)
     check_finetuning(
         epochs, steps, batch, micro_batch, learning_rate, max_tokens, rank, alpha, dropout, roles, save_every
@@ -135,8 +138,6 @@ def finetune(
     check_retain_weight(retain_weight)
     if adapter is not None and (rank, alpha, dropout, roles) != (None,) * 4:
         raise LoraSuiteError("rank, alpha, dropout and roles are those of a new adapter; ADAPTER has its own")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise LoraSuiteError("finetune runs in one process; start it without torchrun")
     run_device = pick_device(device)
     half = run_device.type == "cuda" and torch.cuda.is_bf16_supported()
     run_dtype = torch.bfloat16 if dtype == "auto" and half else pick_dtype(dtype)
@@ -183,13 +184,15 @@ def finetune(
         "data": training.digest(),
         "validation": held_out.digest(),
         **({"retain": kept.digest()} if kept.samples else {}),
+        **({"processes": ranks.size} if ranks.size > 1 else {}),
     }
     folder = finetuning_folder(path)
     folder.mkdir(exist_ok=True)
-    work = Work(folder / TRAINING, identity)
-    try:
+    with ranks.in_turn():
+        work = Work(folder / TRAINING, identity, owner=ranks.first)
         work.start()
-        if say:
+    try:
+        if say and ranks.first:
             tokens = sum(sample.tokens for sample in training.samples)
             say(
                 f"fine-tuning: {budget} steps of {batch} samples, from {len(training.samples):,} samples with "
@@ -225,10 +228,13 @@ def finetune(
         )
         told = card_files(checkpoint.name, taken, start, wrapped=checkpoint.family.wrapper is not None)
         config_of = course.source if start is None else start
-        work.complete()
-        place = empty_model(checkpoint.folder, trust_remote_code=trust_remote_code)
-        _write(path, course.source, config_of, checkpoint.name, told, place, overwrite)
-        remove_work(folder)
+        ranks.wait()
+        if ranks.first:
+            work.complete()
+            place = empty_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+            _write(path, course.source, config_of, checkpoint.name, told, place, overwrite)
+            remove_work(folder)
+        ranks.wait()
     finally:
         work.close()
     result = Finetuning(
@@ -261,7 +267,8 @@ def finetune(
         seconds=time.perf_counter() - begin,
         fingerprints={"model": identity["model"]},
     )
-    write_report(result, report)
+    if ranks.first:
+        write_report(result, report)
     return result
 
 

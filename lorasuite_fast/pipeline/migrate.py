@@ -24,8 +24,8 @@ from ..models.checkpoint import Checkpoint
 from ..models.family_table import family_named
 from ..reporting.html_report import write_report
 from ..results import Migration
-from ..training.checkpoints import TRAINING
 from ..training.finetuning import CHECKED, MAX_TOKENS, check_finetuning, split_samples
+from ..training.loop import TRAINING
 from ..training.retention import RETAIN_WEIGHT, check_retain_weight, kept_samples
 from ..transfer.build_options import AUTO
 from ..transfer.memory import parse_memory
@@ -82,6 +82,8 @@ def migrate(
     inputs = given | {"--refine-text": refine_text, "--finetune": finetune}
     check_options(options, settings, fill)
     check_report(report, out, inputs)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise LoraSuiteError("migrate: runs in one process; start plan, apply, refine and finetune with torchrun")
     if finetune is None and finetune_options:
         raise LoraSuiteError("finetune_options are for the training that finetune asks for; give both")
     asked = refine is not None
@@ -106,7 +108,7 @@ def migrate(
         refuse_pipe(options.get("calibration"))
     clean_up(out)
     if refine:
-        from ..training.checkpoints import TRAINING
+        from ..training.loop import TRAINING
         from .refine import refinement_folder
 
         clean_up(out, refinement_folder(out), TRAINING)

@@ -24,6 +24,7 @@ from ..io.hub_ids import shown
 from ..io.json_files import read_json
 from ..io.output import check_output, write_folder, writing
 from ..io.phases import PhaseClock, Progress, release_memory
+from ..io.ranks import Ranks
 from ..io.report_path import check_report
 from ..io.work import Work, clean_up, remove_work, unless_unusable
 from ..models.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ from ..reporting.model_card import card_files
 from ..reporting.provenance import Step, without_machine
 from ..text.samples import Samples
 from ..text.self_text import self_written
-from ..training.checkpoints import TRAINING
+from ..training.loop import TRAINING
 from ..training.refinement import (
     BATCH_BYTES,
     CONTROLS,
@@ -140,7 +141,9 @@ def refine(
     inputs: dict[str, object] = {"OLD": old, "OLD_ADAPTER": old_adapter, "NEW": new, "ADAPTER": adapter, "--text": text}
     inputs |= {"--retain": retain, "--cache": cache}
     check_report(report, out, inputs)
-    clean_up(out, refinement_folder(out), TRAINING)
+    ranks = Ranks.join()
+    if ranks.first:
+        clean_up(out, refinement_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite, inputs=inputs)
     check_retain_weight(retain_weight)
     if not 0 <= imitation <= 1:
@@ -175,7 +178,7 @@ def refine(
 
     if text is None or (isinstance(text, str | os.PathLike) and os.fspath(text) == "self"):
         source = "self"
-        with clock.phase("write text", text_bytes) as step:
+        with ranks.in_turn(), clock.phase("write text", text_bytes) as step:
             texts = self_written(
                 checkpoint_o,
                 old_adapter,
@@ -188,6 +191,7 @@ def refine(
                 report=step,
             )
             texts = different(texts)
+        texts = ranks.share(texts)
         release_memory()
     else:
         source = os.fspath(text) if isinstance(text, str | os.PathLike) else f"{len(text)} texts"
@@ -220,36 +224,40 @@ def refine(
     }
     if retain is not None:
         options |= {"retain": kept_text.digest(), "retain_weight": retain_weight}
+    if ranks.size > 1:
+        options |= {"processes": ranks.size}
     works: list[Work] = []
     try:
-        works.append(Work(kept / f"targets-{key}", teaching))
-        with unless_unusable(works[0], folder):
-            targets = write_targets(
-                works[0],
-                old,
-                old_adapter,
-                new,
-                texts,
-                clock,
-                top_k=top_k,
-                max_tokens=max_tokens,
-                device=run_device,
-                dtype=run_dtype,
-                imitation=imitation,
-                shuffled=control != "none",
-                seed=seed,
-                trust_remote_code=trust_remote_code,
-            )
-            # Each model is opened more than once, and must be the same one every time.
-            for model in (checkpoint_o, checkpoint_n):
-                model.tensors.check_same()
+        with ranks.in_turn():
+            works.append(Work(kept / f"targets-{key}", teaching, owner=ranks.first))
+            with unless_unusable(works[0], folder):
+                targets = write_targets(
+                    works[0],
+                    old,
+                    old_adapter,
+                    new,
+                    texts,
+                    clock,
+                    top_k=top_k,
+                    max_tokens=max_tokens,
+                    device=run_device,
+                    dtype=run_dtype,
+                    imitation=imitation,
+                    shuffled=control != "none",
+                    seed=seed,
+                    trust_remote_code=trust_remote_code,
+                )
+                # Each model is opened more than once, and must be the same one every time.
+                for model in (checkpoint_o, checkpoint_n):
+                    model.tensors.check_same()
         release_memory()
         budget = step_budget(targets.facts.bytes, batch_bytes) if steps == "auto" else int(steps)
         started = {"start": digests[1], "steps": budget}
-        works.append(Work(folder / TRAINING, teaching | options | started))
-        resumed = works[1].resumed
-        works[1].start()
-        if say:
+        with ranks.in_turn():
+            works.append(Work(folder / TRAINING, teaching | options | started, owner=ranks.first))
+            resumed = works[1].resumed
+            works[1].start()
+        if say and ranks.first:
             facts = targets.facts
             say(
                 f"refining: {budget} steps of about {batch_bytes:,} bytes, from {facts.bytes / 1000:,.0f} KB of "
@@ -293,12 +301,15 @@ def refine(
             },
         )
         told = card_files(checkpoint_n.name, taken, start, wrapped=checkpoint_n.family.wrapper is not None)
-        works[1].complete()
-        empty = empty_model(checkpoint_n.folder, trust_remote_code=trust_remote_code)
-        _write(path, course.source, checkpoint_n.name, told, empty, overwrite)
-        if cache is None:
-            works[0].discard()
-        remove_work(folder)
+        ranks.wait()
+        if ranks.first:
+            works[1].complete()
+            empty = empty_model(checkpoint_n.folder, trust_remote_code=trust_remote_code)
+            _write(path, course.source, checkpoint_n.name, told, empty, overwrite)
+            if cache is None:
+                works[0].discard()
+            remove_work(folder)
+        ranks.wait()
     finally:
         for work in works:
             work.close()
@@ -335,7 +346,8 @@ def refine(
         seconds=time.perf_counter() - begin,
         fingerprints={"old": teaching["old"], "new": teaching["new"]},
     )
-    write_report(result, report)
+    if ranks.first:
+        write_report(result, report)
     return result
 
 

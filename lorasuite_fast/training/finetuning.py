@@ -26,11 +26,12 @@ from ..errors import LoraSuiteError
 from ..io.json_files import finite
 from ..io.notebook import Rendered
 from ..io.phases import Phase, PhaseClock
+from ..io.ranks import Ranks
 from ..models.families import ROLES, Family
 from ..text.samples import Data, Sample, Samples, load_samples
 from .batches import sample_batches, step_batches
-from .checkpoints import last_checkpoint
-from .finetuning_loop import FinetuningBatches, finetuning_trainer
+from .loop import Schedule, Training
+from .sample_loss import FinetuningBatches, SampleLoss
 
 EPOCHS, BATCH, LEARNING_RATE, MAX_TOKENS = 3, 16, 1e-3, 256
 RANK = 32
@@ -233,9 +234,6 @@ def train_on_samples(
     options: dict[str, Any],
     checkpointing: bool,
 ) -> Course:
-    from transformers import TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
-
     steps, batch = options["steps"], options["batch"]
     batches = sample_batches(len(samples), batch, steps, options["seed"])
     kept_batches = None
@@ -248,95 +246,56 @@ def train_on_samples(
         held_out, [list(range(len(held_out)))[n : n + batch] for n in range(0, len(held_out), batch)]
     )
     compared = _last_third(steps)
-    trainer_class, course_class = finetuning_trainer()
     source = start
     if source is None:
         source = folder / "start"
-        loaded.peft.save_pretrained(source)
-    recomputed: dict[str, Any] = {}
-    if checkpointing:
-        recomputed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        max_steps=steps,
-        per_device_train_batch_size=1,
-        learning_rate=options["learning_rate"],
-        lr_scheduler_type="linear",
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch",
-        seed=options["seed"],
-        **recomputed,
-        eval_strategy="steps" if held_out else "no",
-        eval_steps=options["save_every"],
-        save_strategy="steps",
-        save_steps=options["save_every"],
-        save_total_limit=2,
-        metric_for_best_model="loss" if held_out else None,
-        greater_is_better=False if held_out else None,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        use_cpu=loaded.device.type == "cpu",
-        dataloader_pin_memory=loaded.device.type == "cuda",
+        if Ranks.join().first:
+            loaded.peft.save_pretrained(source)
+    training = Training(
+        loaded.peft,
+        folder / "trainer",
+        Schedule(steps, options["learning_rate"], options["save_every"], options["seed"]),
+        device=loaded.device,
+        autocast=loaded.model.dtype == torch.bfloat16,
+        checkpointing=checkpointing,
     )
-    if loaded.device.type == "cuda":
-        # Trainer would split the one batch over every GPU it sees.
-        arguments._n_gpu = 1
+    weight = options.get("retain_weight", 0.0)
+    loss = SampleLoss(training, options["micro_batch"], weight, options["seed"])
+    held_batches = [evaluated[n] for n in range(len(evaluated))]
     with clock.phase("start's loss", 1):
-        trainer = trainer_class(
-            model=loaded.peft,
-            args=arguments,
-            train_dataset=dataset,
-            eval_dataset=evaluated,
-            data_collator=lambda items: items[0],
-            micro_batch=options["micro_batch"],
-            autocast=loaded.model.dtype == torch.bfloat16,
-            retain_weight=options.get("retain_weight", 0.0),
-        )
-        trainer.remove_callback(PrinterCallback)
-        first = trainer.mean_loss([dataset[n] for n in compared], training=True)
-        first_shift = trainer.mean_shift([dataset[n] for n in compared]) if kept else None
+        first = loss.mean_loss([dataset[n] for n in compared], training=True)
+        first_shift = loss.mean_shift([dataset[n] for n in compared]) if kept else None
         if not math.isfinite(first):
             raise LoraSuiteError(
                 f"{loaded.name} with this adapter gives NaN or infinity on the data in {loaded.model.dtype}; check its "
                 "weights, or try --dtype float32"
             )
-        evaluations = [Evaluation(0, trainer.mean_loss(evaluated, training=False))] if held_out else []
+        evaluations = [Evaluation(0, loss.mean_loss(held_batches, training=False))] if held_out else []
     with clock.phase("train", steps) as report:
-        course = course_class(report, bool(held_out))
-        course.trainer = trainer
-        trainer.add_callback(course)
-        last = last_checkpoint(folder / "trainer")
-        trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    evaluations += [Evaluation(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
-    shifts = [entry["retained_kl"] for entry in history if "retained_kl" in entry]
+        score = (lambda: -loss.mean_loss(held_batches, training=False)) if held_out else None
+        progress = training.run(dataset, loss, score, report)
+    losses = [figures["loss"] for figures in progress.figures]
+    evaluations += [Evaluation(step, -score) for step, score in progress.evaluations]
+    shifts = [figures["retained_kl"] for figures in progress.figures if "retained_kl" in figures]
     tokens = [sum(samples[i].tokens for i in part) for part in batches]
     end, shift = None, None
     if len(losses) == steps:
         shift = sum(shifts[n] for n in compared) / len(compared) if kept else None
         end = sum(losses[n] * tokens[n] for n in compared) / sum(tokens[n] for n in compared)
     chosen = steps
-    weight = options.get("retain_weight", 0.0)
     # What is minimised: --retain trades some of the loss for closeness.
     objective = None if end is None else end + weight * (shift or 0.0)
     tolerance = _DRAWN if loaded.peft.peft_config["default"].lora_dropout else _ROUNDING
-    last = folder / "trainer" / f"checkpoint-{steps}"
+    last = training.checkpoint(steps)
     before = first + weight * (first_shift or 0.0)
     what = "loss with its retained part" if kept else "loss"
-    diverged = _divergence(trainer.diverged_at, what, before, objective, tolerance, last)
+    diverged = _divergence(progress.diverged, what, before, objective, tolerance, last)
     if diverged is not None:
         chosen = 0
     elif evaluations:
         chosen = min(evaluations, key=lambda e: e.loss).step
     if chosen:
-        source = folder / "trainer" / f"checkpoint-{chosen}"
+        source = training.checkpoint(chosen)
     seen = sum(tokens[: len(losses)])
     return Course(source, chosen, diverged, first, end, losses, first_shift, shift, evaluations, seen)
 

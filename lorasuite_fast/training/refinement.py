@@ -27,13 +27,14 @@ from ..errors import LoraSuiteError
 from ..io.json_files import finite
 from ..io.notebook import Rendered
 from ..io.phases import Phase, PhaseClock
+from ..io.ranks import Ranks
 from ..models.checkpoint import Checkpoint
 from ..text.calibration import load_examples, whole_characters
 from ..text.samples import Sample
 from ..transfer.memory import parse_memory
 from .batches import step_batches
-from .checkpoints import STATE, last_checkpoint, out_of_patience
-from .refinement_loop import RefinementBatches, refinement_trainer
+from .loop import Progress, Schedule, Training
+from .target_loss import RefinementBatches, TargetLoss
 from .teacher import Targets, TeacherFacts
 
 SELF_TEXT_BYTES = 600_000
@@ -294,9 +295,6 @@ def train_on_targets(
     checkpointing: bool,
     trust_remote_code: bool,
 ) -> Course:
-    from transformers import EarlyStoppingCallback, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback, TrainerState
-
     held, others = _split(targets, options["seed"])
     sizes = [int(targets.aligned[i].ends[-1]) for i in range(len(targets))]
     batches = [
@@ -313,16 +311,8 @@ def train_on_targets(
         # Both graphs are there until the one backward pass.
         widest += max(len(b) * max(rows[i] for i in b) for b in kept_rows[1])
     checkpointing = _checkpointing(old, new, dtype, widest, memory, checkpointing)
-    evaluated = step_batches([sizes[i] for i in held], options["batch_bytes"], len(held), options["seed"])
-    seen: set[int] = set()
-    kept: list[list[int]] = []
-    for batch in evaluated:
-        fresh = [held[i] for i in batch if held[i] not in seen]
-        seen.update(fresh)
-        if fresh:
-            kept.append(fresh)
-    held_out = [RefinementBatches(targets, kept)[n] for n in range(len(kept))]
-    trainer_class, course_class = refinement_trainer()
+    held_out = _held_out_batches(targets, held, options)
+    labels = options["seed"] if options["control"] == CONTROLS[2] else None
     with clock.phase("train", steps) as report:
         loaded = LoadedModel(new.folder, "NEW", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
         model = _new_peft(loaded, new, start, options["roles"], options["rank"], options["alpha"], options["seed"]).to(
@@ -334,92 +324,71 @@ def train_on_targets(
         if retained:
             loaded.check_ids([sample.ids for sample in retained])
         beginning = folder / "start"
-        model.save_pretrained(beginning)
-        arguments = TrainingArguments(
-            output_dir=str(folder / "trainer"),
-            max_steps=steps,
-            per_device_train_batch_size=1,
-            learning_rate=options["learning_rate"],
-            lr_scheduler_type="linear",
-            warmup_steps=0,
-            weight_decay=0.0,
-            optim="adamw_torch",
-            seed=options["seed"],
-            bf16=half and dtype == torch.bfloat16,
-            gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
-            eval_strategy="steps",
-            eval_steps=options["eval_every"],
-            save_strategy="steps",
-            save_steps=options["eval_every"],
-            save_total_limit=2,
-            load_best_model_at_end=True,
-            metric_for_best_model="agreement",
-            greater_is_better=True,
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            restore_callback_states_from_checkpoint=True,
-            use_cpu=device.type == "cpu",
-            dataloader_pin_memory=device.type == "cuda",
-        )
-        if device.type == "cuda":
-            # Trainer would split the one batch over every GPU it sees.
-            arguments._n_gpu = 1
-        course = course_class(report)
-        callbacks: list[Any] = [course]
-        if options["patience"] is not None:
-            callbacks.append(EarlyStoppingCallback(options["patience"]))
-        trainer = trainer_class(
-            model=model,
-            args=arguments,
-            train_dataset=RefinementBatches(
-                targets, batches, options["seed"] if options["control"] == CONTROLS[2] else None, kept_rows
+        if Ranks.join().first:
+            model.save_pretrained(beginning)
+        training = Training(
+            model,
+            folder / "trainer",
+            Schedule(
+                steps, options["learning_rate"], options["eval_every"], options["seed"], patience=options["patience"]
             ),
-            eval_dataset=held_out,
-            data_collator=lambda items: items[0],
-            callbacks=callbacks,
-            tokens=targets.tokens,
-            weights=(options["kl_weight"], options["next_token_weight"], options.get("retain_weight", 0.0)),
-            held_out=held_out,
+            device=device,
+            autocast=half and dtype == torch.bfloat16,
+            checkpointing=checkpointing,
         )
-        trainer.remove_callback(PrinterCallback)
-        course.trainer = trainer
-        with model.disable_adapter():
-            trainer.base_kl = trainer.total_kl()
-        first = trainer.agreement()
+        weights = options["kl_weight"], options["next_token_weight"], options.get("retain_weight", 0.0)
+        loss = TargetLoss(training, targets.tokens, weights, held_out)
+        first = loss.agreement()
         if not math.isfinite(first):
             raise LoraSuiteError(
                 f"{new.name} with {start or 'a new adapter'} gives NaN or infinity on the text in {model.dtype}; check "
                 "the weights, or try --dtype float32"
             )
-        last = last_checkpoint(folder / "trainer")
-        if last is not None and options["patience"] is not None and out_of_patience(last, options["patience"]):
-            # Trained to its end already: the Trainer would forget that it had stopped, and go on.
-            trainer.state = TrainerState.load_from_json(str(last / STATE))
-        else:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    state = trainer.state
-    evaluations = [Evaluation(0, first, None, None)] + [
-        Evaluation(e["step"], e["eval_agreement"], e["eval_kl"], e["eval_next_token"], e["eval_retained_kl"])
-        for e in state.log_history
-        if "eval_agreement" in e
-    ]
+        progress = training.run(RefinementBatches(targets, batches, labels, kept_rows), loss, loss.agreement, report)
+    evaluations = _evaluations(first, progress)
     best = max(evaluations, key=lambda e: e.agreement)
     chosen, source = 0, beginning
-    if best.step and best.agreement > max(first, 0.0) and state.best_model_checkpoint is not None:
-        chosen, source = best.step, Path(state.best_model_checkpoint)
-    stopped = "diverged" if trainer.diverged else "budget" if state.global_step >= steps else "patience"
-    taken = batches[: state.global_step]
+    if best.step and best.agreement > max(first, 0.0):
+        chosen, source = best.step, training.checkpoint(best.step)
+    stopped = "diverged" if progress.diverged else "budget" if progress.step >= steps else "patience"
+    taken = batches[: progress.step]
     return Course(
         source,
-        state.global_step,
+        progress.step,
         chosen,
         stopped,
         evaluations,
         len(held),
         sum(lengths[i] for batch in taken for i in batch),
-        sum(p.numel() for p in model.parameters() if p.requires_grad),
+        sum(p.numel() for p in training.trained),
         checkpointing,
     )
+
+
+def _held_out_batches(targets: Targets, held: list[int], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """The held-out texts, each once."""
+    sizes = [int(targets.aligned[i].ends[-1]) for i in held]
+    seen: set[int] = set()
+    kept: list[list[int]] = []
+    for batch in step_batches(sizes, options["batch_bytes"], len(held), options["seed"]):
+        fresh = [held[i] for i in batch if held[i] not in seen]
+        seen.update(fresh)
+        if fresh:
+            kept.append(fresh)
+    read = RefinementBatches(targets, kept)
+    return [read[n] for n in range(len(kept))]
+
+
+def _evaluations(first: float, progress: Progress) -> list[Evaluation]:
+    """With the mean figures of the steps since the evaluation before."""
+
+    def mean(name: str, begin: int, end: int) -> float | None:
+        found = [figures[name] for figures in progress.figures[begin:end] if name in figures]
+        return sum(found) / len(found) if found else None
+
+    evaluations = [Evaluation(0, first, None, None)]
+    for step, agreement in progress.evaluations:
+        begin = evaluations[-1].step
+        means = [mean(name, begin, step) for name in ("kl", "next_token", "retained_kl")]
+        evaluations.append(Evaluation(step, agreement, *means))
+    return evaluations
