@@ -59,6 +59,8 @@ _PAIR_ONES = {f"{name}_column_stride": 1 for name in ("heads_o", "heads_n", "gro
 _PAIR_PLAIN = ("count_groups_n", "share_o", "share_n")
 _SUMS = {"left": "*io", "right": "*io", "left_index": "*i64", "right_index": "*i64", "total": "*fp64"}
 _SUMS_ONES = {"left_column_stride": 1, "right_column_stride": 1}
+_HEAD = dict.fromkeys(("x", "weight", "bias"), "*io") | {"passed": "*u8", "scale": "fp32", "cap": "fp32"}
+_HEAD_ONES = {"x_column_stride": 1, "weight_column_stride": 1, "BIASED": True, "CAPPED": True}
 
 
 def _half_gram(dtype: str, **constants: Any) -> Kernel:
@@ -120,6 +122,22 @@ KERNELS = {
     ),
     "shared_gram_symmetric": Kernel(
         "shared_gram_kernels", "shared_gram_kernel", "shared_gram", _SUMS, _SUMS_ONES | {"SYMMETRIC": True}
+    ),
+    "target_kl_rest": Kernel(
+        "target_kl_kernels",
+        "rest_sums_kernel",
+        "target_kl",
+        _HEAD | dict.fromkeys(("most", "total"), "*fp32"),
+        _HEAD_ONES,
+        ("count", "vocabulary", "scale", "cap"),
+    ),
+    "target_kl_gradient": Kernel(
+        "target_kl_kernels",
+        "gradient_kernel",
+        "target_kl",
+        _HEAD | dict.fromkeys(("rest", "factor"), "*fp32") | {"out": "*io"},
+        _HEAD_ONES,
+        ("count", "stop", "scale", "cap"),
     ),
 }
 

@@ -30,6 +30,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not N
         cka_kernels,
         heads_kernels,
         shared_gram_kernels,
+        target_kl_kernels,
     )
 
     del os.environ["TRITON_INTERPRET"]

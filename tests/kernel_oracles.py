@@ -127,3 +127,36 @@ def balance(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u, sigma, v = torch.linalg.svd(product, full_matrices=False)
     r = b.shape[-1]
     return product, sigma[:r], (u[:, :r] * sigma[:r]) @ v[:r]
+
+
+def target_kl(
+    x: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    log_p: Tensor,
+    log_rest: Tensor,
+    bias: Tensor | None = None,
+    shared: Tensor | None = None,
+    scale: float = 1.0,
+    cap: float | None = None,
+) -> Tensor:
+    """(n,), differentiable: the divergence of each row from the definition, token by token, over a list of outcomes."""
+    logits = x.double() @ weight.double().T
+    logits = (logits + (0 if bias is None else bias.double())) * scale
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
+    tokens = list(range(len(weight))) if shared is None else shared.nonzero().flatten().tolist()
+    found = []
+    for row in range(len(x)):
+        q = torch.softmax(logits[row][tokens], 0)
+        named = [tokens.index(int(j)) for j in index[row]]
+        others = [j for j in range(len(tokens)) if j not in named]
+        total = x.new_zeros((), dtype=torch.float64)
+        for j, log_probability in zip(named, log_p[row].double(), strict=True):
+            if log_probability > -math.inf:
+                total = total + log_probability.exp() * (log_probability - q[j].log())
+        if log_rest[row] > -math.inf:
+            tail = log_rest[row].double()
+            total = total + tail.exp() * (tail - q[others].sum().log())
+        found.append(total)
+    return torch.stack(found)

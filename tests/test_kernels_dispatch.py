@@ -20,6 +20,7 @@ from lorasuite_kernels import (
     head_blocks,
     head_similarity,
     hsic,
+    linear_target_kl,
     neuron_candidates,
     project_heads,
     shared_gram,
@@ -32,6 +33,7 @@ x, y = torch.randn(2, 5, 6), torch.randn(3, 5, 4)
 q, kv, o = torch.randn(8, 6), torch.randn(4, 6), torch.randn(6, 8)
 match, weight = torch.tensor([1, -1]), torch.tensor([0.5, 0.0])
 index = torch.tensor([0, 2, 2])
+classes = torch.tensor([[0, 3]]).expand(8, 2).clone()
 gx, gy = gram(x), gram(y)
 attention = (q, kv, kv, o)
 
@@ -45,6 +47,7 @@ OPERATORS = {
     "apply_head_blocks": (torch.randn(2, 4, 4), q, match, weight, 2, 1, 1),
     "project_heads": (q, kv, q, match, weight, 2, 1, 1),
     "shared_gram": (q, kv, index, index, True, False, 2),
+    "linear_target_kl": (q, kv, None, classes, -classes.float(), torch.zeros(8), None, 1.0, None, True),
     "neuron_candidates": (None, q, q, None, kv, kv, 2),
     "balance": (q, q.T),
 }
@@ -57,6 +60,7 @@ CALLS: dict[str, Callable[[], object]] = {
     "apply_head_blocks": lambda: apply_head_blocks(torch.ones(2, 4, 4), q, match, weight, blocks=(2, 1)),
     "project_heads": lambda: project_heads(q, kv, q, match, weight, blocks=(2, 1)),
     "shared_gram": lambda: shared_gram(q, kv, index, index),
+    "linear_target_kl": lambda: linear_target_kl(q, kv, classes, -classes.float(), torch.zeros(8)),
     "neuron_candidates": lambda: neuron_candidates(q, q, q, kv, kv, kv, k=2),
     "balance": lambda: balance(q, q.T),
 }
@@ -73,6 +77,7 @@ def test_operators_pass_opcheck(name: str, path: str) -> None:
 # Of each operator calls with other sizes than OPERATORS has: all that can change, do.
 q2, kv2, o2 = torch.randn(12, 9), torch.randn(6, 9), torch.randn(9, 12)
 match2, weight2 = torch.tensor([1, -1, 0, 1]), torch.rand(4)
+classes2 = torch.tensor([[4, 0, 2]]).expand(12, 3).clone()
 x2, y2 = torch.randn(4, 150, 7), torch.randn(2, 150, 3)
 attention2 = (q2, kv2, kv2, o2)
 RESIZED = {
@@ -85,6 +90,7 @@ RESIZED = {
     "apply_head_blocks": (torch.randn(4, 6, 5), q2, match2, weight2, 2, 1, 1),
     "project_heads": (q2, kv2, q2, match2, weight2, 2, 1, 1),
     "shared_gram": (q2, kv2, torch.tensor([1, 5]), torch.tensor([0, 3]), True, False, 2),
+    "linear_target_kl": (q2, kv2, None, classes2, -classes2.float(), torch.zeros(12), None, 1.0, None, True),
     "neuron_candidates": (None, q2, q2, None, kv2, kv2, 2),
     "balance": (q2, q2.T),
 }

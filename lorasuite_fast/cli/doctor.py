@@ -21,7 +21,7 @@ OPTIONAL = {
     "matplotlib": "figures in notebooks, pip install matplotlib; reports do not need it",
     "datasets": "labelled data from the hub or saved by datasets, pip install datasets",
 }
-OPERATORS = ("cka", "cka_terms", "gram", "hsic_terms", "head_similarity", "shared_gram")
+OPERATORS = ("cka", "cka_terms", "gram", "hsic_terms", "head_similarity", "shared_gram", "linear_target_kl")
 """Operators of `lorasuite_kernels` that have a kernel beside the PyTorch twin."""
 _REQUIREMENT = re.compile(r"(?P<name>[\w.-]+?)\s*>=\s*(?P<least>[\d.]+)")
 _LITTLE_MEMORY = 4 * 2**30

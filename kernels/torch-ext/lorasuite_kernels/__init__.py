@@ -11,6 +11,7 @@ from .heads import head_similarity
 from .neurons import NeuronCandidates, neuron_candidates
 from .projection import apply_head_blocks, head_blocks, project_heads
 from .shared_gram import SharedGram, shared_gram
+from .target_kl import linear_cross_entropy, linear_target_kl
 
 __all__ = [
     "Gram",
@@ -26,6 +27,8 @@ __all__ = [
     "head_blocks",
     "head_similarity",
     "hsic",
+    "linear_cross_entropy",
+    "linear_target_kl",
     "neuron_candidates",
     "project_heads",
     "shared_gram",

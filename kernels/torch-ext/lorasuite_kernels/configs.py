@@ -132,6 +132,24 @@ _SHARED_GRAM: Table = {
         "float32": (_tiles(8, 1, TILE=128, BLOCK_K=32),),
     },
 }
+_TARGET_KL: Table = {
+    "sm_80": {
+        "half": (_tiles(8, 3, BLOCK_N=128, BLOCK_V=128, BLOCK_K=32),),
+        "float32": (_tiles(4, 2, BLOCK_N=64, BLOCK_V=64, BLOCK_K=32),),
+    },
+    "sm_90": {
+        "half": (_tiles(8, 4, BLOCK_N=128, BLOCK_V=128, BLOCK_K=64),),
+        "float32": (_tiles(4, 3, BLOCK_N=64, BLOCK_V=64, BLOCK_K=32),),
+    },
+    "sm_100": {
+        "half": (_tiles(8, 4, BLOCK_N=128, BLOCK_V=128, BLOCK_K=64),),
+        "float32": (_tiles(4, 2, BLOCK_N=64, BLOCK_V=64, BLOCK_K=32),),
+    },
+    "gfx942": {
+        "half": (_tiles(8, 1, BLOCK_N=64, BLOCK_V=128, BLOCK_K=64),),
+        "float32": (_tiles(4, 1, BLOCK_N=64, BLOCK_V=64, BLOCK_K=32),),
+    },
+}
 TABLES: dict[str, Table] = {
     "gram": _GRAM,
     "hsic": _HSIC,
@@ -139,6 +157,7 @@ TABLES: dict[str, Table] = {
     "ratio": _RATIO,
     "heads": _HEADS,
     "shared_gram": _SHARED_GRAM,
+    "target_kl": _TARGET_KL,
 }
 
 
