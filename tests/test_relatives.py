@@ -22,6 +22,7 @@ from lorasuite_fast.distillation import distill as distillation
 from lorasuite_fast.distillation.choice import choose
 from lorasuite_fast.distillation.distilled_adapter import TEXTS
 from lorasuite_fast.distillation.settings import Settings
+from lorasuite_fast.evaluation.identical import same_tensors
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.text.calibration import load_examples
 from lorasuite_fast.transfer import kinship
@@ -150,6 +151,36 @@ def test_equal_weights_that_compute_something_else_are_not_the_same_model(root: 
     assert "weights are the old one's" not in result.plan.facts["method_reason"]
 
 
+@pytest.mark.parametrize(
+    ("theta", "same"), [(10000.0, True), (500000.0, False)], ids=["the same rotation", "another rotation"]
+)
+def test_one_rotation_in_two_spellings_is_the_same_computation(
+    theta: float, same: bool, root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root / "old", tmp_path / "new")
+    config = json.loads((tmp_path / "new/config.json").read_text())
+    assert config.pop("rope_parameters") == {"rope_theta": 10000.0, "rope_type": "default"}
+    config |= {"rope_theta": theta, "rope_scaling": None}
+    (tmp_path / "new/config.json").write_text(json.dumps(config))
+    assert same_tensors(Checkpoint(root / "old"), Checkpoint(tmp_path / "new")) == same
+
+
+def test_the_same_weights_under_another_tokenizer_are_not_the_same_model(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "old", tmp_path / "new")
+    file = tmp_path / "new/tokenizer.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored))
+    assert same_tensors(Checkpoint(root / "old"), Checkpoint(tmp_path / "new"))
+    ids = stored["model"]["vocab"]
+    (first, one), (second, other) = sorted(ids.items(), key=lambda item: item[1])[100:102]
+    ids |= {first: other, second: one}
+    file.write_text(json.dumps(stored))
+    assert not same_tensors(Checkpoint(root / "old"), Checkpoint(tmp_path / "new"))
+    result = migrate(root / "old", tmp_path / "new", root / "adapter", tmp_path / "out", examples=8, settings=QUICK)
+    assert result.plan.facts["kinship"]["kind"] != kinship.SAME
+    assert "weights are the old one's" not in result.plan.facts["method_reason"]
+
+
 def test_near_relatives_are_copied_without_a_distillation(root: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(TransferPlan, "_distil", lambda *_, **__: pytest.fail("distilled"))
     result = migrate(root / "old", moved(tmp_path / "new", 0.005), root / "adapter", tmp_path / "out", examples=8)
@@ -274,6 +305,13 @@ def figures(content: float, whole: float | None = None, spread: float = 0.01) ->
 )
 def test_the_choice_is_the_best_then_the_simplest(judged: Any, chosen: str) -> None:
     assert choose(judged, {}).chosen == chosen
+
+
+def test_an_adapter_that_does_nothing_is_not_written_beside_one_that_agrees() -> None:
+    nothing = figures(0.0, spread=0.0)
+    for content, whole in ((0.02, 0.02), (0.7, 0.8), (-0.1, 0.05)):
+        for method in ("copy", "lstsq", "paper"):
+            assert choose({method: figures(content, whole), "distill": nothing}, {}).chosen == method
 
 
 def test_a_choice_that_only_shifts_by_a_constant_is_warned_of() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..errors import LoraSuiteError
 from ..models.checkpoint import Checkpoint
 from ..transfer.kinship import same_computation
 
@@ -14,9 +17,10 @@ _ROWS = 2048
 
 
 def same_tensors(old: Checkpoint, new: Checkpoint) -> bool:
-    """Whether two models hold tensors of the same names and shapes and compute alike with them; none is read."""
+    """Whether two models hold tensors of the same names and shapes, compute alike with them and give the tokens the
+    same ids; no tensor is read."""
     alike = old.family is new.family and old.shape == new.shape and same_computation(old, new)
-    return alike and set(_names(old)) == set(_names(new))
+    return alike and set(_names(old)) == set(_names(new)) and _same_tokens(old, new)
 
 
 def same_weights(old: Checkpoint, new: Checkpoint) -> bool:
@@ -26,6 +30,25 @@ def same_weights(old: Checkpoint, new: Checkpoint) -> bool:
     """
     names = _names(old), _names(new)
     return all(_equal(old, names[0][name], new, names[1][name]) for name in sorted(names[0])) and _same_head(old, new)
+
+
+def _same_tokens(old: Checkpoint, new: Checkpoint) -> bool:
+    """Whether both tokenizers cut text alike into the same ids; a folder without a tokenizer says nothing else."""
+    files = [model.folder / "tokenizer.json" for model in (old, new)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() == files[1].read_bytes():
+        return True
+    try:
+        sides = [_cutting(model.tokenizer()) for model in (old, new)]
+    except LoraSuiteError:
+        return True
+    return sides[0] == sides[1]
+
+
+def _cutting(tokenizer: Any) -> tuple[dict[str, int], list[Any]]:
+    """The ids of a tokenizer's tokens, and what decides how it cuts text into them, as far as it can be read."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    return tokenizer.get_vocab(), [rules.get(part) for part in ("normalizer", "pre_tokenizer", "model")]
 
 
 def _names(model: Checkpoint) -> dict[str, str]:

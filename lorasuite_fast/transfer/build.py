@@ -98,7 +98,9 @@ def _steps(
     if options.method == AUTO and head is not None and head < EXACT_R2:
         method = "distill"
         reason = f"the models are linear images of one another up to their heads, which are not (R² {head:.4f})"
-    if weights is not None and weights.near and options.method == AUTO and options.transfer == "embedding":
+    same = _equal(weights) and carried.same_vocabulary
+    near = weights is not None and weights.near and (same or not _equal(weights))
+    if weights is not None and near and options.method == AUTO and options.transfer == "embedding":
         far = max(weights.distances.values())
         method, reason = "copy", f"the weights of the two models differ by at most {far:.2%} (a copy needs no more)"
     measured = options.method == AUTO and method == "distill"
@@ -124,7 +126,7 @@ def _steps(
         "layer_r2": {str(j): r2 for j, r2 in layer_r2.items()},
         "method_reason": reason,
         "kinship": kinship(
-            weights, (carried.r2, carried.r2_back), same_depth=shapes[0].L == shapes[1].L, same=_equal(weights)
+            weights, (carried.r2, carried.r2_back), same_depth=shapes[0].L == shapes[1].L, same=same
         ).as_dict(),
     }
     return Built(mapping, tensors, facts, len(inputs.ids[0]), limits, method, options.roles, candidates)

@@ -56,6 +56,8 @@ _UNRELATED_CONFIG = (
 )
 """What may differ between two configs whose layers compute alike; token ids besides."""
 
+_ROPE = ("rope_theta", "partial_rotary_factor")
+
 _WHAT = {
     SAME: "The same weights",
     TRAINED: "One model trained on from the other",
@@ -203,9 +205,25 @@ def _config(config: dict[str, Any]) -> dict[str, Any]:
     """What of a config says how a layer computes, absent keys and nulls alike."""
     return {
         key: value
-        for key, value in config.items()
+        for key, value in _one_rope(config).items()
         if value is not None and key not in _UNRELATED_CONFIG and not key.endswith("_token_id")
     }
+
+
+def _one_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the rotation in one spelling: `rope_theta` and `rope_scaling` as parts of `rope_parameters`.
+
+    Parameters given for each type of layer stay as they are.
+    """
+    parts = [config.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    if not all(isinstance(part, dict) for part in parts) or any(isinstance(v, dict) for v in parts[1].values()):
+        return config
+    alone = {key: config[key] for key in _ROPE if config.get(key) is not None}
+    rope = {"type" if key == "rope_type" else key: value for part in (alone, *parts) for key, value in part.items()}
+    if rope.get("type") == "default":
+        del rope["type"]
+    rest = {key: value for key, value in config.items() if key not in (*_ROPE, "rope_scaling", "rope_parameters")}
+    return rest | {"rope_parameters": rope}
 
 
 def _add_layer(sums: dict[str, Tensor], old: Checkpoint, new: Checkpoint, i: int, j: int) -> None:
