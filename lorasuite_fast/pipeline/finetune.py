@@ -125,7 +125,7 @@ def finetune(
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     begin = time.perf_counter()
-    inputs = {"MODEL": model, "ADAPTER": adapter, "DATA": data, "--validation": validation, "--retain": retain}
+    inputs = {"MODEL": model, "ADAPTER": adapter, "DATA": data, "`validation`": validation, "`retain`": retain}
     check_report(report, out, inputs)
     clean_up(out, finetuning_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite, inputs=inputs)
