@@ -18,6 +18,7 @@ import json
 import mmap
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -46,6 +47,7 @@ import lorasuite_fast.training.finetuning
 import lorasuite_fast.training.refinement
 import lorasuite_fast.transfer.build
 import lorasuite_fast.transfer.plan
+from lorasuite_fast.io.artifacts import REPORT_MARK
 
 DEMO = Path(lorasuite_fast.__file__).parent / "demo"
 PLAN = ("--examples", "4", "--method", "lstsq")
@@ -58,6 +60,12 @@ State = dict[str, bytes] | None
 OK, REFUSED, ABORTED, INTERRUPTED = 0, 2, 127, 130
 WEIGHTS = "adapter_model.safetensors"
 MEMORY = "out of memory"
+COSTS = re.compile(rb'<section id="time-and-memory">.*?</section>', re.DOTALL)
+FAULTS = (
+    *("SIGKILL", "Ctrl-C", "Ctrl-C twice", "file cut off", "read error", "file replaced"),
+    *(MEMORY, "unwritable folder", "unreadable file", "disk full"),
+)
+THIN = 4
 ROUNDING = 1e-5
 """Of a tensor's largest element: what an output of a run short of memory may differ by."""
 
@@ -69,6 +77,8 @@ class Job:
     name: str
     arguments: Callable[[Path, Path], list[str]]
     reads: tuple[str, ...]
+    replacing: tuple[str, ...] = ("--overwrite",)
+    """What lets it replace an older output; a report needs nothing."""
 
 
 JOBS = (
@@ -112,6 +122,12 @@ JOBS = (
             *("--steps", "6", "--batch", "4", "--save-every", "2", "--max-tokens", "48", "--rank", "4"),
         ],
         ("new",),
+    ),
+    Job(
+        "verify",
+        lambda i, o: ["verify", f"{i}/old", f"{i}/new", "--text", f"{i}/text.jsonl", "--report", f"{o}/out"],
+        ("new",),
+        (),
     ),
 )
 
@@ -197,10 +213,12 @@ def end_of(pid: int, log: Path) -> End:
 
 
 def state(path: Path) -> State:
+    """What an output holds; of a report its words, for its times and its bytes in use are its own."""
     if not path.exists():
         return None
     if path.is_file():
-        return {"": path.read_bytes()}
+        data = path.read_bytes()
+        return {"": COSTS.sub(b"", data) if REPORT_MARK.encode() in data else data}
     return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
@@ -230,8 +248,8 @@ def rounded(found: State, whole: State) -> bool:
 class Laboratory:
     """Inputs, references and one folder to write to, made anew for each trial."""
 
-    def __init__(self, root: Path, jobs: Sequence[Job], seed: int) -> None:
-        self.root, self.jobs, self.random = root, jobs, random.Random(seed)
+    def __init__(self, root: Path, jobs: Sequence[Job], seed: int, *, thin: bool = False) -> None:
+        self.root, self.jobs, self.random, self.thin = root, jobs, random.Random(seed), thin
         self.inputs, self.folder, self.log = root / "inputs", root / "folder", root / "stderr"
         self.inputs.mkdir()
         for name in ("old", "new", "adapter"):
@@ -268,6 +286,19 @@ class Laboratory:
             for name, data in before.items():
                 (out / name).write_bytes(data)
 
+    def struck_by(self, fault: str) -> list[Job]:
+        """The commands a fault strikes: all of them, or, thinned out, every fourth."""
+        step = THIN if self.thin else 1
+        jobs = [job for n, job in enumerate(self.jobs) if (n + FAULTS.index(fault)) % step == 0]
+        if fault == "read error":
+            return [job for job in jobs if job.name in ("plan", "migrate", "distill", "apply-distill")]
+        return jobs
+
+    def counted(self, job: Job, count: int) -> Iterator[bool]:
+        """For each trial of a command, whether it replaces an older output: every other one does."""
+        first = self.jobs.index(job) if self.thin else 0
+        return ((first + n) % 2 == 1 for n in range(1 if self.thin else count))
+
     def run(self, arguments: list[str], inject: Callable[[], object] | None = None) -> End:
         return end_of(start(arguments, self.log, inject), self.log)
 
@@ -292,7 +323,7 @@ class Laboratory:
         """One fault, and what is there after it and after the next run. `others`: an output as right as ours."""
         before = self.older(job) if replaces else None
         self.fresh(before)
-        arguments = job.arguments(self.inputs, self.folder) + (["--overwrite"] if replaces else [])
+        arguments = [*job.arguments(self.inputs, self.folder), *(job.replacing if replaces else ())]
         end = fault(arguments)
         mend()
         tally.trials += 1
@@ -419,28 +450,29 @@ def kills(lab: Laboratory, count: int) -> Iterator[Tally]:
         ("Ctrl-C", signal.SIGINT, (INTERRUPTED, -signal.SIGINT)),
         ("Ctrl-C twice", signal.SIGINT, (INTERRUPTED, -signal.SIGINT)),
     ):
-        for job in lab.jobs:
+        for job in lab.struck_by(name):
             tally = Tally(job.name, name)
-            for n in range(count if number == signal.SIGKILL else max(2, count // 5)):
-                lab.trial(tally, job, lab.signalled(job, number, 1 + (name == "Ctrl-C twice")), replaces=n % 2 == 1,
-                          codes=codes)  # fmt: skip
+            for replaces in lab.counted(job, count if number == signal.SIGKILL else max(2, count // 5)):
+                strike = lab.signalled(job, number, 1 + (name == "Ctrl-C twice"))
+                lab.trial(tally, job, strike, replaces=replaces, codes=codes)
             yield tally
 
 
 def read_errors(lab: Laboratory, count: int) -> Iterator[Tally]:
-    for job in lab.jobs:
-        if job.name not in ("plan", "migrate", "distill", "apply-distill"):
-            continue
+    for job in lab.struck_by("read error"):
         tally = Tally(job.name, "read error")
-        for n in range(count):
+        for replaces in lab.counted(job, count):
             inject = failing_reads(12, lab.random)
-            lab.trial(tally, job, lambda a, i=inject: lab.run(a, i), replaces=n % 2 == 1, codes=(REFUSED,))
+            lab.trial(tally, job, lambda a, i=inject: lab.run(a, i), replaces=replaces, codes=(REFUSED,))
         yield tally
 
 
 def changed_files(lab: Laboratory, count: int) -> Iterator[Tally]:
     """A file of the model cut off, or another model's put in its place, at a random moment."""
     for job in lab.jobs:
+        names = [name for name in ("file cut off", "file replaced") if job in lab.struck_by(name)]
+        if not names:
+            continue
         path = lab.inputs / job.reads[0]
         path = path / ("adapter_model.safetensors" if job.reads[0] == "adapter" else "model.safetensors")
         kept = lab.root / "kept.safetensors"
@@ -460,7 +492,7 @@ def changed_files(lab: Laboratory, count: int) -> Iterator[Tally]:
         assert others != lab.whole[job.name]
         restore()
 
-        for name in ("file cut off", "file replaced"):
+        for name in names:
 
             def strike(
                 arguments: list[str], name: str = name, job: Job = job, path: Path = path, other: Path = other
@@ -475,21 +507,21 @@ def changed_files(lab: Laboratory, count: int) -> Iterator[Tally]:
                 return end_of(pid, lab.log)
 
             tally = Tally(job.name, name)
-            for n in range(count):
-                lab.trial(tally, job, strike, replaces=n % 2 == 1, codes=(REFUSED,), mend=restore, others=others)
+            for replaces in lab.counted(job, count):
+                lab.trial(tally, job, strike, replaces=replaces, codes=(REFUSED,), mend=restore, others=others)
             yield tally
 
 
 def memory(lab: Laboratory, count: int) -> Iterator[Tally]:
-    for job in lab.jobs:
+    for job in lab.struck_by(MEMORY):
         tally = Tally(job.name, MEMORY)
-        for n in range(count):
+        for replaces in lab.counted(job, count):
             extra = lab.random.randrange(1 << 20, 160 << 20)
             lab.trial(
                 tally,
                 job,
                 lambda a, e=extra: lab.run(a, little_memory(e)),
-                replaces=n % 2 == 1,
+                replaces=replaces,
                 codes=(REFUSED, ABORTED, -signal.SIGABRT),
             )
         yield tally
@@ -500,13 +532,15 @@ def permissions(lab: Laboratory) -> Iterator[Tally]:
         unreadable = lab.inputs / job.reads[0]
         unreadable = next(iter(unreadable.glob("*.safetensors")), unreadable)
         for name, path, denied in (("unwritable folder", lab.folder, 0o555), ("unreadable file", unreadable, 0o000)):
+            if job not in lab.struck_by(name):
+                continue
             tally = Tally(job.name, name)
 
             def strike(arguments: list[str], path: Path = path, denied: int = denied) -> End:
                 path.chmod(denied)
                 return lab.run(arguments, bound_by_permissions)
 
-            for replaces in (False, True):
+            for replaces in lab.counted(job, 2):
                 lab.trial(
                     tally, job, strike, replaces=replaces, codes=(REFUSED,), mend=lambda path=path: path.chmod(0o755)
                 )
@@ -516,12 +550,12 @@ def permissions(lab: Laboratory) -> Iterator[Tally]:
 def full_disks(lab: Laboratory, count: int) -> Iterator[Tally]:
     """The folder written to is a file system that is full before the end; then it grows, and the command goes on."""
     libc = ctypes.CDLL(None, use_errno=True)
-    for job in lab.jobs:
+    for job in lab.struck_by("disk full"):
         tally = Tally(job.name, "disk full")
         whole = lab.whole[job.name]
         assert whole is not None
         size = sum(map(len, whole.values()))
-        for _ in range(count):
+        for _ in lab.counted(job, count):
             room = max(4096, lab.random.randrange(size))
             with small_disk(lab.folder, room) as mounted:
                 if not mounted:
@@ -585,6 +619,7 @@ def main() -> None:
     names = [job.name for job in JOBS]
     parser.add_argument("--jobs", nargs="*", metavar="JOB", choices=names, default=names, help=", ".join(names))
     parser.add_argument("--only", nargs="*", metavar="FAULT", help="kills, reads, files, memory, permissions, disks")
+    parser.add_argument("--thin", action="store_true", help="strike each command with two or three faults, once each")
     parser.add_argument("--json", action="store_true", help="print the figures, write no report")
     options = parser.parse_args()
     if torch.get_num_threads() > 1:
@@ -593,7 +628,7 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     some = max(1, options.kills // 5)
     with tempfile.TemporaryDirectory() as root:
-        lab = Laboratory(Path(root), [job for job in JOBS if job.name in options.jobs], options.seed)
+        lab = Laboratory(Path(root), [job for job in JOBS if job.name in options.jobs], options.seed, thin=options.thin)
         groups: dict[str, Callable[[], Iterator[Tally]]] = {
             "kills": lambda: kills(lab, options.kills),
             "reads": lambda: read_errors(lab, some),
@@ -612,7 +647,7 @@ def main() -> None:
                     print(tally.job, tally.fault, tally.trials, tally.struck, tally.violations, flush=True)
     if options.json:
         print(json.dumps([vars(tally) for tally in tallies]))
-    elif not options.only and options.jobs == names:
+    elif not options.only and not options.thin and options.jobs == names:
         write_report("faults", text(tallies, lab.seconds, options.seed))
 
 

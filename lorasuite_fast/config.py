@@ -21,8 +21,14 @@ def pick_device(name: str) -> torch.device:
     """auto takes the GPU where there is one."""
     check_choice("device", ("auto", "cpu", "cuda"), name)
     if name == "cuda" and not torch.cuda.is_available():
-        raise LoraSuiteError("--device cuda: PyTorch sees no GPU; use --device cpu")
+        raise LoraSuiteError("`device=cuda`: PyTorch sees no GPU; pass `device=cpu`")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def finite_hint(dtype: torch.dtype) -> str:
+    """What to do about NaN or infinity that a model gives in a dtype."""
+    wide = dtype in (torch.float32, torch.float64)
+    return "check the weights" if wide else "check the weights, or pass `dtype=float32`"
 
 
 def pick_dtype(name: str) -> torch.dtype:

@@ -320,7 +320,7 @@ def test_every_call_refuses_foreign_places_before_any_work(name: str, kind: str,
     (root / "thesis/thesis.txt").write_text("years")
     (root / "link").symlink_to(root / "adapter")
     before = everything(tmp_path)
-    with pytest.raises(LoraSuiteError, match=r"^(OUT|--report) "):
+    with pytest.raises(LoraSuiteError, match=r"^(OUT|`report`) "):
         verbs(root, root if kind == "parent" else root / kind)[name]()
     assert everything(tmp_path) == before
 

@@ -251,7 +251,7 @@ def test_the_untouched_input_migrates(root: Path) -> None:
 def test_an_existing_out_is_refused_and_left_as_it_is(root: Path) -> None:
     (root / "out").mkdir()
     (root / "out/mine.txt").write_text("keep")
-    with pytest.raises(LoraSuiteError, match=r"exists already.*--overwrite"):
+    with pytest.raises(LoraSuiteError, match=r"exists already.*`overwrite=True`"):
         run(root)
     assert (root / "out/mine.txt").read_text() == "keep"
 

@@ -86,10 +86,10 @@ def test_a_config_that_names_the_weights_read_here_is_accepted(model: Path) -> N
 def test_a_tokenizer_or_model_that_needs_code_names_the_option(model: Path) -> None:
     edit_json(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["t.X", None]}, tokenizer_class="X")
     (model / "tokenizer.json").rename(model / "tokenizer.model")
-    with pytest.raises(LoraSuiteError, match="--trust-remote-code"):
+    with pytest.raises(LoraSuiteError, match="`trust_remote_code=True`"):
         load_tokenizer(model, "OLD")
     edit_json(model / "config.json", auto_map={"AutoConfig": "c.X"}, model_type="unheard_of")
-    with pytest.raises(LoraSuiteError, match="--trust-remote-code"):
+    with pytest.raises(LoraSuiteError, match="`trust_remote_code=True`"):
         read_sizes(model, "OLD")
 
 

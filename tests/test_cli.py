@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import lorasuite_fast
 from lorasuite_fast import __version__
 from lorasuite_fast.cli.app import app
+from lorasuite_fast.cli.running import with_flags
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -128,3 +132,22 @@ def test_a_hub_id_is_found_in_the_offline_cache(root: Path, tmp_path: Path) -> N
     assert json.loads(done.stdout)["new"]["name"] == "someone/new"
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/new"
+
+
+def test_the_core_names_parameters_and_the_command_line_flags() -> None:
+    package = Path(lorasuite_fast.__file__).parent
+    flags = {
+        (file.relative_to(package).as_posix(), node.lineno): node.value
+        for file in sorted(package.rglob("*.py"))
+        if file.relative_to(package).parts[0] not in ("cli", "reporting")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and re.search(r"(?<![\w-])--[a-z]", node.value)
+    }
+    # A docstring may say which flag prints what it returns.
+    assert [text for text in flags.values() if "`--json` prints" not in text] == []
+    told = "OUT `x`: exists already; pass `overwrite=True`, `memory=12MiB`, `settings.layers` or `refine_text`"
+    assert with_flags(told) == (
+        "OUT `x`: exists already; pass --overwrite, --memory 12MiB, --distill-layers or --refine-text"
+    )

@@ -484,7 +484,7 @@ def test_too_few_texts_are_refused_however_long_they_are(planted: Pair) -> None:
 
 
 def test_too_little_text_is_refused(planted: Pair) -> None:
-    with pytest.raises(LoraSuiteError, match=r"needs 256 positions in 8 texts.*--calibration"):
+    with pytest.raises(LoraSuiteError, match=r"needs 256 positions in 8 texts.*`calibration`"):
         planted.distil(Settings(), texts=["one", "two", "three"])
 
 

@@ -17,28 +17,26 @@ from lorasuite_fast.io.artifacts import REPORT_MARK
 
 
 @pytest.fixture(scope="module")
-def tallies() -> dict[tuple[str, str], dict[str, object]]:
-    command = [sys.executable, faults.__file__, "--kills", "2", "--json"]
+def tallies() -> list[dict[str, object]]:
+    command = [sys.executable, faults.__file__, "--thin", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    return {(tally["job"], tally["fault"]): tally for tally in json.loads(done.stdout.splitlines()[-1])}
-
-
-FAULTS = (
-    *("SIGKILL", "Ctrl-C", "Ctrl-C twice", "file cut off", "file replaced"),
-    *("out of memory", "unwritable folder", "unreadable file"),
-)
+    return list(json.loads(done.stdout.splitlines()[-1]))
 
 
 @pytest.mark.parametrize("job", [job.name for job in faults.JOBS])
-def test_every_command_survives_every_fault(job: str, tallies: dict[tuple[str, str], dict[str, object]]) -> None:
-    for fault in FAULTS:
-        tally = tallies[job, fault]
+def test_every_command_survives_the_faults_that_strike_it(job: str, tallies: list[dict[str, object]]) -> None:
+    mine = [tally for tally in tallies if tally["job"] == job]
+    assert len(mine) >= 2
+    for tally in mine:
         assert tally["trials"]
-        assert tally["violations"] == []
-    for fault in ("read error", "disk full"):
-        if (tally := tallies.get((job, fault))) is not None:
-            assert tally["violations"] == []
+        assert tally["violations"] == [], tally
+
+
+def test_every_fault_strikes_a_command(tallies: list[dict[str, object]]) -> None:
+    # Only root may mount the small file system of the full disk.
+    unmountable = set() if os.geteuid() == 0 else {"disk full"}
+    assert {tally["fault"] for tally in tallies} >= set(faults.FAULTS) - unmountable
 
 
 STRUCK_AT_ONCE = """

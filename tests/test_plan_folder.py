@@ -112,7 +112,7 @@ def test_a_plan_of_an_earlier_release_runs_on_this_machine(made: Any, distilling
 def test_a_text_that_only_a_plan_names_is_not_opened(made: Any, distilling: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     path = edited(distilling, tmp_path / "plan", calibration=str(tmp_path / "pipe.txt"))
-    with pytest.raises(LoraSuiteError, match=r"built with the text pipe\.txt.*--text"):
+    with pytest.raises(LoraSuiteError, match=r"built with the text pipe\.txt.*`text`"):
         TransferPlan.load(path).apply(made.root / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

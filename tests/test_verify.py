@@ -264,7 +264,7 @@ def test_more_tokens_than_a_model_has_learned_positions_for_are_refused(root: Pa
     save_folder(AutoModelForCausalLM.from_config(config), tiny_tokenizer(420, seed=0), tmp_path / "gpt2")
     pair = (root / "old", None, tmp_path / "gpt2", None)
     assert verify(*pair, **(QUICK | {"max_tokens": 30})).kind == "nothing"
-    with pytest.raises(LoraSuiteError, match=r"gpt2: has learned positions for 32 tokens.*--max-tokens"):
+    with pytest.raises(LoraSuiteError, match=r"gpt2: has learned positions for 32 tokens.*`max_tokens`"):
         verify(*pair, **QUICK)
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..config import finite_hint
 from ..errors import LoraSuiteError
 from ..io.json_files import read_json
 from ..models import pretrained
@@ -175,10 +176,10 @@ class LoadedModel:
                     continue
                 with torch.inference_mode():
                     delta = sum(module.get_delta_weight(name).float() for name in module.active_adapters)
-                    update += float(torch.as_tensor(delta).square().sum())
-                    weight += float(module.get_base_layer().weight.float().square().sum())
+                    update = math.hypot(update, _norm(torch.as_tensor(delta)))
+                    weight = math.hypot(weight, _norm(module.get_base_layer().weight))
             if weight:
-                sizes[i] = math.sqrt(update / weight)
+                sizes[i] = update / weight
         return sizes
 
     @property
@@ -246,8 +247,7 @@ class LoadedModel:
             kept = output.last_hidden_state[row.to(device), column.to(device)]
             if not torch.isfinite(kept).all():
                 raise LoraSuiteError(
-                    f"{self._described()} gives NaN or infinity in {kept.dtype}; check its weights, or try --dtype "
-                    "float32"
+                    f"{self._described()} gives NaN or infinity in {kept.dtype}; {finite_hint(kept.dtype)}"
                 )
             last.append(kept.cpu())
             if report:
@@ -264,7 +264,7 @@ class LoadedModel:
         if positions is not None and longest > positions:
             raise LoraSuiteError(
                 f"{self.folder}: has learned positions for {positions} tokens, and a text was to be read in pieces of "
-                f"{longest}; read fewer tokens of each (--max-tokens)"
+                f"{longest}; read fewer tokens of each (`max_tokens`)"
             )
         highest, held = max(map(max, rows)), self.model.get_input_embeddings().weight.shape[0]
         if highest >= held:
@@ -356,6 +356,11 @@ class LoadedModel:
         if not torch.isfinite(nats).all():
             raise LoraSuiteError(f"{self._described()} gives NaN or infinity on the labelled text")
         return nats, counted
+
+
+def _norm(tensor: Tensor) -> float:
+    """Frobenius norm, summed in float64: in float32 the squares of values past 1e19 are infinite."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def _padded(rows: list[list[int]]) -> tuple[Tensor, Tensor]:

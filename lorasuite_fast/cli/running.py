@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -108,8 +109,52 @@ MEMORY_WORDS = (
 )
 
 
+_PARAMETERS = (
+    *(
+        "calibration",
+        "cache",
+        "device",
+        "dtype",
+        "examples",
+        "finetune",
+        "labelled",
+        "max_tokens",
+        "memory",
+        "method",
+        "overwrite",
+    ),
+    *(
+        "refine_text",
+        "report",
+        "retain",
+        "ridge",
+        "roles",
+        r"settings\.layers",
+        "template",
+        "text",
+        "transfer",
+        "trust_remote_code",
+    ),
+    "validation",
+)
+_PARAMETER = re.compile(rf"`({'|'.join(_PARAMETERS)})(?:=([^`]*))?`")
+_OTHER_FLAGS = {"settings.layers": "distill-layers"}
+
+
+def with_flags(message: str) -> str:
+    """A message in the words of the command line: where the core names a parameter in backquotes, its flag."""
+
+    def flag(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        spelled = "--" + _OTHER_FLAGS.get(name, name.replace("_", "-"))
+        return spelled if value in (None, "True") else f"{spelled} {value}"
+
+    return _PARAMETER.sub(flag, message)
+
+
 def complain(message: str) -> None:
     rank = os.environ.get("RANK", "0")
+    message = with_flags(message)
     typer.echo(f"error{f' (rank {printable(rank)})' if rank != '0' else ''}: {one_line(message)}", err=True)
 
 

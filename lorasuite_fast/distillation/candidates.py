@@ -126,6 +126,6 @@ def _check_room(plan: Plan, models: tuple[Checkpoint, Checkpoint], roles: tuple[
     if needed > memory:
         enough = -(-needed // 2**20)
         raise LoraSuiteError(
-            f"--memory {memory / 2**20:.0f}MiB: the phase 'candidates' needs {enough} MiB; give --memory {enough}MiB, "
-            "or build the plan with --method distill"
+            f"`memory={memory / 2**20:.0f}MiB`: the phase 'candidates' needs {enough} MiB; pass `memory={enough}MiB`, "
+            "or build the plan with `method=distill`"
         )

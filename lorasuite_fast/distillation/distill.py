@@ -217,6 +217,6 @@ def _align(
     if len(aligned) < _LEAST_TEXTS or positions < _LEAST_POSITIONS or int(inside.sum()) < 2:
         raise LoraSuiteError(
             f"distillation found {positions} aligned positions in {len(aligned)} texts and {int(inside.sum())} shared "
-            f"tokens; it needs {_LEAST_POSITIONS} positions in {_LEAST_TEXTS} texts. Pass more text with --calibration"
+            f"tokens; it needs {_LEAST_POSITIONS} positions in {_LEAST_TEXTS} texts. Pass more text as `calibration`"
         )
     return aligned, (both.old[inside], both.new[inside])

@@ -164,7 +164,7 @@ def _check_room(old: Checkpoint, memory: int | None, device: torch.device) -> No
     needed = 4 * numbers + (process_memory()[1] if device.type == "cpu" else 0)
     if memory is not None and needed > memory:
         raise LoraSuiteError(
-            f"--memory {memory / 2**20:.0f}MiB: {old.name} writes text only as a whole, which takes about "
+            f"`memory={memory / 2**20:.0f}MiB`: {old.name} writes text only as a whole, which takes about "
             f"{needed / 2**20:.0f} MiB; give a larger budget, or unlabelled text in a file in the place of {SELF}"
         )
 

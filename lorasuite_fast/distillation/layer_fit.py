@@ -75,7 +75,7 @@ class Fit:
                 self._layer(layer, base, adapted, work)
             step(layer.index + 1)
         for n, hidden in enumerate(base):
-            check_finite(self.side.model, self.side.take(n, hidden))
+            check_finite(self.side.model, self.side.take(n, hidden), hidden.dtype)
         run.clear("new", "new-adapted", "change")
 
     def _held_examples(self, n: int, hidden: Tensor) -> Tensor:

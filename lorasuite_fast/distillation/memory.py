@@ -142,8 +142,8 @@ class DistillDemand:
         phase = max(least, key=lambda name: least[name])
         enough = -(-least[phase] // MIB)
         raise LoraSuiteError(
-            f"--memory {budget / MIB:.0f}MiB: distillation needs {enough} MiB in its phase '{phase}' at the smallest "
-            f"micro-batch; the smallest budget that would do is --memory {enough}MiB"
+            f"`memory={budget / MIB:.0f}MiB`: distillation needs {enough} MiB in its phase '{phase}' at the smallest "
+            f"micro-batch; the smallest budget that would do is `memory={enough}MiB`"
         )
 
     def _forward(self, model: Checkpoint, examples: int, tokens: int, micro_batch: int, copies: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..adapters.adapter import Adapter, Update
 from ..adapters.factors import Factors
+from ..config import finite_hint
 from ..errors import LoraSuiteError
 from ..io.stored_tensors import StoredTensors
 from ..io.work import Work
@@ -167,9 +168,10 @@ def calls_of(module: nn.Module, family: Family, role: str) -> Iterator[list[Tens
         handle.remove()
 
 
-def check_finite(model: Checkpoint, states: Tensor) -> Tensor:
+def check_finite(model: Checkpoint, states: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float32 states that a model gave in a dtype."""
     if not torch.isfinite(states).all():
-        raise LoraSuiteError(f"{model.folder}: gives NaN or infinity on the text; try --dtype float32")
+        raise LoraSuiteError(f"{model.folder}: gives NaN or infinity on the text; {finite_hint(dtype)}")
     return states
 
 
@@ -193,7 +195,7 @@ def old_states(
     taken = tuple(run.shelf(name) for name in _EFFECT)
     for n in range(len(side.at)):
         for hidden, rows in zip((before, after), taken, strict=True):
-            rows.append(check_finite(side.model, side.last(side.take(n, hidden[n])).cpu()))
+            rows.append(check_finite(side.model, side.last(side.take(n, hidden[n])).cpu(), hidden[n].dtype))
             hidden[n] = torch.empty(0)
     run.clear("old", "old-adapted")
     if work is not None:

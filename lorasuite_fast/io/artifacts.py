@@ -72,7 +72,7 @@ def _check(path: Path, kind: Kind, overwrite: bool, inputs: Given) -> None:
 
 
 def exists(path: Path) -> LoraSuiteError:
-    return LoraSuiteError(f"OUT {path}: exists already; choose another path or pass --overwrite")
+    return LoraSuiteError(f"OUT {path}: exists already; choose another path or pass `overwrite=True`")
 
 
 def may_go(path: Path, kind: Kind, *, overwrite: bool) -> bool:

@@ -23,7 +23,7 @@ def check_report(
     try:
         target = check_output(path, overwrite=True, kind="report", inputs=inputs)
     except LoraSuiteError as error:
-        raise LoraSuiteError(str(error).replace("OUT ", "--report ", 1)) from None
+        raise LoraSuiteError(str(error).replace("OUT ", "`report` ", 1)) from None
     if out is not None and target == Path(out).expanduser().absolute():
-        raise LoraSuiteError(f"--report {path}: is OUT as well; choose another path")
+        raise LoraSuiteError(f"`report` {path}: is OUT as well; choose another path")
     return target

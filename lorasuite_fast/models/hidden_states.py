@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import finite_hint
 from ..errors import LoraSuiteError
 from ..io.phases import release_memory
 from .checkpoint import Checkpoint
@@ -258,7 +259,7 @@ def pooled_layers(stream: LayerStream, progress: LayerProgress | None = None) ->
         if not torch.isfinite(result).all():
             raise LoraSuiteError(
                 f"{stream.checkpoint.folder}: layer {layer.index} gives NaN or infinity on the calibration text in "
-                f"{stream.dtype}; try --dtype float32"
+                f"{stream.dtype}; {finite_hint(stream.dtype)}"
             )
         if progress:
             progress(layer.index + 1, stream.checkpoint.shape.L)

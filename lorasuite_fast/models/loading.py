@@ -44,8 +44,8 @@ def loading(what: str, *, trust_remote_code: bool = False) -> Iterator[None]:
         # A panic inside `tokenizers` is no Exception.
         if not trust_remote_code and any(words in str(error) for words in _FOREIGN_CODE):
             raise LoraSuiteError(
-                f"{what} (it has code of its own, which is not run); read that code, and pass --trust-remote-code if "
-                "you trust it"
+                f"{what} (it has code of its own, which is not run); read that code, and pass "
+                "`trust_remote_code=True` if you trust it"
             ) from None
         raise LoraSuiteError(f"{what} ({reason(error)})") from None
     finally:

@@ -78,7 +78,7 @@ def check_config(config: Any, where: Path, *, trust_remote_code: bool) -> None:
             if not (value is None or value in ("eager", "sdpa")):
                 raise LoraSuiteError(
                     f"{where}: {key} is {value!r}, for which transformers may fetch or compile code; take it out, or "
-                    "pass --trust-remote-code"
+                    "pass `trust_remote_code=True`"
                 )
     labels = config.get("num_labels")
     if isinstance(labels, int) and labels > _MOST_LABELS:

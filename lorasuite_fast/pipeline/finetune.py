@@ -126,7 +126,7 @@ def finetune(
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     begin = time.perf_counter()
-    inputs = {"MODEL": model, "ADAPTER": adapter, "DATA": data, "--validation": validation, "--retain": retain}
+    inputs = {"MODEL": model, "ADAPTER": adapter, "DATA": data, "`validation`": validation, "`retain`": retain}
     check_report(report, out, inputs)
     ranks = Ranks.join()
     if ranks.first:

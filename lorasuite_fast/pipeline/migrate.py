@@ -78,8 +78,8 @@ def migrate(
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
-    given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "--calibration": options.get("calibration")}
-    inputs = given | {"--refine-text": refine_text, "--finetune": finetune}
+    given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "`calibration`": options.get("calibration")}
+    inputs = given | {"`refine_text`": refine_text, "`finetune`": finetune}
     check_options(options, settings, fill)
     check_report(report, out, inputs)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -200,9 +200,9 @@ def migrate_and_finetune(
     for text in (data, tuning.get("validation"), tuning.get("retain")):
         refuse_pipe(text)
     clean_up(out, finetuning_folder(out), TRAINING)
-    given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "--finetune": data, "--retain": tuning.get("retain")}
-    further = {"--calibration": options.get("calibration"), "--refine-text": options.get("refine_text")}
-    check_output(out, overwrite=overwrite, inputs=given | further | {"--validation": tuning.get("validation")})
+    given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "`finetune`": data, "`retain`": tuning.get("retain")}
+    further = {"`calibration`": options.get("calibration"), "`refine_text`": options.get("refine_text")}
+    check_output(out, overwrite=overwrite, inputs=given | further | {"`validation`": tuning.get("validation")})
     check_finetuning(**{name: tuning.get(name, default) for name, default in CHECKED.items()})
     check_retain_weight(tuning.get("retain_weight", RETAIN_WEIGHT))
     remote = options.get("trust_remote_code", False)

@@ -124,7 +124,7 @@ class TransferPlan(Plan):
             mapped=mapped,
             trust_remote_code=trust_remote_code,
         )
-        check_report(report, inputs={"OLD": old, "NEW": new, "--calibration": calibration})
+        check_report(report, inputs={"OLD": old, "NEW": new, "`calibration`": calibration})
         clock = PhaseClock(progress, options.device)
         with clock.phase("open", 2) as step:
             inputs = Inputs.open(old, new, options)
@@ -272,7 +272,7 @@ class TransferPlan(Plan):
         with suppress(OSError):
             # Of a process that was killed as it removed its work; what holds anything stays.
             place.rmdir()
-        given = {"ADAPTER": adapter, "--text": text}
+        given = {"ADAPTER": adapter, "`text`": text}
         target = check_output(out, overwrite=overwrite, inputs={**(inputs or {}), **given})
         clock = PhaseClock(progress, self.device if distilled else None)
         source = read_adapter(adapter, family_named(self.old.family), self.old.shape, self.old.name)
@@ -301,7 +301,7 @@ class TransferPlan(Plan):
         if missing:
             raise LoraSuiteError(
                 f"{source.where}: the adapter targets {', '.join(missing)}, the plan covers only "
-                f"{', '.join(self.options['roles'])}; build the plan with --roles all"
+                f"{', '.join(self.options['roles'])}; build the plan with `roles=all`"
             )
         with clock.phase("apply", len(self.layers)) as step, in_range(f"{source.where} or the plan"):
             updates, results = self._project(source, models, fill, fill_share, step)
@@ -428,6 +428,6 @@ def check_settings(method: str, settings: Settings | None, text: object = None) 
     if settings is not None and settings.rank is not None:
         raise LoraSuiteError(f"method {method} keeps the adapter's rank; only distill changes it")
     if settings is not None and settings.layers is not None:
-        raise LoraSuiteError(f"method {method} fits no layers as distill does; leave out --distill-layers")
+        raise LoraSuiteError(f"method {method} fits no layers as distill does; leave out `settings.layers`")
     if text is not None:
-        raise LoraSuiteError(f"method {method} carries adapters without text; leave out --text")
+        raise LoraSuiteError(f"method {method} carries adapters without text; leave out `text`")

@@ -138,8 +138,8 @@ def refine(
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     begin = time.perf_counter()
-    inputs: dict[str, object] = {"OLD": old, "OLD_ADAPTER": old_adapter, "NEW": new, "ADAPTER": adapter, "--text": text}
-    inputs |= {"--retain": retain, "--cache": cache}
+    inputs: dict[str, object] = {"OLD": old, "OLD_ADAPTER": old_adapter, "NEW": new, "ADAPTER": adapter, "`text`": text}
+    inputs |= {"`retain`": retain, "`cache`": cache}
     check_report(report, out, inputs)
     ranks = Ranks.join()
     if ranks.first:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -74,7 +77,8 @@ def verify(
     """
     start = time.perf_counter()
     given = {"OLD": old, "OLD_ADAPTER": old_adapter, "NEW": new, "NEW_ADAPTER": new_adapter}
-    check_report(report, inputs=given | {"--text": text, "--labelled": labelled})
+    check_report(report, inputs=given | {"`text`": text, "`labelled`": labelled})
+    found = _stamps(given)
     if (old_adapter is None) != (new_adapter is None):
         raise LoraSuiteError("verify takes both adapters, or none for a pair of base models; one was given")
     if max_tokens < 2 or bootstrap < 1:
@@ -210,5 +214,33 @@ def verify(
         {"old": fingerprint(old, "old"), "new": fingerprint(new, "new")},
         None if fit is None else relatives_of(old, new, fit),
     )
+    _check_unchanged(given, found)
     write_report(result, report)
     return result
+
+
+def _stamps(given: Mapping[str, object]) -> dict[str, tuple[str, Path, object]]:
+    """By path, what the files of the local models and adapters look like: whose they are, and inode, size and time."""
+    stamps: dict[str, tuple[str, Path, object]] = {}
+    for what, source in given.items():
+        folder = Path(os.fspath(source)).expanduser() if isinstance(source, str | os.PathLike) else None
+        with suppress(OSError, ValueError):
+            for file in [] if folder is None or not folder.is_dir() else sorted(folder.iterdir()):
+                if file.suffix not in (".safetensors", ".json"):
+                    continue
+                seen = file.stat()
+                stamps[os.fspath(file)] = what, file, (seen.st_ino, seen.st_size, seen.st_mtime_ns)
+    return stamps
+
+
+def _check_unchanged(given: Mapping[str, object], before: dict[str, tuple[str, Path, object]]) -> None:
+    """Each model is read several times; figures of two different ones are figures of neither.
+
+    Raises:
+        LoraSuiteError: a file is another one now.
+    """
+    after = _stamps(given)
+    for path in sorted(before.keys() | after.keys()):
+        if before.get(path) != after.get(path):
+            what, file, _ = before.get(path) or after[path]
+            raise LoraSuiteError(f"{what} {file.parent}: {file.name} changed while it was read; run verify again")

@@ -95,7 +95,7 @@ def text_of(plan: Plan, *, from_file: bool) -> str:
     text = str(plan.options["calibration"])
     if from_file and text not in TEXTS:
         raise LoraSuiteError(
-            f"the plan was built with the text {shown(text)}, which it names and does not hold; pass it with --text "
+            f"the plan was built with the text {shown(text)}, which it names and does not hold; pass it as `text` "
             "(text=)"
         )
     return text

@@ -76,7 +76,7 @@ def load_examples(source: str | os.PathLike[str] | None, count: int, seed: int, 
         text = read_text(path, pipe=pipe)
         examples = _json_lines(text, where) if path.suffix == ".jsonl" else cut_text(text)
     if count < MIN_EXAMPLES:
-        raise LoraSuiteError(f"--examples {count}: at least {MIN_EXAMPLES} are needed")
+        raise LoraSuiteError(f"`examples={count}`: at least {MIN_EXAMPLES} are needed")
     held, examples = len(examples), list(dict.fromkeys(examples))
     if len(examples) < MIN_EXAMPLES:
         different = f", {len(examples)} of them different" if held > len(examples) else ""

@@ -213,7 +213,7 @@ class SampleMaker:
         self._ends = TokenEnds(tokenizer) if completion_only else None
         self._front = prefix(tokenizer)
         if template == "chat":
-            self._check_chat("--template chat")
+            self._check_chat("`template=chat`")
         else:
             prompt("", template=template)
 

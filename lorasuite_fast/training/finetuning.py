@@ -22,6 +22,7 @@ import torch
 
 from ..adapters.adapter import WEIGHTS, broken_tensor
 from ..adapters.aligned_states import LoadedModel
+from ..config import finite_hint
 from ..errors import LoraSuiteError
 from ..io.json_files import finite
 from ..io.notebook import Rendered
@@ -267,8 +268,8 @@ def train_on_samples(
         first_shift = loss.mean_shift([dataset[n] for n in compared]) if kept else None
         if not math.isfinite(first):
             raise LoraSuiteError(
-                f"{loaded.name} with this adapter gives NaN or infinity on the data in {loaded.model.dtype}; check its "
-                "weights, or try --dtype float32"
+                f"{loaded.name} with this adapter gives NaN or infinity on the data in {loaded.model.dtype}; "
+                f"{finite_hint(loaded.model.dtype)}"
             )
         evaluations = [Evaluation(0, loss.mean_loss(held_batches, training=False))] if held_out else []
     with clock.phase("train", steps) as report:

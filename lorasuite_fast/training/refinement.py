@@ -23,6 +23,7 @@ import torch
 
 from ..adapters.adapter import by_module, read_adapter
 from ..adapters.aligned_states import LoadedModel
+from ..config import finite_hint
 from ..errors import LoraSuiteError
 from ..io.json_files import finite
 from ..io.notebook import Rendered
@@ -205,7 +206,7 @@ def _checkpointing(
         if needed <= size:
             return checkpointing
     raise LoraSuiteError(
-        f"--memory {budget}: refining {new.name} in {str(dtype).removeprefix('torch.')} needs about "
+        f"`memory={budget}`: refining {new.name} in {str(dtype).removeprefix('torch.')} needs about "
         f"{needed / 2**20:.0f} MiB with gradient checkpointing; give more, or a smaller dtype or fewer batch bytes"
     )
 
@@ -341,8 +342,8 @@ def train_on_targets(
         first = loss.agreement()
         if not math.isfinite(first):
             raise LoraSuiteError(
-                f"{new.name} with {start or 'a new adapter'} gives NaN or infinity on the text in {model.dtype}; check "
-                "the weights, or try --dtype float32"
+                f"{new.name} with {start or 'a new adapter'} gives NaN or infinity on the text in {model.dtype}; "
+                f"{finite_hint(model.dtype)}"
             )
         progress = training.run(RefinementBatches(targets, batches, labels, kept_rows), loss, loss.agreement, report)
     evaluations = _evaluations(first, progress)

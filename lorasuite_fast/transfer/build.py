@@ -148,7 +148,7 @@ def _roles(inputs: Inputs, asked: tuple[str, ...], method: str) -> tuple[str, ..
     if lacking and method != "distill":
         raise LoraSuiteError(
             f"a {new.model_type} layer has no {', '.join(lacking)} as the {old.model_type} layers do, so that method "
-            f"{method} cannot carry it; pass --method distill, or --roles without it"
+            f"{method} cannot carry it; pass `method=distill`, or `roles` without it"
         )
     return tuple(role for role in wanted if role in new.projections)
 

@@ -250,7 +250,7 @@ def fit_transfer(
     if len(shared) < d_o and not ridge:
         raise LoraSuiteError(
             f"the two vocabularies share {len(shared)} trained tokens, fewer than the old width {d_o}, which does not "
-            "determine the transfer matrix; pass a ridge (--ridge 1e-3) to accept an approximation"
+            "determine the transfer matrix; pass a ridge (`ridge=1e-3`) to accept an approximation"
         )
     if len(shared) < 2:
         raise LoraSuiteError("the two vocabularies share no trained tokens; nothing can be carried between them")
@@ -272,7 +272,7 @@ def fit_transfer(
     if rank < MIN_RANK * d_o:
         raise LoraSuiteError(
             f"the embeddings of the {len(shared)} shared tokens span {rank} of {d_o} old dimensions, less than "
-            f"{MIN_RANK:.0%}; pass a ridge (--ridge 1e-3) to accept an approximation"
+            f"{MIN_RANK:.0%}; pass a ridge (`ridge=1e-3`) to accept an approximation"
         )
     S = (solve_normal(total.nn, total.on.T, ridge)[0] / factor).float().cpu().contiguous()
     sizes = [float(gram.diagonal().mean()) for gram in (total.oo, total.nn)]
@@ -307,7 +307,7 @@ def build_transfer(
     d_o, d_n = old.shape.d, new.shape.d
     if kind == "identity":
         if d_o != d_n:
-            raise LoraSuiteError(f"--transfer identity needs equal widths; old has {d_o}, new has {d_n}")
+            raise LoraSuiteError(f"`transfer=identity` needs equal widths; old has {d_o}, new has {d_n}")
         eye = torch.eye(d_o)
         return Transfer(eye, eye.clone(), "identity", tokens.identical, len(tokens), 0, d_o, None, None, 1.0)
     try:

@@ -86,7 +86,7 @@ def with_magnitudes(
         if not magnitude.all():
             raise LoraSuiteError(
                 f"{new.folder}: {family.layer(layer)}.{module} has rows of zeros, by whose norm DoRA would divide; "
-                "carry the effect as a plain LoRA instead, with --method distill"
+                "carry the effect as a plain LoRA instead, with `method=distill`"
             )
         for role in roles:
             if (layer, role) in factors:

@@ -40,10 +40,10 @@ def parse_memory(text: str | int) -> int:
     match = _SIZE.fullmatch(str(text).strip())
     size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
     if size < 1:
-        raise LoraSuiteError(f"--memory {text}: expected a size such as 6GB, 512MiB or 24000000000")
+        raise LoraSuiteError(f"`memory={text}`: expected a size such as 6GB, 512MiB or 24000000000")
     if size < 10**6:
         unit = "" if match is None or match[2] else f"; did you mean {match[1]}GB?"
-        raise LoraSuiteError(f"--memory {text}: is {size:,} bytes, less than any model needs{unit}")
+        raise LoraSuiteError(f"`memory={text}`: is {size:,} bytes, less than any model needs{unit}")
     return size
 
 
@@ -141,8 +141,8 @@ class Demand:
         if least[phase] > budget:
             enough = -(-least[phase] // MIB)
             raise LoraSuiteError(
-                f"--memory {budget / MIB:.0f}MiB: the phase '{phase}' needs {enough} MiB at the smallest micro-batch; "
-                f"the smallest budget that would do is --memory {enough}MiB"
+                f"`memory={budget / MIB:.0f}MiB`: the phase '{phase}' needs {enough} MiB at the smallest micro-batch; "
+                f"the smallest budget that would do is `memory={enough}MiB`"
             )
         micro_batch = max(
             b for b in range(1, MICRO_BATCH + 1) if b == 1 or max(self.predict(b, _LEAST_CHUNK).values()) <= budget

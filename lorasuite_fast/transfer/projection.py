@@ -299,7 +299,7 @@ class LeastSquares:
             names = [side.checkpoint.family.model_type for side in (pair.old, pair.new)]
             raise LoraSuiteError(
                 f"the MLP's neurons are gated in {names[1 - gated[0]]} and not in {names[1 - gated[1]]}: they cannot "
-                "be matched one to one; pass --roles q,k,v,o, or --method distill"
+                "be matched one to one; pass `roles=q,k,v,o`, or `method=distill`"
             )
         reading = ("gate", "up") if gated[0] else ("up",)
         old = (*(pair.read_in(w) for w in pair.gained(pair.old, reading)), pair.written("down").T)
