@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasuite_fast import TransferPlan
+from lorasuite_fast import Runtime, TransferPlan
 from lorasuite_fast.errors import LoraSuiteError
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.families import ATTENTION, ROLES
@@ -87,7 +87,7 @@ def test_what_cannot_fit_is_refused_with_the_smallest_budget_that_would_do(pair:
 
 def test_a_refused_budget_leaves_nothing_behind(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(LoraSuiteError, match="smallest budget"):
-        TransferPlan.build(*pair, memory="1MB", work=tmp_path / "work")
+        TransferPlan.build(*pair, runtime=Runtime(memory="1MB"), work=tmp_path / "work")
     assert not list(tmp_path.iterdir())
 
 
