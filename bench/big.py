@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from measure import MINICPM_2B, MINICPM_S_1B, REPORTS, machine, random_checkpoint, write_report
 
+from lorasuite_fast import PlanConfig, Runtime
 from lorasuite_fast.models.families import Shape
 
 SHARED = 60_000
@@ -40,7 +41,10 @@ def whole_plan(folder: Path) -> dict[str, Any]:
         line = "the quick brown fox jumps over the lazy dog and runs far away from here to there " * 2
         text.write_text("".join(json.dumps({"text": f"{i} {line}"}) + "\n" for i in range(64)))
         plan = TransferPlan.build(
-            folder / "minicpm-s-1b", folder / "minicpm-2b", calibration=text, examples=64, memory="4GB", method="lstsq"
+            folder / "minicpm-s-1b",
+            folder / "minicpm-2b",
+            config=PlanConfig(calibration=text, examples=64, method="lstsq"),
+            runtime=Runtime(memory="4GB"),
         )
         plan.save(Path(temporary) / "plan")
         size = (Path(temporary) / "plan").stat().st_size

@@ -25,7 +25,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lorasuite_fast import migrate
+from lorasuite_fast import PlanConfig, migrate
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "lorasuite_fast/demo"
@@ -104,10 +104,10 @@ def main() -> None:
 
     console.print("[bold]1. Two models trained independently[/bold]")
     start = time.perf_counter()
-    result = migrate(old, new, adapter, work / "migrated", calibration="self", refine=0)
+    result = migrate(old, new, adapter, work / "migrated", plan=PlanConfig(calibration="self"), refine=False)
     seconds = time.perf_counter() - start
-    migrate(old, new, adapter, work / "migrated-paper", method="paper", refine=0)
-    migrate(old, new, adapter, work / "migrated-lstsq", method="lstsq", refine=0)
+    migrate(old, new, adapter, work / "migrated-paper", plan=PlanConfig(method="paper"), refine=False)
+    migrate(old, new, adapter, work / "migrated-lstsq", plan=PlanConfig(method="lstsq"), refine=False)
     old_model, new_model = load(old), load(new)
     o, n = result.plan.old.shape, result.plan.new.shape
     console.print(
@@ -151,7 +151,7 @@ def main() -> None:
     )
     planted.save(work / "planted")
     start = time.perf_counter()
-    result = migrate(old, work / "planted", adapter, work / "migrated-planted", refine=0)
+    result = migrate(old, work / "planted", adapter, work / "migrated-planted", refine=False)
     seconds = time.perf_counter() - start
     n = result.plan.new.shape
     console.print(

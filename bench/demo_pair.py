@@ -35,8 +35,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from lorasuite_fast import FinetuneConfig
 from lorasuite_fast.training.batches import step_batches
-from lorasuite_fast.training.retention import RETAIN_WEIGHT, summed_shift
+from lorasuite_fast.training.retention import summed_shift
 
 DEMO = Path(__file__).resolve().parent.parent / "lorasuite_fast" / "demo"
 LENGTH = 256
@@ -405,7 +406,7 @@ def train_few(
                 inputs, labels = _padded([rows[i] for i in next(kept)], tokenizer.bos_token_id, model.device)
                 counted = labels != -100
                 shift = summed_shift(model, inputs, torch.ones_like(inputs), counted) / counted.sum()
-                (RETAIN_WEIGHT * shift).backward()
+                (FinetuneConfig.retain_weight * shift).backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

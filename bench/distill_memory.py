@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from measure import machine, random_checkpoint, write_report
 
+from lorasuite_fast import ApplyConfig, PlanConfig, Runtime
 from lorasuite_fast.models.families import Shape
 
 OLD = Shape(V=32_768, d=768, h=64, H=12, G=12, f=2048, L=2)
@@ -62,7 +63,13 @@ def run(root: Path, memory: str | None) -> dict[str, Any]:
 
     plan = TransferPlan.load(root / "plan")
     start = time.perf_counter()
-    result = plan.apply(root / "adapter", root / "out", text=root / "text.jsonl", memory=memory, overwrite=True)
+    result = plan.apply(
+        root / "adapter",
+        root / "out",
+        config=ApplyConfig(text=root / "text.jsonl"),
+        runtime=Runtime(memory=memory),
+        overwrite=True,
+    )
     assert result.distilled is not None
     return {
         "seconds": time.perf_counter() - start,
@@ -99,7 +106,12 @@ def main() -> None:
     adapter(root / "adapter", old)
     text(root / "text.jsonl")
     if not (root / "plan").exists():
-        plan = TransferPlan.build(old, new, examples=16, roles=("q", "v", "o"), method="distill", dtype="float32")
+        plan = TransferPlan.build(
+            old,
+            new,
+            config=PlanConfig(examples=16, roles=("q", "v", "o"), method="distill"),
+            runtime=Runtime(dtype="float32"),
+        )
         plan.save(root / "plan")
     free = in_process(root, None)
     refused = in_process(root, "1MB")

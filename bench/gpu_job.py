@@ -26,6 +26,8 @@ import scipy_stand_in
 import torch
 from gpu_rows import DEVICE, DRY, LostDevice, append, guarded, selected
 
+from lorasuite_fast import PlanConfig, Runtime
+
 try:
     import scipy.optimize  # noqa: F401
 except ImportError:
@@ -99,9 +101,11 @@ class Job:
         plan = None
         with timed(self.path, "plan"):
             plan = TransferPlan.build(
-                self.old, self.new, calibration=self.text, examples=EXAMPLES, method="lstsq", roles=ROLES,
-                device=DEVICE, memory=MEMORY,
-            )  # fmt: skip
+                self.old,
+                self.new,
+                config=PlanConfig(calibration=self.text, examples=EXAMPLES, method="lstsq", roles=ROLES),
+                runtime=Runtime(device=DEVICE, memory=MEMORY),
+            )
         if plan is None:
             return
         phases(self.path, "plan", plan.phases)

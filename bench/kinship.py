@@ -28,7 +28,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lorasuite_fast import LoraSuiteError, Migration, TransferPlan, migrate
+from lorasuite_fast import LoraSuiteError, Migration, PlanConfig, TransferPlan, migrate
 from lorasuite_fast.distillation.choice import FIGURE, WHOLE
 from lorasuite_fast.models.families import ROLES
 from lorasuite_fast.models.family_table import FAMILIES
@@ -124,7 +124,9 @@ def measure(name: str, work: Path) -> dict[str, Any]:
         out = work / name / method
         try:
             migrated, seconds = timed(
-                lambda method=method, out=out: migrate(DEMO / "old", new, adapter, out, method=method, overwrite=True)
+                lambda method=method, out=out: migrate(
+                    DEMO / "old", new, adapter, out, plan=PlanConfig(method=method), overwrite=True
+                )
             )
         except LoraSuiteError as error:
             rows[method] = {"refused": str(error)}

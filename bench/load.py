@@ -22,7 +22,7 @@ from measure import machine, write_report
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast import TransferPlan
+from lorasuite_fast import PlanConfig, TransferPlan
 
 DEMO = Path(__file__).resolve().parents[1] / "lorasuite_fast/demo"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -66,7 +66,7 @@ def main() -> None:
     choose = random.Random(0)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        plan = TransferPlan.build(DEMO / "old", DEMO / "new", method="lstsq")
+        plan = TransferPlan.build(DEMO / "old", DEMO / "new", config=PlanConfig(method="lstsq"))
         plan.save(root / "plan")
         adapters = []
         for n in range(count):

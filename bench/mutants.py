@@ -549,15 +549,30 @@ MODULES: dict[str, Module] = {
             ('prompt = "" if "text" in fields else fields.get("prompt")', 'prompt = fields.get("prompt", "")'),
             ("if completion:", "if True:"),
             ("sorted(random.Random(seed).sample(range(len(found)), count))", "range(count)"),
-            ("if max_tokens < 2 or", "if max_tokens < 1 or"),
+        ],
+    ),
+    "fields.py": _module(
+        "test_config.py",
+        "test_retention.py::test_a_weight_that_keeps_nothing_or_everything_is_refused",
+        mutants=[
+            ("math.isfinite(value)\n        and (least", "(least"),
+            ("(above is None or value > above)", "(above is None or value >= above)"),
+            ("(below is None or value < below)", "(below is None or value <= below)"),
+            ("(least is None or value >= least)", "(least is None or value > least)"),
+            ("if text == option.absent:", "if text == option.metavar:"),
+        ],
+    ),
+    "sections.py": _module(
+        "test_config.py",
+        "test_retention.py::test_the_default_weight_is_the_measured_one",
+        mutants=[
+            ("RETAIN_WEIGHT = 0.3", "RETAIN_WEIGHT = 3.0"),
+            ("if not (self.kl_weight or self.next_token_weight):", "if not self.kl_weight:"),
         ],
     ),
     "retention.py": _module(
         "test_retention.py",
         mutants=[
-            ("math.isfinite(weight) and weight > 0", "weight > 0"),
-            ("math.isfinite(weight) and weight > 0", "math.isfinite(weight) and weight >= 0"),
-            ("RETAIN_WEIGHT = 0.3", "RETAIN_WEIGHT = 3.0"),
             ("if source is None:", 'if source == "":'),
             ("None if os.fspath(source) == SHIPPED else source", "source"),
             ("_ALL_TEXTS = 10**9", "_ALL_TEXTS = 10"),

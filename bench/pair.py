@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from measure import MINICPM_2B, MINICPM_S_1B, machine, random_adapter, random_checkpoint, write_report
 
-from lorasuite_fast import TransferPlan
+from lorasuite_fast import PlanConfig, TransferPlan
 from lorasuite_fast.io.phases import PhaseClock
 from lorasuite_fast.models.families import ATTENTION, ROLES
 
@@ -49,7 +49,9 @@ def main() -> None:
         text.write_text("".join(json.dumps({"text": f"{i} example"}) + "\n" for i in range(4)))
         for name in arguments.roles:
             roles = ATTENTION if name == "attention" else ROLES
-            plan = TransferPlan.build(old, new, calibration=text, examples=4, roles=roles, method="lstsq")
+            plan = TransferPlan.build(
+                old, new, config=PlanConfig(calibration=text, examples=4, roles=roles, method="lstsq")
+            )
             plan.save(root / f"{name}.plan")
             parts = [phase for phase in plan.phases if phase.name not in CALIBRATION]
             build = sum(phase.seconds for phase in parts)

@@ -35,7 +35,7 @@ from quality_report import DATA, SEEDS, write
 from safetensors.torch import load_file
 from transformers.utils import logging
 
-from lorasuite_fast import migrate, refine, verify
+from lorasuite_fast import ApplyConfig, PlanConfig, RefineConfig, migrate, refine, verify
 from lorasuite_fast.distillation.settings import Settings
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.families import ATTENTION
@@ -299,7 +299,15 @@ class Case:
             figures = self.distilled(kind, control, 1 if "last" in words else None, out)
         else:
             with measured() as cost:
-                migrate(self.old, self.new, self.adapter, out, method=method, refine=0, seed=self.seed, overwrite=True)
+                migrate(
+                    self.old,
+                    self.new,
+                    self.adapter,
+                    out,
+                    plan=PlanConfig(method=method, seed=self.seed),
+                    refine=False,
+                    overwrite=True,
+                )
             figures = cost
         return figures | {"bits": self.score(out)}
 
@@ -316,11 +324,9 @@ class Case:
                 self.new,
                 self.adapter,
                 out,
-                method="distill",
-                calibration=path,
-                settings=settings,
-                refine=0,
-                seed=self.seed,
+                plan=PlanConfig(method="distill", calibration=path, seed=self.seed),
+                apply=ApplyConfig(distill=settings),
+                refine=False,
                 overwrite=True,
             )
         assert result.distilled is not None
@@ -340,10 +346,12 @@ class Case:
                 self.new,
                 None,
                 out,
-                text=texts,
-                **({"steps": STEPS, "patience": None, "eval_every": 50} | self.pair.refine | variant),
-                control=control,
-                seed=self.seed,
+                config=RefineConfig(
+                    text=texts,
+                    control=control,
+                    seed=self.seed,
+                    **({"steps": STEPS, "patience": None, "eval_every": 50} | self.pair.refine | variant),
+                ),
                 overwrite=True,
             )
         return {

@@ -32,7 +32,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lorasuite_fast import TransferPlan, refine, verify
+from lorasuite_fast import ApplyConfig, PlanConfig, RefineConfig, Runtime, TransferPlan, VerifyConfig, refine, verify
 from lorasuite_fast.distillation.settings import Settings
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.text.self_text import self_written
@@ -210,7 +210,9 @@ class Bench:
 
         def make() -> dict[str, Any]:
             built = TransferPlan.build(
-                self.folders["old"], self.folders["new"], method=method, roles=("q", "k", "v", "o"), examples=EXAMPLES
+                self.folders["old"],
+                self.folders["new"],
+                config=PlanConfig(method=method, roles=("q", "k", "v", "o"), examples=EXAMPLES),
             )
             built.save(path, overwrite=True)
             return {
@@ -274,7 +276,7 @@ class Bench:
             plan, _ = self.plan("auto")
             text, _ = self.calibration(source)
             settings = Settings(layers=LAYERS, max_tokens=TOKENS, control=control or "none")
-            result = plan.apply(self.adapter(), out, text=text, settings=settings, overwrite=True)
+            result = plan.apply(self.adapter(), out, config=ApplyConfig(text=text, distill=settings), overwrite=True)
             assert result.distilled is not None
             figures |= {"distilled": result.distilled.as_dict(), "warning": result.distilled.warning}
         figures |= {
@@ -287,9 +289,12 @@ class Bench:
     def verified(self, adapter: Path | None) -> dict[str, Any]:
         old = self.adapter() if adapter is not None else None
         found = verify(
-            self.folders["old"], old, self.folders["new"], adapter,
-            text=self.held_out(), examples=VERIFIED, max_tokens=VERIFIED_TOKENS,
-        )  # fmt: skip
+            self.folders["old"],
+            old,
+            self.folders["new"],
+            adapter,
+            config=VerifyConfig(text=self.held_out(), examples=VERIFIED, max_tokens=VERIFIED_TOKENS),
+        )
         return found.as_dict()
 
     def predicted(self) -> dict[str, Any]:
@@ -308,11 +313,23 @@ class Bench:
                     print(f"  refine, {phase}: {done} of {total}", flush=True)
 
             result = refine(
-                self.folders["old"], self.adapter(), self.folders["new"], self.work / "rows/self", out,
-                text=[json.loads(line)["text"] for line in lines], cache=self.work / "targets", overwrite=True,
-                steps=REFINED["steps"], batch_bytes=REFINED["batch_bytes"], learning_rate=3e-3, eval_every=10,
-                imitation=0.0 if name == "refined-change" else 0.5, progress=progress, say=print,
-            )  # fmt: skip
+                self.folders["old"],
+                self.adapter(),
+                self.folders["new"],
+                self.work / "rows/self",
+                out,
+                config=RefineConfig(
+                    text=[json.loads(line)["text"] for line in lines],
+                    cache=self.work / "targets",
+                    steps=REFINED["steps"],
+                    batch_bytes=REFINED["batch_bytes"],
+                    learning_rate=3e-3,
+                    eval_every=10,
+                    imitation=0.0 if name == "refined-change" else 0.5,
+                ),
+                overwrite=True,
+                runtime=Runtime(progress=progress, say=print),
+            )
             return {"refinement": result.as_dict()}
 
         return self.stage(name, make)

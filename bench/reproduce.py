@@ -43,7 +43,7 @@ from transformers import LlamaConfig
 from transformers.utils import logging
 from word_problems import Difficulty, Record, exact_match, fixed_answers, problems
 
-from lorasuite_fast import finetune, migrate
+from lorasuite_fast import ApplyConfig, FinetuneConfig, PlanConfig, Runtime, finetune, migrate
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.families import ATTENTION
 
@@ -160,7 +160,16 @@ class Case(quality.Case):
     def carried(self, out: Path, **options: Any) -> Any:
         """Eq. (3) of the paper."""
         return migrate(
-            self.old, self.new, self.adapter, out, method="paper", refine=0, seed=self.seed, overwrite=True, **options
+            self.old,
+            self.new,
+            self.adapter,
+            out,
+            plan=PlanConfig(
+                method="paper", seed=self.seed, **{name: value for name, value in options.items() if name != "fill"}
+            ),
+            apply=ApplyConfig(fill=options.get("fill", "none")),
+            refine=False,
+            overwrite=True,
         )
 
     def cost(self, part: str) -> dict[str, Any]:
@@ -323,14 +332,11 @@ class Arithmetic(Case):
             source,
             samples,
             out,
-            learning_rate=rate,
-            epochs=epochs,
-            completion_only=True,
-            save_every=10**6,
-            seed=seed,
-            device="cpu",
+            config=FinetuneConfig(
+                learning_rate=rate, epochs=epochs, completion_only=True, save_every=10**6, seed=seed, **new
+            ),
+            runtime=Runtime(device="cpu"),
             overwrite=True,
-            **new,
         )
 
 

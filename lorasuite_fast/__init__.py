@@ -13,6 +13,15 @@ from ._version import __version__
 from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
+    from .config import (
+        ApplyConfig,
+        DistillConfig,
+        FinetuneConfig,
+        PlanConfig,
+        RefineConfig,
+        Runtime,
+        VerifyConfig,
+    )
     from .evaluation.verification import Verification
     from .pipeline.finetune import finetune
     from .pipeline.migrate import migrate
@@ -26,13 +35,20 @@ if TYPE_CHECKING:
     from .transfer.projection import LayerResult
 
 __all__ = [
+    "ApplyConfig",
+    "DistillConfig",
+    "FinetuneConfig",
     "Finetuning",
     "LayerResult",
     "LoraSuiteError",
     "Migration",
+    "PlanConfig",
+    "RefineConfig",
     "Refinement",
+    "Runtime",
     "TransferPlan",
     "Verification",
+    "VerifyConfig",
     "__version__",
     "finetune",
     "migrate",
@@ -42,6 +58,13 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ApplyConfig": "config",
+    "DistillConfig": "config",
+    "FinetuneConfig": "config",
+    "PlanConfig": "config",
+    "RefineConfig": "config",
+    "Runtime": "config",
+    "VerifyConfig": "config",
     "Finetuning": "training.finetuning",
     "finetune": "pipeline.finetune",
     "push_to_hub": "reporting.model_card",

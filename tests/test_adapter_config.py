@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast import LoraSuiteError, migrate
+from lorasuite_fast import LoraSuiteError, PlanConfig, migrate
 from lorasuite_fast.adapters.adapter import read_adapter
 from lorasuite_fast.adapters.adapter_config import _KNOWN, is_target
 from lorasuite_fast.adapters.aligned_states import LoadedModel
@@ -188,7 +188,13 @@ def test_what_only_says_how_an_adapter_was_made_is_not_written(root: Path, tmp_p
     }
     try:
         file.write_text(json.dumps(json.loads(before) | changes))
-        migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", examples=8, method="lstsq", ridge=0.1)
+        migrate(
+            root / "old",
+            root / "new",
+            root / "adapter",
+            tmp_path / "out",
+            plan=PlanConfig(examples=8, method="lstsq", ridge=0.1),
+        )
     finally:
         file.write_text(before)
     written = json.loads((tmp_path / "out/adapter_config.json").read_text())
@@ -277,7 +283,13 @@ def test_peft_imports_no_module_that_a_start_names(root: Path, tmp_path: Path) -
 def test_a_configuration_written_here_is_one_peft_reads_without_a_remark(
     root: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", examples=8, method="lstsq", ridge=0.1)
+    migrate(
+        root / "old",
+        root / "new",
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(examples=8, method="lstsq", ridge=0.1),
+    )
     recwarn.clear()
     PeftConfig.from_pretrained(tmp_path / "out")
     assert not [str(w.message) for w in recwarn]

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast import ApplyConfig, LoraSuiteError, PlanConfig, TransferPlan, migrate
 from lorasuite_fast.adapters.adapter import read_adapter
 from lorasuite_fast.adapters.factors import Factors
 from lorasuite_fast.cli.app import app
@@ -89,7 +89,14 @@ def test_dora_arrives_whole_where_outputs_correspond(rslora: bool, fill: str, tm
         alpha=6, seed=1, use_dora=True, rslora=rslora,
     )  # fmt: skip
     with_random_magnitudes(adapter, 2)
-    migrate(root / "old", root / "new", adapter, tmp_path / "out", examples=48, fill=fill)
+    migrate(
+        root / "old",
+        root / "new",
+        adapter,
+        tmp_path / "out",
+        plan=PlanConfig(examples=48),
+        apply=ApplyConfig(fill=fill),
+    )
     assert config(tmp_path / "out")["use_dora"]
     cosine, ratio = compare(model, planted_, adapter, tmp_path / "out")
     assert cosine >= 0.9999
@@ -111,7 +118,7 @@ def test_dora_arrives_whole_on_fused_weights_and_behind_a_choice_of_channels(fam
         tmp_path / "old", tmp_path / "adapter", targets=targets, rank=3, alpha=6, seed=1, use_dora=True
     )
     with_random_magnitudes(adapter, 2)
-    migrate(tmp_path / "old", tmp_path / "new", adapter, tmp_path / "out", examples=48)
+    migrate(tmp_path / "old", tmp_path / "new", adapter, tmp_path / "out", plan=PlanConfig(examples=48))
     cosine, ratio = compare(model, planted_, adapter, tmp_path / "out")
     assert cosine >= 0.9999
     assert ratio == pytest.approx(1, abs=1e-3)
@@ -124,7 +131,7 @@ def test_dora_on_a_weight_with_rows_of_zeros_is_refused(upgrade: tuple[Path, Any
         root / "old", tmp_path / "adapter", targets=["up_proj"], rank=3, alpha=6, seed=1, use_dora=True
     )
     with pytest.raises(LoraSuiteError, match="rows of zeros"):
-        migrate(root / "old", root / "new", adapter, tmp_path / "out", examples=48)
+        migrate(root / "old", root / "new", adapter, tmp_path / "out", plan=PlanConfig(examples=48))
     assert not (tmp_path / "out").exists()
 
 
@@ -137,7 +144,7 @@ def test_mixed_outputs_get_the_weighted_mean_of_the_old_factors(
         root / "old", tmp_path / "adapter", targets=["o_proj"], rank=3, alpha=6, seed=1, use_dora=True
     )
     with_random_magnitudes(adapter, 2)
-    result = migrate(root / "old", root / "new", adapter, tmp_path / "out", examples=48, method=method)
+    result = migrate(root / "old", root / "new", adapter, tmp_path / "out", plan=PlanConfig(examples=48, method=method))
     old, new, before, after = (
         {name: t.double() for name, t in load_file(file).items()}
         for file in (
@@ -170,7 +177,7 @@ def test_dora_on_the_mlp_is_refused_by_the_published_projection(
         root / "old", tmp_path / "adapter", targets=["up_proj"], rank=3, alpha=6, seed=1, use_dora=True
     )
     with pytest.raises(LoraSuiteError, match="matches no neurons"):
-        migrate(root / "old", root / "new", adapter, tmp_path / "out", examples=8, method="paper")
+        migrate(root / "old", root / "new", adapter, tmp_path / "out", plan=PlanConfig(examples=8, method="paper"))
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
@@ -232,7 +239,7 @@ def test_adalora_becomes_a_plain_lora_of_the_same_effect(
 ) -> None:
     root, model, planted_ = upgrade
     adapter = adalora(root, tmp_path / "adapter", alpha=alpha, pruned=pruned)
-    migrate(root / "old", root / "new", adapter, tmp_path / "out", examples=48)
+    migrate(root / "old", root / "new", adapter, tmp_path / "out", plan=PlanConfig(examples=48))
     assert config(tmp_path / "out")["peft_type"] == "LORA"
     assert config(tmp_path / "out")["lora_alpha"] > 0
     cosine, ratio = compare(model, planted_, adapter, tmp_path / "out")
@@ -266,7 +273,7 @@ def test_merged_adapters_arrive_whole_and_merging_after_is_merging_before(
         for n, name in enumerate("ab")
     ]
     before = merged(root / "old", adapters, tmp_path / "before", kind)
-    plan = TransferPlan.build(root / "old", root / "new", examples=48, roles=("q", "k", "v", "o"))
+    plan = TransferPlan.build(root / "old", root / "new", config=PlanConfig(examples=48, roles=("q", "k", "v", "o")))
     plan.apply(before, tmp_path / "out")
     cosine, ratio = compare(model, planted_, before, tmp_path / "out")
     assert cosine >= 0.9999
@@ -282,7 +289,7 @@ def test_merged_adapters_arrive_whole_and_merging_after_is_merging_before(
 
 @pytest.fixture(scope="module")
 def plan(upgrade: tuple[Path, Any, Planted]) -> TransferPlan:
-    return TransferPlan.build(upgrade[0] / "old", upgrade[0] / "new", examples=48)
+    return TransferPlan.build(upgrade[0] / "old", upgrade[0] / "new", config=PlanConfig(examples=48))
 
 
 def by_layer(folder: Path) -> dict[int, dict[str, Tensor]]:
@@ -300,7 +307,7 @@ def test_layers_without_a_partner_are_filled_as_asked(
     adapter = random_adapter(root / "old", tmp_path / "adapter", targets=ATTENTION, rank=3, alpha=6, seed=1)
     found = {}
     for fill in ("none", "zero", "nearest"):
-        plan.apply(adapter, tmp_path / fill, fill=fill, fill_share=0.25)
+        plan.apply(adapter, tmp_path / fill, config=ApplyConfig(fill=fill, fill_share=0.25))
         found[fill] = by_layer(tmp_path / fill)
     assert sorted(found["none"]) == [0, 3, 4]
     assert config(tmp_path / "none")["layers_to_transform"] == [0, 3, 4]
@@ -328,7 +335,7 @@ def test_the_command_line_passes_the_share_on(
 ) -> None:
     adapter = random_adapter(upgrade[0] / "old", tmp_path / "a", targets=["q_proj"], rank=2, alpha=2, seed=1)
     plan.save(tmp_path / "plan")
-    plan.apply(adapter, tmp_path / "python", fill="nearest", fill_share=0.25)
+    plan.apply(adapter, tmp_path / "python", config=ApplyConfig(fill="nearest", fill_share=0.25))
     asked = ["--fill", "nearest", "--fill-share", "0.25"]
     for arguments in ([str(tmp_path / "one")], ["--out", str(tmp_path / "many")]):
         done = CliRunner().invoke(app, ["apply", str(tmp_path / "plan"), str(adapter), *arguments, *asked])
@@ -342,7 +349,7 @@ def test_the_command_line_passes_the_share_on(
 def test_an_unknown_fill_is_refused(plan: TransferPlan, upgrade: tuple[Path, Any, Planted], tmp_path: Path) -> None:
     adapter = random_adapter(upgrade[0] / "old", tmp_path / "a", targets=["q_proj"], rank=1, alpha=1, seed=1)
     with pytest.raises(LoraSuiteError, match="fill 'copy' is not one of none, zero, nearest"):
-        plan.apply(adapter, tmp_path / "out", fill="copy")
+        plan.apply(adapter, tmp_path / "out", config=ApplyConfig(fill="copy"))
     assert not (tmp_path / "out").exists()
 
 

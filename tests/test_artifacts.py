@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flat_options import given
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, finetune, migrate, refine, verify
+from lorasuite_fast import LoraSuiteError, Runtime, TransferPlan, finetune, migrate, refine, verify
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.io import output
 from lorasuite_fast.io.artifacts import REPORT_MARK, STEPS_MARK
@@ -295,16 +296,16 @@ def verbs(root: Path, out: Path) -> dict[str, Callable[[], object]]:
     data = root / "data.jsonl"
     shared: dict[str, Any] = {"overwrite": True}
     return {
-        "migrate": lambda: migrate(old, new, start, out, **shared),
-        "migrate and refine": lambda: migrate(old, new, start, out, refine=5, **shared),
-        "migrate and finetune": lambda: migrate(old, new, start, out, finetune=data, **shared),
-        "migrate's report": lambda: migrate(old, new, start, root / "free", report=out),
-        "a plan's report": lambda: TransferPlan.build(old, new, report=out),
-        "refine": lambda: refine(old, start, new, None, out, **shared),
-        "refine's report": lambda: refine(old, start, new, None, root / "free", report=out),
-        "finetune": lambda: finetune(new, start, data, out, **shared),
-        "finetune's report": lambda: finetune(new, start, data, root / "free", report=out),
-        "verify's report": lambda: verify(old, start, new, start, report=out),
+        "migrate": lambda: migrate(old, new, start, out, **given(migrate, **shared)),
+        "migrate and refine": lambda: migrate(old, new, start, out, **given(migrate, refine=5, **shared)),
+        "migrate and finetune": lambda: migrate(old, new, start, out, **given(migrate, finetune=data, **shared)),
+        "migrate's report": lambda: migrate(old, new, start, root / "free", runtime=Runtime(report=out)),
+        "a plan's report": lambda: TransferPlan.build(old, new, runtime=Runtime(report=out)),
+        "refine": lambda: refine(old, start, new, None, out, **given(refine, **shared)),
+        "refine's report": lambda: refine(old, start, new, None, root / "free", runtime=Runtime(report=out)),
+        "finetune": lambda: finetune(new, start, data, out, **given(finetune, **shared)),
+        "finetune's report": lambda: finetune(new, start, data, root / "free", runtime=Runtime(report=out)),
+        "verify's report": lambda: verify(old, start, new, start, runtime=Runtime(report=out)),
     }
 
 
@@ -348,7 +349,7 @@ def test_every_command_refuses_foreign_places_before_any_work(command: str, kind
 
 def test_a_report_is_not_written_over_the_output(tmp_path: Path) -> None:
     with pytest.raises(LoraSuiteError, match="is OUT as well"):
-        migrate("old", "new", "adapter", tmp_path / "out", report=tmp_path / "out")
+        migrate("old", "new", "adapter", tmp_path / "out", runtime=Runtime(report=tmp_path / "out"))
 
 
 def test_a_folder_that_only_looks_like_work_stays(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from flat_options import given
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast import LoraSuiteError, PlanConfig, TransferPlan, migrate
 from lorasuite_fast.cli.app import app
 
 from planted import random_adapter, save_folder, tiny_model, tiny_tokenizer
@@ -240,7 +241,7 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(name: str, root: Path) -> No
 
 
 def run(root: Path, out: str = "out", **options: object) -> object:
-    return migrate(root / "old", root / "new", root / "adapter", root / out, examples=8, **options)  # type: ignore[arg-type]
+    return migrate(root / "old", root / "new", root / "adapter", root / out, **given(migrate, examples=8, **options))  # type: ignore[arg-type]
 
 
 def test_the_untouched_input_migrates(root: Path) -> None:
@@ -316,7 +317,7 @@ def test_unknown_options_name_the_known_ones(root: Path, options: dict[str, str]
 
 
 def test_a_plan_refuses_changed_models_and_foreign_adapters(root: Path) -> None:
-    plan = TransferPlan.build(root / "old", root / "new", examples=8, roles=("q", "o"))
+    plan = TransferPlan.build(root / "old", root / "new", config=PlanConfig(examples=8, roles=("q", "o")))
     plan.save(root / "plan")
     save_folder(tiny_model("llama", 7, layers=2), tiny_tokenizer(320, seed=1), root / "chat")
     loaded = TransferPlan.load(root / "plan")
@@ -334,7 +335,7 @@ def test_a_plan_refuses_changed_models_and_foreign_adapters(root: Path) -> None:
 
 
 def test_a_plan_refuses_roles_it_does_not_cover(root: Path) -> None:
-    plan = TransferPlan.build(root / "old", root / "new", examples=8, roles=("v",), method="lstsq")
+    plan = TransferPlan.build(root / "old", root / "new", config=PlanConfig(examples=8, roles=("v",), method="lstsq"))
     with pytest.raises(LoraSuiteError, match="targets q, o, the plan covers only v"):
         plan.apply(root / "adapter", root / "out")
 
@@ -347,7 +348,7 @@ def test_a_file_that_is_no_plan_is_refused(root: Path) -> None:
 
 
 def test_a_plan_of_another_version_is_refused(root: Path) -> None:
-    plan = TransferPlan.build(root / "old", root / "new", examples=8, roles=("v",))
+    plan = TransferPlan.build(root / "old", root / "new", config=PlanConfig(examples=8, roles=("v",)))
     plan.save(root / "plan")
     data = (root / "plan").read_bytes()
     key = b'\\"version\\": 2,'

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_hostile import opening_only
 
-from lorasuite_fast import LoraSuiteError, migrate
+from lorasuite_fast import LoraSuiteError, PlanConfig, migrate
 from lorasuite_fast.adapters.adapter import Adapter, read_adapter
 from lorasuite_fast.adapters.base_match import check_base, same_weights
 from lorasuite_fast.models.checkpoint import Checkpoint
@@ -78,7 +78,7 @@ def test_a_base_that_is_another_model_the_user_named_is_refused(root: Path) -> N
     with pytest.raises(LoraSuiteError, match="build a plan for that base"):
         checked(root, str(root / "new"), passed=(root / "new",))
     with pytest.raises(LoraSuiteError, match="build a plan for that base"):
-        migrate(root / "old", root / "new", root / "adapter", root / "out", examples=8)
+        migrate(root / "old", root / "new", root / "adapter", root / "out", plan=PlanConfig(examples=8))
 
 
 def test_the_old_model_by_another_path_is_the_old_model(root: Path, told: Any) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flat_options import given
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast import ApplyConfig, LoraSuiteError, TransferPlan, migrate
 from lorasuite_fast.cli import commands as cli
 from lorasuite_fast.distillation.settings import Settings
 
@@ -131,13 +132,13 @@ def test_one_model_twice_is_said(
 )
 def test_python_checks_options_before_it_opens_a_model(options: dict[str, Any], words: str, place: Path) -> None:
     with pytest.raises(LoraSuiteError, match=words):
-        migrate("old-model", "new-model", "adapter", "out", **options)
+        migrate("old-model", "new-model", "adapter", "out", **given(migrate, **options))
 
 
 def test_apply_checks_options_before_it_opens_an_adapter_or_a_model() -> None:
     plan = TransferPlan(None, None, {"method": "lstsq", "device": "cpu"}, {}, {}, {})  # type: ignore[arg-type]
-    for call in (lambda: plan.apply("no", "out", old="no", settings=Settings(rank=2)),
-                 lambda: plan.apply_all(["no"], "out", old="no", text="a.txt")):  # fmt: skip
+    for call in (lambda: plan.apply("no", "out", old="no", config=ApplyConfig(distill=Settings(rank=2))),
+                 lambda: plan.apply_all(["no"], "out", old="no", config=ApplyConfig(text="a.txt"))):  # fmt: skip
         with pytest.raises(LoraSuiteError, match="method lstsq"):
             call()
 

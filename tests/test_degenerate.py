@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from flat_options import given
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorasuite_fast import LoraSuiteError, Migration, TransferPlan, migrate, verify
+from lorasuite_fast import LoraSuiteError, Migration, PlanConfig, TransferPlan, VerifyConfig, migrate, verify
 from lorasuite_fast.adapters.adapter import adapter_files
 from lorasuite_fast.transfer.mapping import map_layers, match_heads, match_neurons
 
@@ -47,7 +48,7 @@ def adapter_of(model: Path, folder: Path) -> Path:
 
 def carried(old: Path, new: Path, adapter: Path, out: Path, method: str = "lstsq", **options: object) -> Migration:
     """A migration whose files are checked to hold finite numbers."""
-    result = migrate(old, new, adapter, out, method=method, examples=8, **options)  # type: ignore[arg-type]
+    result = migrate(old, new, adapter, out, **given(migrate, method=method, examples=8, **options))  # type: ignore[arg-type]
     tensors = load_file(out / "adapter_model.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
     assert all(torch.isfinite(tensor).all() for tensor in dict(result.plan.tensors.items()).values())
@@ -99,7 +100,7 @@ def test_degenerate_weights_give_finite_adapters(
 
 def test_a_zero_head_is_similar_to_nothing(pair: tuple[Path, Path], tmp_path: Path) -> None:
     old = edited(pair[0], tmp_path / "changed", head_zero)
-    plan = TransferPlan.build(old, pair[1], examples=8, method="lstsq", layers="first")
+    plan = TransferPlan.build(old, pair[1], config=PlanConfig(examples=8, method="lstsq", layers="first"))
     similarity = plan.tensors["layers.0.heads.similarity"]
     assert not similarity[0].any()
     assert similarity.any()
@@ -146,7 +147,7 @@ def test_verify_says_that_a_zero_adapter_had_nothing_to_carry(pair: tuple[Path, 
     )
     out = tmp_path / "out"
     carried(*pair, adapter, out)
-    found = verify(pair[0], adapter, pair[1], out, examples=8)
+    found = verify(pair[0], adapter, pair[1], out, config=VerifyConfig(examples=8))
     assert found.kind == "nothing to carry"
     assert "NaN" not in json.dumps(found.as_dict())
 
@@ -179,7 +180,7 @@ def test_repeats_of_one_calibration_example_count_once(pair: tuple[Path, Path], 
     text = tmp_path / "text.jsonl"
     text.write_text(f"{json.dumps({'text': 'the same words again'})}\n" * 40)
     with pytest.raises(LoraSuiteError, match="holds 40 examples, 1 of them different; at least 4 different"):
-        TransferPlan.build(*pair, calibration=text, examples=8)
+        TransferPlan.build(*pair, config=PlanConfig(calibration=text, examples=8))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -187,7 +188,7 @@ def test_the_writer_refuses_what_is_not_finite_and_names_it(
     value: float, pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = adapter_of(pair[0], tmp_path / "adapter")
-    plan = TransferPlan.build(*pair, examples=8, method="lstsq")
+    plan = TransferPlan.build(*pair, config=PlanConfig(examples=8, method="lstsq"))
 
     def broken(updates: dict, *rest: object) -> dict[str, bytes]:  # type: ignore[type-arg]
         key = sorted(updates)[0]
@@ -262,7 +263,7 @@ def test_finite_extremes_give_a_finite_adapter_or_one_error_and_leave_nothing(
 @pytest.mark.parametrize("ratio", [1e300, 1e-300])
 def test_a_plan_with_an_extreme_ratio_is_one_error(ratio: float, pair: tuple[Path, Path], tmp_path: Path) -> None:
     adapter = edited(adapter_of(pair[0], tmp_path / "given"), tmp_path / "adapter", lambda t: None)
-    plan = TransferPlan.build(*pair, examples=8, method="lstsq")
+    plan = TransferPlan.build(*pair, config=PlanConfig(examples=8, method="lstsq"))
     plan.facts["rms_ratio"] = ratio
     if ratio > 1:
         with pytest.raises(LoraSuiteError, match=r"adapter or the plan, layer 0, q: the numbers leave the range of"):
@@ -285,7 +286,7 @@ def test_a_base_pair_of_rows_of_zeros_is_verified_or_one_error(pair: tuple[Path,
     for n, edit in enumerate((filled("norm", 1e-45), times("embed", 0), times("embed", 1e-30), times("lm_head", 0))):
         new = edited(pair[1], tmp_path / str(n), edit)
         try:
-            found = verify(pair[0], None, new, None, examples=8)
+            found = verify(pair[0], None, new, None, config=VerifyConfig(examples=8))
         except LoraSuiteError:
             continue
         json.dumps(found.as_dict(), allow_nan=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorasuite_fast import TransferPlan
+from lorasuite_fast import PlanConfig, TransferPlan
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.vocabulary import shared_tokens
 from lorasuite_fast.transfer.mapping import map_layers
@@ -94,7 +94,7 @@ def migrated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     old, new = model_folder(side_o, root / "old", 1), model_folder(side_n, root / "new", 2)
     targets = [module.rpartition(".")[2] for module in MODULES.values()]
     random_adapter(old, root / "adapter", targets=targets, rank=3, alpha=6, seed=3)
-    plan = TransferPlan.build(old, new, method="paper", examples=16)
+    plan = TransferPlan.build(old, new, config=PlanConfig(method="paper", examples=16))
     plan.apply(root / "adapter", root / "out")
     tokens = shared_tokens(Checkpoint(old).tokenizer(), Checkpoint(new).tokenizer())
     w_o, w_n = double(old), double(new)

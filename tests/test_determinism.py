@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorasuite_fast import TransferPlan, migrate
+from lorasuite_fast import PlanConfig, TransferPlan, migrate
 from lorasuite_fast.io.work import work_folder
 from lorasuite_fast.transfer import memory
 
@@ -58,7 +58,7 @@ def test_the_same_run_twice_gives_the_same_bits(
     method: str, pair: tuple[Path, Path], adapter: Path, tmp_path: Path
 ) -> None:
     for name in ("one", "two"):
-        migrate(*pair, adapter, tmp_path / name, method=method, examples=EXAMPLES)
+        migrate(*pair, adapter, tmp_path / name, plan=PlanConfig(method=method, examples=EXAMPLES))
     assert files(tmp_path / "one") == files(tmp_path / "two")
 
 
@@ -68,7 +68,7 @@ def test_the_size_of_the_micro_batches_does_not_change_a_bit(
     written = []
     for size in (1, 3, 16):
         monkeypatch.setattr(memory, "MICRO_BATCH", size)
-        plan = TransferPlan.build(*pair, examples=EXAMPLES, method="lstsq")
+        plan = TransferPlan.build(*pair, config=PlanConfig(examples=EXAMPLES, method="lstsq"))
         plan.save(tmp_path / f"plan-{size}")
         written.append((tmp_path / f"plan-{size}").read_bytes())
     assert written[0] == written[1] == written[2]
@@ -101,7 +101,7 @@ def test_two_migrations_into_one_out_leave_one_whole_result(
         if code:
             assert code == 2
             assert "another process is building the same output" in error or "exists already" in error
-    migrate(*pair, adapter, tmp_path / "alone", examples=EXAMPLES, method="lstsq")
+    migrate(*pair, adapter, tmp_path / "alone", plan=PlanConfig(examples=EXAMPLES, method="lstsq"))
     assert load_file(out / "adapter_model.safetensors").keys()
     assert files(out) == files(tmp_path / "alone")
     assert not work_folder(out).exists()
@@ -144,7 +144,7 @@ def test_two_migrations_share_a_hub_cache(pair: tuple[Path, Path], adapter: Path
 
 
 def test_a_plan_is_applied_by_four_processes_at_once(pair: tuple[Path, Path], adapter: Path, tmp_path: Path) -> None:
-    plan = TransferPlan.build(*pair, examples=EXAMPLES, method="lstsq")
+    plan = TransferPlan.build(*pair, config=PlanConfig(examples=EXAMPLES, method="lstsq"))
     plan.save(tmp_path / "plan")
     plan.apply(adapter, tmp_path / "alone")
     runs = [start("apply", tmp_path / "plan", adapter, tmp_path / f"out-{n}") for n in range(4)]

@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import given
 from peft import PeftModel
 from planted_families import config_of, random_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast import ApplyConfig, LoraSuiteError, PlanConfig, TransferPlan, migrate
 from lorasuite_fast.adapters.adapter import read_adapter
 from lorasuite_fast.adapters.factors import Factors
 from lorasuite_fast.distillation import scores
@@ -376,7 +377,7 @@ def test_flipped_targets_carry_nothing_and_say_so(planted: Pair) -> None:
 
 def test_auto_takes_least_squares_on_a_planted_upgrade_and_is_exact(planted: Pair, tmp_path: Path) -> None:
     root = planted.root
-    result = migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", examples=48)
+    result = migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", plan=PlanConfig(examples=48))
     assert result.plan.options["method"] == "lstsq"
     assert "a linear map carries" in result.plan.facts["method_reason"]
     assert result.warning is None
@@ -398,7 +399,7 @@ def test_auto_distils_between_models_that_share_only_their_embeddings(planted: P
                     weight.copy_(weight[torch.randperm(len(weight))])
     save_folder(other, planted.planted.tokenizer, tmp_path / "other")
     folders = planted.root / "old", tmp_path / "other", planted.root / "adapter", tmp_path / "out"
-    result = migrate(*folders, examples=16, settings=Settings(max_tokens=32))
+    result = migrate(*folders, plan=PlanConfig(examples=16), apply=ApplyConfig(distill=Settings(max_tokens=32)))
     assert min(result.plan.facts["r2"], result.plan.facts["r2_back"]) > 0.999
     assert min(result.plan.facts["layer_r2"].values()) < 0.9
     assert result.plan.options["method"] == "distill"
@@ -407,7 +408,7 @@ def test_auto_distils_between_models_that_share_only_their_embeddings(planted: P
 
 def test_auto_distils_between_unrelated_models_and_warns(unrelated: Pair, tmp_path: Path) -> None:
     root = unrelated.root
-    result = migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", layers="last")
+    result = migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", plan=PlanConfig(layers="last"))
     assert result.plan.options["method"] == "distill"
     assert "no linear map" in result.plan.facts["method_reason"]
     assert result.warning is not None
@@ -419,7 +420,9 @@ def test_auto_measures_a_transfer_matrix_that_is_given(planted: Pair, tmp_path: 
     save_folder(tiny_model("llama", 1, d=32, layers=3, vocab=420), tiny_tokenizer(420), tmp_path / "other")
     for name, method in (("old", "lstsq"), ("other", "distill")):
         new = (planted.root if name == "old" else tmp_path) / name
-        plan = TransferPlan.build(planted.root / "old", new, transfer="identity", layers="last", examples=16)
+        plan = TransferPlan.build(
+            planted.root / "old", new, config=PlanConfig(transfer="identity", layers="last", examples=16)
+        )
         assert plan.options["method"] == method
         assert "the transfer matrix" in plan.facts["method_reason"]
 
@@ -449,7 +452,14 @@ def test_the_gain_a_text_is_judged_with_is_chosen_by_the_others() -> None:
 def test_the_result_is_a_peft_adapter_of_the_rank_asked_for(rank: int | None, planted: Pair, tmp_path: Path) -> None:
     root = planted.root
     settings = Settings(rank=rank, max_tokens=MAX_TOKENS)
-    migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", method="distill", settings=settings)
+    migrate(
+        root / "old",
+        root / "new",
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(method="distill"),
+        apply=ApplyConfig(distill=settings),
+    )
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == (rank or RANK)
     assert sorted(config["target_modules"]) == ["down_proj", "o_proj"]
@@ -462,11 +472,13 @@ def test_the_result_is_a_peft_adapter_of_the_rank_asked_for(rank: int | None, pl
 
 def test_a_saved_plan_distils_with_other_text(planted: Pair, tmp_path: Path) -> None:
     root = planted.root
-    TransferPlan.build(root / "old", root / "new", method="distill").save(tmp_path / "plan")
+    TransferPlan.build(root / "old", root / "new", config=PlanConfig(method="distill")).save(tmp_path / "plan")
     text = tmp_path / "text.jsonl"
     lines = load_examples(None, 40, 3)
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    result = TransferPlan.load(tmp_path / "plan").apply(root / "adapter", tmp_path / "out", text=text)
+    result = TransferPlan.load(tmp_path / "plan").apply(
+        root / "adapter", tmp_path / "out", config=ApplyConfig(text=text)
+    )
     assert result.distilled is not None
     assert result.distilled.texts == 40
     assert result.as_dict()["distillation"]["text"] == str(text)
@@ -491,14 +503,16 @@ def test_too_little_text_is_refused(planted: Pair) -> None:
 def test_a_rank_is_refused_where_the_method_keeps_the_adapters(planted: Pair, tmp_path: Path) -> None:
     root = planted.root
     with pytest.raises(LoraSuiteError, match="only distill changes it"):
-        migrate(root / "old", root / "new", root / "adapter", tmp_path / "out", settings=Settings(rank=2))
+        migrate(
+            root / "old", root / "new", root / "adapter", tmp_path / "out", apply=ApplyConfig(distill=Settings(rank=2))
+        )
 
 
 def test_a_text_and_a_number_of_layers_are_refused_where_the_method_uses_neither(planted: Pair, tmp_path: Path) -> None:
-    plan = TransferPlan.build(planted.root / "old", planted.root / "new", method="lstsq", examples=8)
+    plan = TransferPlan.build(planted.root / "old", planted.root / "new", config=PlanConfig(method="lstsq", examples=8))
     for options, named in (({"text": tmp_path / "text.jsonl"}, "--text"), ({"settings": Settings(layers=2)}, "layers")):
         with pytest.raises(LoraSuiteError, match=named):
-            plan.apply(planted.root / "adapter", tmp_path / "out", **options)
+            plan.apply(planted.root / "adapter", tmp_path / "out", **given(plan.apply, **options))
     assert not (tmp_path / "out").exists()
 
 

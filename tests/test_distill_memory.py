@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import given
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast import ApplyConfig, LoraSuiteError, PlanConfig, Runtime, TransferPlan, migrate
 from lorasuite_fast.adapters.adapter import read_adapter
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.distillation.distill import distill
@@ -54,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plan(root: Path) -> Path:
     path = root / "plan"
-    TransferPlan.build(root / "old", root / "new", examples=16, method="distill").save(path)
+    TransferPlan.build(root / "old", root / "new", config=PlanConfig(examples=16, method="distill")).save(path)
     return path
 
 
@@ -170,12 +171,18 @@ def test_damaged_work_is_made_again(away: bool, root: Path, tmp_path: Path) -> N
 
 def test_an_interrupted_migration_goes_on_and_leaves_nothing_behind(root: Path, tmp_path: Path) -> None:
     options = {"examples": 60, "method": "distill", "settings": Settings(max_tokens=48)}
-    migrate(root / "old", root / "new", root / "adapter-0", tmp_path / "whole", **options)
+    migrate(root / "old", root / "new", root / "adapter-0", tmp_path / "whole", **given(migrate, **options))
     with pytest.raises(Stop):
-        migrate(root / "old", root / "new", root / "adapter-0", tmp_path / "out", progress=stop_at("fit", 3), **options)
+        migrate(
+            root / "old",
+            root / "new",
+            root / "adapter-0",
+            tmp_path / "out",
+            **given(migrate, progress=stop_at("fit", 3), **options),
+        )
     assert work_folder(tmp_path / "out").exists()
     assert not (tmp_path / "out").exists()
-    migrate(root / "old", root / "new", root / "adapter-0", tmp_path / "out", **options)
+    migrate(root / "old", root / "new", root / "adapter-0", tmp_path / "out", **given(migrate, **options))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "whole"))
     assert one == two
@@ -183,12 +190,17 @@ def test_an_interrupted_migration_goes_on_and_leaves_nothing_behind(root: Path, 
 
 def test_an_interrupted_apply_goes_on_and_leaves_nothing_behind(root: Path, plan: Path, tmp_path: Path) -> None:
     loaded, settings = TransferPlan.from_pretrained(plan), Settings(max_tokens=48)
-    loaded.apply(root / "adapter-0", tmp_path / "whole", settings=settings)
+    loaded.apply(root / "adapter-0", tmp_path / "whole", config=ApplyConfig(distill=settings))
     with pytest.raises(Stop):
-        loaded.apply(root / "adapter-0", tmp_path / "out", settings=settings, progress=stop_at("fit", 3))
+        loaded.apply(
+            root / "adapter-0",
+            tmp_path / "out",
+            config=ApplyConfig(distill=settings),
+            runtime=Runtime(progress=stop_at("fit", 3)),
+        )
     with pytest.raises(LoraSuiteError, match="unfinished work of another run, with adapter"):
-        loaded.apply(root / "adapter-1", tmp_path / "out", settings=settings)
-    loaded.apply(root / "adapter-0", tmp_path / "out", settings=settings)
+        loaded.apply(root / "adapter-1", tmp_path / "out", config=ApplyConfig(distill=settings))
+    loaded.apply(root / "adapter-0", tmp_path / "out", config=ApplyConfig(distill=settings))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
     one, two = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("out", "whole"))
     assert one == two
@@ -204,10 +216,10 @@ def test_what_a_process_killed_as_it_removed_its_work_left_goes_with_the_next_ru
     leftover.mkdir(parents=True)
     (leftover / "run.json").write_text("{}")
     if overwrite:
-        loaded.apply(root / "adapter-0", tmp_path / "out", settings=settings, overwrite=True)
+        loaded.apply(root / "adapter-0", tmp_path / "out", config=ApplyConfig(distill=settings), overwrite=True)
     else:
         with pytest.raises(LoraSuiteError, match="exists already"):
-            loaded.apply(root / "adapter-0", tmp_path / "out", settings=settings)
+            loaded.apply(root / "adapter-0", tmp_path / "out", config=ApplyConfig(distill=settings))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -215,26 +227,30 @@ def test_text_that_is_too_little_leaves_no_work_behind(root: Path, plan: Path, t
     rows = (json.dumps({"text": f"a few words, {n}"}) + "\n" for n in range(12))
     (tmp_path / "text.jsonl").write_text("".join(rows))
     with pytest.raises(LoraSuiteError, match="it needs 256 positions"):
-        TransferPlan.from_pretrained(plan).apply(root / "adapter-0", tmp_path / "out", text=tmp_path / "text.jsonl")
+        TransferPlan.from_pretrained(plan).apply(
+            root / "adapter-0", tmp_path / "out", config=ApplyConfig(text=tmp_path / "text.jsonl")
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["text.jsonl"]
 
 
 def test_a_refused_budget_names_one_that_is_enough(root: Path, plan: Path, tmp_path: Path) -> None:
     loaded = TransferPlan.from_pretrained(plan)
     with pytest.raises(LoraSuiteError, match="smallest budget that would do") as refusal:
-        loaded.apply(root / "adapter-0", tmp_path / "out", memory="1MB")
+        loaded.apply(root / "adapter-0", tmp_path / "out", runtime=Runtime(memory="1MB"))
     assert not list(tmp_path.iterdir())
     enough = re.search(r"--memory (\d+)MiB$", str(refusal.value))
     assert enough is not None
     # What this process holds by itself may have grown a little since.
-    loaded.apply(root / "adapter-0", tmp_path / "out", memory=f"{int(enough[1]) + 40}MiB")
+    loaded.apply(root / "adapter-0", tmp_path / "out", runtime=Runtime(memory=f"{int(enough[1]) + 40}MiB"))
     assert (tmp_path / "out/adapter_model.safetensors").exists()
 
 
 def test_a_budget_too_small_for_the_model_that_writes_is_refused(root: Path, plan: Path, tmp_path: Path) -> None:
     loaded = TransferPlan.from_pretrained(plan)
     with pytest.raises(LoraSuiteError, match=r"writes text only as a whole.*in a file in the place of self"):
-        loaded.apply(root / "adapter-0", tmp_path / "out", text="self", memory="1MB")
+        loaded.apply(
+            root / "adapter-0", tmp_path / "out", config=ApplyConfig(text="self"), runtime=Runtime(memory="1MB")
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -258,7 +274,9 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_folder(old, tokenizer, root / "old")
     save_folder(new, tokenizer, root / "new")
     random_adapter(root / "old", root / "adapter", targets=["q_proj"], rank=2, alpha=4, seed=0, size=0.3)
-    TransferPlan.build(root / "old", root / "new", examples=16, roles=("q",), method="distill").save(root / "plan")
+    TransferPlan.build(root / "old", root / "new", config=PlanConfig(examples=16, roles=("q",), method="distill")).save(
+        root / "plan"
+    )
     return root
 
 

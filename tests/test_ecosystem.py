@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lorasuite_fast import migrate
+from lorasuite_fast import PlanConfig, migrate
 
 from planted import logits, random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -49,7 +49,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     targets = [*USUAL[0], *USUAL[1]]
     for n in (1, 2):
         random_adapter(root / "old", root / f"adapter{n}", targets=targets, rank=4, alpha=8, seed=n, size=0.5)
-        migrate(root / "old", root / "new", root / f"adapter{n}", root / f"out{n}", method="lstsq", examples=8)
+        migrate(
+            root / "old",
+            root / "new",
+            root / f"adapter{n}",
+            root / f"out{n}",
+            plan=PlanConfig(method="lstsq", examples=8),
+        )
     return SimpleNamespace(root=root, ids=torch.arange(12)[None] + 5)
 
 
@@ -154,7 +160,7 @@ def carried(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         model = random_model(config_of(family, **sizes), seed) if family in TARGETS else tiny_model(family, seed)
         save_folder(model, tiny_tokenizer(320, seed=seed), root / name)
     random_adapter(root / "old", root / "adapter", targets=targets, rank=2, alpha=4, seed=0)
-    migrate(root / "old", root / "new", root / "adapter", root / "out", method="lstsq", examples=8)
+    migrate(root / "old", root / "new", root / "adapter", root / "out", plan=PlanConfig(method="lstsq", examples=8))
     return SimpleNamespace(
         family=family,
         tensors=load_file(root / "out/adapter_model.safetensors"),

@@ -15,7 +15,7 @@ from planted_families import NAMES, TARGETS, config_of, plant_family, random_mod
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast import LoraSuiteError, migrate
+from lorasuite_fast import ApplyConfig, LoraSuiteError, PlanConfig, migrate
 from lorasuite_fast.adapters.adapter import read_adapter
 from lorasuite_fast.adapters.factors import Factors
 from lorasuite_fast.distillation.settings import Settings
@@ -110,7 +110,9 @@ def test_an_adapter_arrives_whole(name: str, mlp: bool, tmp_path: Path) -> None:
     attention, further = TARGETS[upgrade.case.family]
     targets = [*attention, *(further if mlp else [])]
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=targets, rank=4, alpha=8, seed=1)
-    result = migrate(tmp_path / "old", tmp_path / "new", tmp_path / "adapter", tmp_path / "out", examples=48)
+    result = migrate(
+        tmp_path / "old", tmp_path / "new", tmp_path / "adapter", tmp_path / "out", plan=PlanConfig(examples=48)
+    )
     assert result.plan.options["method"] == "lstsq"
     assert result.plan.layers == {j: i for i, j in enumerate(upgrade.planted.layer_map)}
     ids_o, ids_n = upgrade.planted.random_ids(4, 24, 0)
@@ -164,8 +166,13 @@ def test_three_updates_become_one_fused_update_of_three_times_the_rank(method: s
         alpha_pattern={"k_proj": 9}, rank_pattern={"v_proj": 2},
     )  # fmt: skip
     for name in ("new", "split"):
-        migrate(tmp_path / "old", tmp_path / name, tmp_path / "adapter", tmp_path / f"to-{name}", method=method,
-                examples=8, layers="first")  # fmt: skip
+        migrate(
+            tmp_path / "old",
+            tmp_path / name,
+            tmp_path / "adapter",
+            tmp_path / f"to-{name}",
+            plan=PlanConfig(method=method, examples=8, layers="first"),
+        )
     for i in range(2):
         found = dense(tmp_path / "to-new", f"model.layers.{i}.self_attn.qkv_proj")
         wanted = [dense(tmp_path / "to-split", f"model.layers.{i}.self_attn.{r}_proj") for r in "qkv"]
@@ -182,7 +189,13 @@ def test_three_updates_become_one_fused_update_of_three_times_the_rank(method: s
 def test_a_fused_update_is_taken_apart_for_a_model_without(tmp_path: Path) -> None:
     two_models(tmp_path, NEOX, "llama")
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=["query_key_value"], rank=3, alpha=6, seed=3)
-    migrate(tmp_path / "old", tmp_path / "new", tmp_path / "adapter", tmp_path / "out", method="paper", examples=8)
+    migrate(
+        tmp_path / "old",
+        tmp_path / "new",
+        tmp_path / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(method="paper", examples=8),
+    )
     old = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert {name.split(".")[-3] for name in load_file(tmp_path / "out/adapter_model.safetensors")} == {
         "q_proj", "k_proj", "v_proj",
@@ -204,7 +217,7 @@ def test_gated_and_ungated_neurons_are_not_matched(tmp_path: Path) -> None:
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=["dense_h_to_4h"], rank=2, alpha=2, seed=3)
     folders = [tmp_path / name for name in ("old", "new", "adapter", "out")]
     with pytest.raises(LoraSuiteError, match="gated in llama and not in gpt_neox"):
-        migrate(*folders, method="lstsq", examples=8)
+        migrate(*folders, plan=PlanConfig(method="lstsq", examples=8))
     assert not folders[-1].exists()
 
 
@@ -213,7 +226,7 @@ def test_a_gate_has_no_place_in_a_model_without_one(tmp_path: Path) -> None:
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=["gate_proj"], rank=2, alpha=2, seed=3)
     folders = [tmp_path / name for name in ("old", "new", "adapter", "out")]
     with pytest.raises(LoraSuiteError, match="gpt_neox layer has no gate"):
-        migrate(*folders, method="paper", examples=8)
+        migrate(*folders, plan=PlanConfig(method="paper", examples=8))
 
 
 def test_a_constant_that_lora_cannot_express_is_left_out_and_the_rest_is_exact() -> None:
@@ -272,9 +285,13 @@ def test_distillation_carries_a_planted_last_layer(name: str, tmp_path: Path) ->
     j = upgrade.planted.layer_map[2]
     layers = upgrade.planted.model.config.num_hidden_layers - j
     result = migrate(
-        tmp_path / "old", tmp_path / "new", tmp_path / "adapter", tmp_path / "out", method="distill", examples=8,
-        settings=Settings(layers=layers, max_tokens=48),
-    )  # fmt: skip
+        tmp_path / "old",
+        tmp_path / "new",
+        tmp_path / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(method="distill", examples=8),
+        apply=ApplyConfig(distill=Settings(layers=layers, max_tokens=48)),
+    )
     assert result.distilled.agreement["kl_share"][1] > 0.5
     # Of GPT-NeoX's random biases most is a constant shift already.
     assert result.distilled.agreement["content_kl_share"][1] > 0.02
@@ -286,7 +303,7 @@ def test_the_published_projection_takes_the_embeddings_as_they_are_stored(tmp_pa
     two_models(tmp_path, "llama", gemma)
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=["q_proj", "o_proj"], rank=3, alpha=3, seed=3)
     folders = [tmp_path / name for name in ("old", "new", "adapter", "out")]
-    result = migrate(*folders, method="paper", examples=8, layers="first")
+    result = migrate(*folders, plan=PlanConfig(method="paper", examples=8, layers="first"))
     old, new = ({k: t.double() for k, t in load_file(f / "model.safetensors").items()} for f in folders[:2])
     tokens = shared_tokens(Checkpoint(folders[0]).tokenizer(), Checkpoint(folders[1]).tokenizer())
     table = "model.embed_tokens.weight"

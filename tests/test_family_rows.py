@@ -14,7 +14,7 @@ from planted_families import MIXTURES, NAMES, OLDER, TARGETS, config_of, dense_l
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast import LoraSuiteError, PlanConfig, TransferPlan, migrate
 from lorasuite_fast.adapters.adapter import read_adapter
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.family_table import FAMILIES
@@ -75,7 +75,7 @@ def test_a_planted_upgrade_gets_the_effect_of_its_adapter(family: str, tmp_path:
     targets = [module for part in TARGETS[family] for module in part]
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=targets, rank=4, alpha=8, seed=1)
     folders = [tmp_path / name for name in ("old", "new", "adapter", "out")]
-    result = migrate(*folders, examples=24)
+    result = migrate(*folders, plan=PlanConfig(examples=24))
     assert result.plan.options["method"] == "lstsq"
     assert result.plan.layers == {j: i for i, j in enumerate(upgraded.layer_map)}
     changes, logits = [], []
@@ -104,8 +104,11 @@ def test_the_published_projection_of_each_row_is_that_of_the_dense_oracle(family
     save_folder(new, tiny_tokenizer(320), tmp_path / "new")
     targets = [module for part in TARGETS[family] for module in part]
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=targets, rank=3, alpha=6, seed=3)
-    plan = TransferPlan.build(tmp_path / "old", tmp_path / "new", method="paper", examples=8, layers="first",
-                              roles=FAMILIES[family].roles)  # fmt: skip
+    plan = TransferPlan.build(
+        tmp_path / "old",
+        tmp_path / "new",
+        config=PlanConfig(method="paper", examples=8, layers="first", roles=FAMILIES[family].roles),
+    )
     plan.apply(tmp_path / "adapter", tmp_path / "out")
     tables = [m.get_input_embeddings().weight.detach().double() for m in (model, new)]
     W_h = oracle.transfer_matrix(tables[0], tables[1])
@@ -138,7 +141,7 @@ def test_modules_whose_last_names_are_one_are_told_apart(tmp_path: Path) -> None
     model = random_model(config_of("gpt2", vocab=320, **(OLD | ALONE)), 1)
     save_folder(model, tiny_tokenizer(320), tmp_path / "old")
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=["attn.c_proj"], rank=3, alpha=6, seed=3)
-    migrate(tmp_path / "old", tmp_path / "old", tmp_path / "adapter", tmp_path / "copy", method="copy")
+    migrate(tmp_path / "old", tmp_path / "old", tmp_path / "adapter", tmp_path / "copy", plan=PlanConfig(method="copy"))
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "old"), tmp_path / "copy")
     named = {name for name, _ in loaded.named_modules() if name.endswith(".lora_A")}
     assert named == {f"base_model.model.transformer.h.{i}.attn.c_proj.lora_A" for i in range(3)}
@@ -153,7 +156,7 @@ def test_least_squares_are_not_tried_where_one_stream_is_normed_and_the_other_re
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=["q_proj"], rank=2, alpha=2, seed=3)
     folders = [tmp_path / name for name in ("old", "new", "adapter", "out")]
     with pytest.raises(LoraSuiteError, match="smollm3 and olmo2: one reads its residual stream through norms"):
-        migrate(*folders, method="lstsq", examples=8)
+        migrate(*folders, plan=PlanConfig(method="lstsq", examples=8))
     assert not folders[-1].exists()
-    result = migrate(*folders, examples=8)
+    result = migrate(*folders, plan=PlanConfig(examples=8))
     assert "lstsq" not in result.plan.options.get("candidates", [])

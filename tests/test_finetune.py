@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import given
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +24,16 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, finetune, migrate
+from lorasuite_fast import (
+    ApplyConfig,
+    FinetuneConfig,
+    LoraSuiteError,
+    PlanConfig,
+    RefineConfig,
+    Runtime,
+    finetune,
+    migrate,
+)
 from lorasuite_fast.adapters.adapter import trained_config
 from lorasuite_fast.adapters.aligned_states import LoadedModel
 from lorasuite_fast.cli.app import app
@@ -73,7 +83,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(root: Path, out: Path, adapter: str | Path | None = "adapter", **options: Any) -> Any:
     defaults: dict[str, Any] = {"data": records(20), "batch": 8, "max_tokens": 48, "device": "cpu"}
     settings = defaults | options
-    return finetune(root / "model", None if adapter is None else root / adapter, settings.pop("data"), out, **settings)
+    return finetune(
+        root / "model",
+        None if adapter is None else root / adapter,
+        settings.pop("data"),
+        out,
+        **given(finetune, **settings),
+    )
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -583,9 +599,15 @@ def test_the_result_is_the_adapter_with_the_configuration_it_had(root: Path, tmp
 
 def test_layers_filled_on_the_way_are_trained_too(root: Path, tmp_path: Path) -> None:
     migrate(
-        root / "model", root / "new", root / "adapter", tmp_path / "out", examples=8, device="cpu", fill="zero",
-        finetune=records(8), finetune_options={"steps": 2},
-    )  # fmt: skip
+        root / "model",
+        root / "new",
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(examples=8),
+        runtime=Runtime(device="cpu"),
+        apply=ApplyConfig(fill="zero"),
+        finetune=FinetuneConfig(records(8), steps=2),
+    )
     stored = load_file(tmp_path / "out/adapter_model.safetensors")
     assert {int(name.split("layers.")[1].split(".")[0]) for name in stored} == {0, 1, 2}
     assert all(bool(tensor.any()) for name, tensor in stored.items() if "lora_A" in name)
@@ -594,9 +616,14 @@ def test_layers_filled_on_the_way_are_trained_too(root: Path, tmp_path: Path) ->
 def test_a_migrated_tuned_and_merged_adapter_writes_what_it_learnt(root: Path, tmp_path: Path) -> None:
     data = [{"prompt": "the sea", "completion": " was not a tree"}] * 4
     migrate(
-        root / "model", root / "new", root / "adapter", tmp_path / "out", examples=8, device="cpu", finetune=data,
-        finetune_options={"steps": 25, "learning_rate": 3e-2, "completion_only": True},
-    )  # fmt: skip
+        root / "model",
+        root / "new",
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(examples=8),
+        runtime=Runtime(device="cpu"),
+        finetune=FinetuneConfig(data, steps=25, learning_rate=3e-2, completion_only=True),
+    )
     base = AutoModelForCausalLM.from_pretrained(root / "new")
     tokenizer = AutoTokenizer.from_pretrained(root / "new")
     ids = tokenizer("the sea", return_tensors="pt")
@@ -856,14 +883,23 @@ def invoke(*arguments: object, code: int = 0) -> str:
 def test_migrate_fine_tunes_what_it_carried_also_after_an_interruption(root: Path, tmp_path: Path) -> None:
     data = records(20)
     options: dict[str, Any] = {"examples": 8, "device": "cpu"}
-    carried = migrate(root / "model", root / "new", root / "adapter", tmp_path / "carried", **options)
-    finetune(root / "new", tmp_path / "carried", data, tmp_path / "tuned", epochs=2, device="cpu")
+    carried = migrate(root / "model", root / "new", root / "adapter", tmp_path / "carried", **given(migrate, **options))
+    finetune(
+        root / "new",
+        tmp_path / "carried",
+        data,
+        tmp_path / "tuned",
+        config=FinetuneConfig(epochs=2),
+        runtime=Runtime(device="cpu"),
+    )
     options |= {"finetune": data, "finetune_options": {"epochs": 2, "save_every": 1}}
     arguments = (root / "model", root / "new", root / "adapter", tmp_path / "both")
     with pytest.raises(KeyboardInterrupt):
-        migrate(*arguments, progress=interrupt(3), **options)
+        migrate(*arguments, **given(migrate, progress=interrupt(3), **options))
     seen: list[int] = []
-    both = migrate(*arguments, progress=lambda name, n, _: seen.append(n) if name == "train" else None, **options)
+    both = migrate(
+        *arguments, **given(migrate, progress=lambda name, n, _: seen.append(n) if name == "train" else None, **options)
+    )
     assert seen == [0, 3, 4]
     assert same(weights(tmp_path / "both"), weights(tmp_path / "tuned"))
     assert not same(weights(tmp_path / "both"), weights(tmp_path / "carried"))
@@ -879,7 +915,14 @@ def test_the_data_are_read_before_a_migration_starts(root: Path, tmp_path: Path)
         raise AssertionError("the migration has started")
 
     with pytest.raises(LoraSuiteError, match="record 1 has the fields none"):
-        migrate(root / "model", root / "new", root / "adapter", tmp_path / "out", finetune=[{}], progress=progress)
+        migrate(
+            root / "model",
+            root / "new",
+            root / "adapter",
+            tmp_path / "out",
+            finetune=FinetuneConfig([{}]),
+            runtime=Runtime(progress=progress),
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -895,15 +938,28 @@ def test_options_of_a_fine_tuning_are_looked_at_before_a_migration_starts(
         raise AssertionError("the migration has started")
 
     with pytest.raises(LoraSuiteError, match=words):
-        migrate(root / "model", root / "new", root / "adapter", tmp_path / "out", finetune=records(8),
-                finetune_options=tuning, progress=progress)  # fmt: skip
+        migrate(
+            root / "model",
+            root / "new",
+            root / "adapter",
+            tmp_path / "out",
+            finetune=FinetuneConfig(records(8), **tuning),
+            runtime=Runtime(progress=progress),
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_migration_computes_its_trainings_in_the_dtype_asked_for(root: Path, tmp_path: Path) -> None:
-    result = migrate(root / "model", root / "new", root / "adapter", tmp_path / "out", examples=8, dtype="float64",
-                     device="cpu", refine=1, refine_text=general_text(tmp_path), finetune=records(8),
-                     finetune_options={"steps": 1})  # fmt: skip
+    result = migrate(
+        root / "model",
+        root / "new",
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(examples=8),
+        runtime=Runtime(dtype="float64", device="cpu"),
+        refine=RefineConfig(steps=1, text=general_text(tmp_path)),
+        finetune=FinetuneConfig(records(8), steps=1),
+    )
     assert result.refined is not None
     assert result.finetuned is not None
     assert result.refined.options["dtype"] == result.finetuned.options["dtype"] == "float64"
@@ -911,7 +967,9 @@ def test_a_migration_computes_its_trainings_in_the_dtype_asked_for(root: Path, t
 
 def test_a_migration_that_is_refused_leaves_nothing(root: Path, tmp_path: Path) -> None:
     with pytest.raises(LoraSuiteError, match="no such folder"):
-        migrate(root / "model", root / "new", tmp_path / "missing", tmp_path / "out", finetune=records(4))
+        migrate(
+            root / "model", root / "new", tmp_path / "missing", tmp_path / "out", finetune=FinetuneConfig(records(4))
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -925,11 +983,11 @@ def test_the_command_migrates_and_fine_tunes(root: Path, tmp_path: Path) -> None
     )
     assert result["finetuning"]["diverged"]
     assert result["warning"].startswith("Diverged: ")
-    for given, words in (
+    for refusable, words in (
         ((*arguments[:-2], "--retain", "shipped"), "--finetune asks for; give both"),
         ((*arguments, "--retain", "no-such.txt"), "no-such.txt: no such file"),
     ):
-        refused = CliRunner(env={"COLUMNS": "140"}).invoke(app, ["migrate", *map(str, given), "--overwrite"])
+        refused = CliRunner(env={"COLUMNS": "140"}).invoke(app, ["migrate", *map(str, refusable), "--overwrite"])
         assert refused.exit_code == 2
         assert words in refused.output
 

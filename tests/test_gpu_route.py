@@ -14,7 +14,7 @@ from torch import Tensor
 
 import lorasuite_fast.transfer.compare as compare
 import lorasuite_fast.transfer.embeddings as transfer
-from lorasuite_fast import TransferPlan
+from lorasuite_fast import PlanConfig, Runtime, TransferPlan
 from lorasuite_fast.models.vocabulary import SharedTokens
 from lorasuite_fast.transfer.embeddings import Stream, fit_transfer
 from lorasuite_kernels import Gram, StreamingCKA
@@ -64,14 +64,14 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 def test_gpu_plan_takes_one_gram_per_model_and_one_hsic(models: tuple[Path, Path], on_gpu: dict[str, int]) -> None:
-    TransferPlan.build(*models, examples=16, method="lstsq", device="cpu")
+    TransferPlan.build(*models, config=PlanConfig(examples=16, method="lstsq"), runtime=Runtime(device="cpu"))
     assert on_gpu == {"gram": 2, "hsic": 1}
 
 
 def test_gpu_plan_is_the_cpu_plan(models: tuple[Path, Path], request: pytest.FixtureRequest) -> None:
-    plain = TransferPlan.build(*models, examples=16, method="lstsq", device="cpu")
+    plain = TransferPlan.build(*models, config=PlanConfig(examples=16, method="lstsq"), runtime=Runtime(device="cpu"))
     request.getfixturevalue("on_gpu")
-    found = TransferPlan.build(*models, examples=16, method="lstsq", device="cpu")
+    found = TransferPlan.build(*models, config=PlanConfig(examples=16, method="lstsq"), runtime=Runtime(device="cpu"))
     assert found.layers == plain.layers
     assert found.facts["rank"] == plain.facts["rank"]
     for name in ("W_h", "S", "cka"):
@@ -81,14 +81,18 @@ def test_gpu_plan_is_the_cpu_plan(models: tuple[Path, Path], request: pytest.Fix
 def test_gpu_plan_goes_on_from_finished_layers(
     models: tuple[Path, Path], on_gpu: dict[str, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = TransferPlan.build(*models, examples=16, method="lstsq", device="cpu")
+    whole = TransferPlan.build(*models, config=PlanConfig(examples=16, method="lstsq"), runtime=Runtime(device="cpu"))
     work = tmp_path / "work"
     with monkeypatch.context() as broken:
         broken.setattr(compare, "_similarity", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            TransferPlan.build(*models, examples=16, method="lstsq", device="cpu", work=work)
+            TransferPlan.build(
+                *models, config=PlanConfig(examples=16, method="lstsq"), runtime=Runtime(device="cpu"), work=work
+            )
     monkeypatch.setattr(compare, "_run_block", lambda *a: pytest.fail("a finished layer was run again"))
-    resumed = TransferPlan.build(*models, examples=16, method="lstsq", device="cpu", work=work)
+    resumed = TransferPlan.build(
+        *models, config=PlanConfig(examples=16, method="lstsq"), runtime=Runtime(device="cpu"), work=work
+    )
     for name in ("W_h", "S", "cka"):
         assert torch.equal(resumed.tensors[name], whole.tensors[name])
 
@@ -131,11 +135,11 @@ def test_transfer_stays_on_the_cpu_where_the_budget_is_too_small() -> None:
 def test_tf32_is_taken_on_a_gpu_for_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     from lorasuite_fast.transfer.plan import make_options
 
-    assert not make_options(device="cpu").tf32
+    assert not make_options(PlanConfig(), Runtime(device="cpu")).tf32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert make_options(device="cuda").tf32
-    assert not make_options(device="cuda", dtype="float32").tf32
-    assert make_options(device="cuda").as_dict()["tf32"] is True
+    assert make_options(PlanConfig(), Runtime(device="cuda")).tf32
+    assert not make_options(PlanConfig(), Runtime(device="cuda", dtype="float32")).tf32
+    assert make_options(PlanConfig(), Runtime(device="cuda")).as_dict()["tf32"] is True
 
 
 def test_tf32_is_given_back_after_an_error() -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from lorasuite_fast import LoraSuiteError, TransferPlan
+from lorasuite_fast import LoraSuiteError, PlanConfig, TransferPlan
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.family_table import FAMILIES
 from lorasuite_fast.models.unembedding import unembedding
@@ -98,14 +98,14 @@ def planted_pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_plan_is_exact_only_where_the_heads_agree(planted_pair: Path) -> None:
     old, new = planted_pair / "old", planted_pair / "new"
-    plan = TransferPlan.build(old, new, examples=8)
+    plan = TransferPlan.build(old, new, config=PlanConfig(examples=8))
     assert plan.exact
     assert plan.facts["head_r2"] == pytest.approx(1, abs=1e-6)
     stored = used_by_transformers(new)
     put(new, stored[torch.randperm(len(stored), generator=torch.Generator().manual_seed(0))], tied=True)
-    plan = TransferPlan.build(old, new, examples=8)
+    plan = TransferPlan.build(old, new, config=PlanConfig(examples=8))
     assert plan.options["method"] == "distill"
     assert "heads" in plan.facts["method_reason"]
-    plan = TransferPlan.build(old, new, examples=8, method="lstsq")
+    plan = TransferPlan.build(old, new, config=PlanConfig(examples=8, method="lstsq"))
     assert plan.facts["head_r2"] < 0.5
     assert not plan.exact

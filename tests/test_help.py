@@ -16,7 +16,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from lorasuite_fast import TransferPlan
+from lorasuite_fast import PlanConfig, TransferPlan
 from lorasuite_fast.cli import doctor
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.cli.running import _PlainProgress
@@ -159,7 +159,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     root = tmp_path_factory.mktemp("inspect")
     for name, seed, layers in (("old", 1, 2), ("new", 2, 3)):
         save_folder(tiny_model("llama", seed, layers=layers), tiny_tokenizer(320, seed=seed), root / name)
-    plan = TransferPlan.build(root / "old", root / "new", method="lstsq", examples=8)
+    plan = TransferPlan.build(root / "old", root / "new", config=PlanConfig(method="lstsq", examples=8))
     plan.save(root / "plan")
     return SimpleNamespace(root=root, plan=plan, file=root / "plan")
 

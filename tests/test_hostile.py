@@ -41,7 +41,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan
+from lorasuite_fast import LoraSuiteError, PlanConfig, TransferPlan
 from lorasuite_fast.adapters.adapter import read_adapter
 from lorasuite_fast.adapters.aligned_states import LoadedModel, load_tokenizer, read_sizes
 from lorasuite_fast.adapters.base_match import check_base
@@ -954,7 +954,9 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed, layers in (("old", 1, 2), ("new", 2, 3)):
         save_folder(tiny_model("llama", seed, layers=layers), tiny_tokenizer(320, seed=seed), root / name)
     random_adapter(root / "old", root / "adapter", targets=["q_proj", "o_proj"], rank=2, alpha=4, seed=0)
-    plan = TransferPlan.build(root / "old", root / "new", examples=8, roles=("q", "o"), method="lstsq")
+    plan = TransferPlan.build(
+        root / "old", root / "new", config=PlanConfig(examples=8, roles=("q", "o"), method="lstsq")
+    )
     plan.save(root / "plan")
     return root
 
@@ -1139,7 +1141,9 @@ def test_nan_in_weights_is_refused_by_name_with_every_transfer(planned: Path, tm
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
             refused(
                 lambda folder=folder, transfer=transfer: TransferPlan.build(
-                    planned / "old", folder, examples=8, roles=("q",), transfer=transfer, method="lstsq"
+                    planned / "old",
+                    folder,
+                    config=PlanConfig(examples=8, roles=("q",), transfer=transfer, method="lstsq"),
                 ),
                 f"{folder / 'model.safetensors'}: tensor {name} holds NaN or infinity",
                 seconds=30,

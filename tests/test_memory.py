@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorasuite_fast import TransferPlan
+from lorasuite_fast import Runtime, TransferPlan
+from lorasuite_fast.config import parse_memory
 from lorasuite_fast.errors import LoraSuiteError
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.families import ATTENTION, ROLES
-from lorasuite_fast.transfer.memory import Demand, parse_memory
+from lorasuite_fast.transfer.memory import Demand
 
 from planted import save_folder, tiny_model, tiny_tokenizer
 
@@ -87,7 +88,7 @@ def test_what_cannot_fit_is_refused_with_the_smallest_budget_that_would_do(pair:
 
 def test_a_refused_budget_leaves_nothing_behind(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(LoraSuiteError, match="smallest budget"):
-        TransferPlan.build(*pair, memory="1MB", work=tmp_path / "work")
+        TransferPlan.build(*pair, runtime=Runtime(memory="1MB"), work=tmp_path / "work")
     assert not list(tmp_path.iterdir())
 
 

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast import TransferPlan, migrate
+from lorasuite_fast import PlanConfig, Runtime, TransferPlan, migrate
 
 from planted import Planted, effect, plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
 
@@ -100,7 +100,9 @@ def load_strictly(base: Path, adapter: Path) -> PeftModel:
 @pytest.mark.parametrize("name", CASES, ids=lambda name: name.replace(" ", "-"))
 def test_least_squares_is_exact_on_a_planted_upgrade(name: str, seed: int, tmp_path: Path) -> None:
     upgrade = make_upgrade(CASES[name], tmp_path, seed)
-    result = migrate(tmp_path / "old", tmp_path / "new", tmp_path / "adapter", tmp_path / "out", examples=48)
+    result = migrate(
+        tmp_path / "old", tmp_path / "new", tmp_path / "adapter", tmp_path / "out", plan=PlanConfig(examples=48)
+    )
     planted = upgrade.planted
     assert result.plan.layers == {j: i for i, j in enumerate(planted.layer_map)}
     assert (result.plan.tensors["W_h"] - planted.Q).abs().max() < 1e-5
@@ -115,7 +117,13 @@ def test_least_squares_is_exact_on_a_planted_upgrade(name: str, seed: int, tmp_p
 
 def test_the_published_projection_is_not_exact_there(tmp_path: Path) -> None:
     upgrade = make_upgrade(CASES["llama GQA"], tmp_path, 0)
-    migrate(tmp_path / "old", tmp_path / "new", tmp_path / "adapter", tmp_path / "out", examples=48, method="paper")
+    migrate(
+        tmp_path / "old",
+        tmp_path / "new",
+        tmp_path / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(examples=48, method="paper"),
+    )
     cosine, _ = compare_effect(upgrade, tmp_path / "adapter", tmp_path / "out")
     assert 0.3 < cosine < 0.95
 
@@ -128,7 +136,7 @@ def upgrade(tmp_path_factory: pytest.TempPathFactory) -> Upgrade:
 
 @pytest.fixture(scope="module")
 def plan(upgrade: Upgrade) -> TransferPlan:
-    return TransferPlan.build(upgrade.folder("old"), upgrade.folder("new"), examples=48)
+    return TransferPlan.build(upgrade.folder("old"), upgrade.folder("new"), config=PlanConfig(examples=48))
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -196,7 +204,7 @@ def test_a_deeper_old_model_leaves_some_of_its_layers_out(tmp_path: Path) -> Non
         save_folder(tiny_model("llama", seed, layers=layers), tokenizer, tmp_path / name)
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=["q_proj"], rank=2, alpha=2, seed=0)
     folders = (tmp_path / name for name in ("old", "new", "adapter", "out"))
-    result = migrate(*folders, examples=8, method="lstsq")
+    result = migrate(*folders, plan=PlanConfig(examples=8, method="lstsq"))
     assert sorted(result.plan.layers) == [0, 1, 2]
     assert len(result.unused_old_layers) == 2
     load_strictly(tmp_path / "new", tmp_path / "out")
@@ -204,7 +212,7 @@ def test_a_deeper_old_model_leaves_some_of_its_layers_out(tmp_path: Path) -> Non
 
 def test_migrate_is_build_and_apply_to_the_bit(upgrade: Upgrade, plan: TransferPlan, tmp_path: Path) -> None:
     adapter, old, new = (upgrade.folder(name) for name in ("adapter", "old", "new"))
-    migrate(old, new, adapter, tmp_path / "direct", examples=48)
+    migrate(old, new, adapter, tmp_path / "direct", plan=PlanConfig(examples=48))
     plan.save(tmp_path / "plan.safetensors")
     loaded = TransferPlan.load(tmp_path / "plan.safetensors")
     loaded.apply(adapter, tmp_path / "planned", old=old, new=new)
@@ -225,7 +233,7 @@ def test_sharded_and_bfloat16_checkpoints_give_the_same_plan(upgrade: Upgrade, t
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     plans = [
-        TransferPlan.build(tmp_path / name, upgrade.folder("new"), examples=8, roles=("q", "o"))
+        TransferPlan.build(tmp_path / name, upgrade.folder("new"), config=PlanConfig(examples=8, roles=("q", "o")))
         for name in ("whole", "sharded")
     ]
     assert plans[0].old.fingerprint == plans[1].old.fingerprint
@@ -235,7 +243,13 @@ def test_sharded_and_bfloat16_checkpoints_give_the_same_plan(upgrade: Upgrade, t
 
 def test_identity_transfer_and_identity_heads_return_the_adapter(upgrade: Upgrade, tmp_path: Path) -> None:
     old, adapter = upgrade.folder("old"), upgrade.folder("adapter")
-    migrate(old, old, adapter, tmp_path / "out", examples=8, transfer="identity", heads="identity", layers="first")
+    migrate(
+        old,
+        old,
+        adapter,
+        tmp_path / "out",
+        plan=PlanConfig(examples=8, transfer="identity", heads="identity", layers="first"),
+    )
     before, after = (load_file(f / "adapter_model.safetensors") for f in (adapter, tmp_path / "out"))
     for name in before:
         if ".lora_B." in name:
@@ -247,7 +261,12 @@ def test_identity_transfer_and_identity_heads_return_the_adapter(upgrade: Upgrad
 def test_the_compute_dtype_changes_only_the_rounding(
     dtype: str, tolerance: float, upgrade: Upgrade, plan: TransferPlan, tmp_path: Path
 ) -> None:
-    other = TransferPlan.build(upgrade.folder("old"), upgrade.folder("new"), examples=48, dtype=dtype, layers="cka")
+    other = TransferPlan.build(
+        upgrade.folder("old"),
+        upgrade.folder("new"),
+        config=PlanConfig(examples=48, layers="cka"),
+        runtime=Runtime(dtype=dtype),
+    )
     assert other.options["dtype"] == dtype
     assert other.layers == plan.layers
     for j in plan.layers:
@@ -265,8 +284,8 @@ def test_progress_names_every_phase_and_counts_up(upgrade: Upgrade, tmp_path: Pa
         upgrade.folder("new"),
         upgrade.folder("adapter"),
         tmp_path / "out",
-        examples=8,
-        progress=lambda phase, done, total: seen.setdefault(phase, []).append((done, total)),
+        plan=PlanConfig(examples=8),
+        runtime=Runtime(progress=lambda phase, done, total: seen.setdefault(phase, []).append((done, total))),
     )
     assert list(seen) == [
         "open",

@@ -12,7 +12,7 @@ import torch
 from hub_stub import Hub
 from huggingface_hub import ModelCard
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, finetune, migrate, push_to_hub
+from lorasuite_fast import FinetuneConfig, LoraSuiteError, PlanConfig, TransferPlan, finetune, migrate, push_to_hub
 from lorasuite_fast.io.hub_ids import hub_id, shown
 from lorasuite_fast.reporting.model_card import model_card, section
 from lorasuite_fast.reporting.provenance import Step, provenance, read_steps
@@ -28,10 +28,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     for name, seed, layers in (("old", 1, 2), ("new", 2, 3)):
         save_folder(tiny_model("llama", seed, layers=layers), tiny_tokenizer(320, seed=seed), root / name)
     random_adapter(root / "old", root / "adapter", targets=["q_proj", "down_proj"], rank=2, alpha=4, seed=0)
-    lstsq = migrate(root / "old", root / "new", root / "adapter", root / "lstsq", method="lstsq", examples=8)
-    distil = migrate(root / "old", root / "new", root / "adapter", root / "distilled", method="distill", examples=8)
+    lstsq = migrate(
+        root / "old", root / "new", root / "adapter", root / "lstsq", plan=PlanConfig(method="lstsq", examples=8)
+    )
+    distil = migrate(
+        root / "old", root / "new", root / "adapter", root / "distilled", plan=PlanConfig(method="distill", examples=8)
+    )
     data = [{"prompt": f"question {n}?", "completion": f" answer {n}"} for n in range(8)]
-    tuned = finetune(root / "new", root / "lstsq", data, root / "tuned", steps=2, batch=4)
+    tuned = finetune(root / "new", root / "lstsq", data, root / "tuned", config=FinetuneConfig(steps=2, batch=4))
     return SimpleNamespace(root=root, lstsq=lstsq, distilled=distil, tuned=tuned)
 
 
@@ -134,7 +138,9 @@ def test_provenance_no_release_wrote_counts_as_none(change: Any, made: Any, tmp_
 
 
 def test_the_same_migration_writes_the_same_card(made: Any, tmp_path: Path) -> None:
-    plan = TransferPlan.build(made.root / "old", made.root / "new", method="lstsq", examples=8, roles=("q", "down"))
+    plan = TransferPlan.build(
+        made.root / "old", made.root / "new", config=PlanConfig(method="lstsq", examples=8, roles=("q", "down"))
+    )
     plan.apply(made.root / "adapter", tmp_path / "again")
     assert (tmp_path / "again/README.md").read_bytes() == (made.root / "lstsq/README.md").read_bytes()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hostile import write_adapter, write_model
 
-from lorasuite_fast import LoraSuiteError
+from lorasuite_fast import LoraSuiteError, RefineConfig
 from lorasuite_fast.adapters.adapter_folder import adapter_digest
 from lorasuite_fast.adapters.aligned_states import LoadedModel
 from lorasuite_fast.models.checkpoint import Checkpoint, check_links
@@ -75,7 +75,9 @@ def test_an_adapter_is_opened_only_where_its_files_are_files(kind: str, name: st
     before = sorted(path.name for path in tmp_path.iterdir())
     for run in (
         lambda: adapter_digest(adapter),
-        lambda: refine(root / "old", adapter, root / "old", None, tmp_path / "out", text=["a b c"] * 8),
+        lambda: refine(
+            root / "old", adapter, root / "old", None, tmp_path / "out", config=RefineConfig(text=["a b c"] * 8)
+        ),
         lambda: finetune(root / "old", adapter, [{"text": "a b c"}], tmp_path / "out"),
         lambda: LoadedModel(root / "old", "OLD", device=torch.device("cpu"), dtype=torch.float32).attach(adapter),
     ):

@@ -28,7 +28,7 @@ from transformers import (
     Qwen2Config,
 )
 
-from lorasuite_fast import TransferPlan
+from lorasuite_fast import PlanConfig, TransferPlan
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.vocabulary import shared_tokens
 
@@ -172,7 +172,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         del made
     targets = [module.rpartition(".")[2] for module in MODULES[models[0].config][1].values()]
     random_adapter(root / "old", root / "adapter", targets=targets, rank=4, alpha=8, seed=3)
-    plan = TransferPlan.build(root / "old", root / "new", method="paper", examples=8, layers="last")
+    plan = TransferPlan.build(root / "old", root / "new", config=PlanConfig(method="paper", examples=8, layers="last"))
     plan.apply(root / "adapter", root / "out")
     weights = [load_file(root / name / "model.safetensors") for name in ("old", "new")]
     yield root, models, plan, weights

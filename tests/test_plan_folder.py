@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan
+from lorasuite_fast import ApplyConfig, LoraSuiteError, PlanConfig, TransferPlan
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.cli.tables import print_transfer
 from lorasuite_fast.reporting.html_report import report_html
@@ -44,7 +44,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     random_adapter(root / "old", root / "adapter", targets=["q_proj", "o_proj"], rank=2, alpha=4, seed=0)
     text = root / "text.jsonl"
     text.write_text("".join(f'{{"text": "the red fox number {n} sat on the mat in the rain"}}\n' for n in range(12)))
-    plan = TransferPlan.build(root / "old", root / "new", method="lstsq", examples=8, calibration=text)
+    plan = TransferPlan.build(
+        root / "old", root / "new", config=PlanConfig(method="lstsq", examples=8, calibration=text)
+    )
     return SimpleNamespace(root=root, plan=plan)
 
 
@@ -94,7 +96,9 @@ def distilling(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("distilling") / "plan"
     text = made.root / "long.txt"
     text.write_text("".join(f"the red fox number {n} sat on the mat in the rain for {n} days.\n" for n in range(400)))
-    TransferPlan.build(made.root / "old", made.root / "new", method="distill", examples=8, calibration=text).save(path)
+    TransferPlan.build(
+        made.root / "old", made.root / "new", config=PlanConfig(method="distill", examples=8, calibration=text)
+    ).save(path)
     return path
 
 
@@ -105,7 +109,7 @@ def test_a_plan_of_an_earlier_release_runs_on_this_machine(made: Any, distilling
     assert plan.dtype == torch.float32
     plan.save(tmp_path / "again")
     assert not {"device", "dtype"} & TransferPlan.load(tmp_path / "again").options.keys()
-    plan.apply(made.root / "adapter", tmp_path / "out", text=made.root / "long.txt")
+    plan.apply(made.root / "adapter", tmp_path / "out", config=ApplyConfig(text=made.root / "long.txt"))
     assert (tmp_path / "out/adapter_model.safetensors").is_file()
 
 

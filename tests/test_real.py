@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast import migrate
+from lorasuite_fast import PlanConfig, migrate
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.vocabulary import SharedTokens, drop_untrained, shared_tokens, token_bytes
 from lorasuite_fast.transfer.embeddings import Stream, fit_transfer
@@ -129,7 +129,7 @@ def test_a_trained_adapter_arrives_whole(
     # The published projection is reported beside least squares, on the smaller adapter.
     for method in ("lstsq", "paper") if adapter == "attention" else ("lstsq",):
         out = root / f"{adapter}-{method}"
-        result = migrate(smollm2(), root / "new", root / adapter, out, method=method, examples=16)
+        result = migrate(smollm2(), root / "new", root / adapter, out, plan=PlanConfig(method=method, examples=16))
         new = logits(planted.model, ids_n, out)
         change_n = (new - base_n)[..., planted.shared_new].flatten().double()
         cosine = float(torch.nn.functional.cosine_similarity(change_o, change_n, dim=0))

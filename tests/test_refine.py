@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from flat_options import given
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, refine
+from lorasuite_fast import LoraSuiteError, RefineConfig, Runtime, refine
 from lorasuite_fast.adapters.aligned_states import LoadedModel, load_tokenizer
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.errors import WriteError
@@ -77,7 +78,7 @@ def run(root: Path, out: Path, **options: Any) -> Any:
         "text": texts(80), "steps": 12, "eval_every": 4, "batch_bytes": 500, "max_tokens": 64, "patience": None,
         "device": "cpu",
     }  # fmt: skip
-    return refine(root / "old", root / "adapter", root / "new", None, out, **(defaults | options))
+    return refine(root / "old", root / "adapter", root / "new", None, out, **given(refine, **defaults | options))
 
 
 def exact(folder: Path) -> Any:
@@ -291,10 +292,16 @@ def refined(root: Path) -> Any:
 def test_the_imitation_asked_for_is_in_the_targets(root: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"text": texts(80), "steps": 1, "eval_every": 1, "batch_bytes": 500, "max_tokens": 64}
     found = {
-        m: refine(root / "old", root / "adapter", root / "other", None, tmp_path / str(m), device="cpu", imitation=m,
-                  **options).teacher
+        m: refine(
+            root / "old",
+            root / "adapter",
+            root / "other",
+            None,
+            tmp_path / str(m),
+            **given(refine, device="cpu", imitation=m, **options),
+        ).teacher
         for m in (0.0, 1.0)
-    }  # fmt: skip
+    }
     # Of a model unlike the old one, so that to change as it changed and to copy it are different things.
     model = LoadedModel(root / "old", "OLD", device=CPU, dtype=torch.float64)
     model.attach(root / "adapter")
@@ -393,8 +400,14 @@ def shift(root: Path, adapter: Path, rows: list[list[int]]) -> float:
 
 def test_the_retained_divergence_is_that_of_a_dense_recount(root: Path, tmp_path: Path, refined: Any) -> None:
     options: dict[str, Any] = {"text": texts(80), "steps": 1, "eval_every": 1, "batch_bytes": 500, "max_tokens": 64}
-    result = refine(root / "old", root / "adapter", root / "new", root / "refined", tmp_path / "out", device="cpu",
-                    learning_rate=1e-9, retain=general_text(tmp_path), seed=3, **options)  # fmt: skip
+    result = refine(
+        root / "old",
+        root / "adapter",
+        root / "new",
+        root / "refined",
+        tmp_path / "out",
+        **given(refine, device="cpu", learning_rate=1e-9, retain=general_text(tmp_path), seed=3, **options),
+    )
     tokenizer = load_tokenizer(root / "new", "NEW")
     kept = load_samples([{"text": text} for text in texts(110)[80:]], tokenizer, max_tokens=64).samples
     # The first step reads as many tokens of it as of the text refined on.
@@ -457,9 +470,14 @@ def test_an_interrupted_run_goes_on_to_the_same_adapter(root: Path, tmp_path: Pa
 
 def test_a_diverging_run_keeps_the_start_and_says_so(root: Path, tmp_path: Path, refined: Any) -> None:
     result = refine(
-        root / "old", root / "adapter", root / "new", root / "refined", tmp_path / "out", text=texts(80), steps=8,
-        eval_every=4, batch_bytes=500, max_tokens=64, learning_rate=1e4, device="cpu",
-    )  # fmt: skip
+        root / "old",
+        root / "adapter",
+        root / "new",
+        root / "refined",
+        tmp_path / "out",
+        config=RefineConfig(text=texts(80), steps=8, eval_every=4, batch_bytes=500, max_tokens=64, learning_rate=1e4),
+        runtime=Runtime(device="cpu"),
+    )
     assert result.kept_start
     assert result.chosen_step == 0
     assert result.stopped == "diverged"
@@ -539,7 +557,15 @@ def test_a_start_in_the_name_of_another_model_is_trained_without_its_embeddings(
     start = random_adapter(root / "new", tmp_path / "start", targets=["o_proj"], rank=2, alpha=6, seed=4)
     config = json.loads((start / "adapter_config.json").read_text())
     (start / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(root / "old")}))
-    refine(root / "old", root / "adapter", root / "new", start, tmp_path / "out", text=texts(80), steps=1, device="cpu")
+    refine(
+        root / "old",
+        root / "adapter",
+        root / "new",
+        start,
+        tmp_path / "out",
+        config=RefineConfig(text=texts(80), steps=1),
+        runtime=Runtime(device="cpu"),
+    )
     assert all("lora_" in name for name in load_file(tmp_path / "out/adapter_model.safetensors"))
 
 
@@ -550,8 +576,15 @@ def test_a_start_that_is_missing_or_broken_is_refused_and_nothing_is_left(root: 
     phases: list[str] = []
     for start, words in ((tmp_path / "none", "none: no such folder"), (broken, "NaN or infinity")):
         with pytest.raises(LoraSuiteError, match=words):
-            refine(root / "old", root / "adapter", root / "new", start, tmp_path / "out", text=texts(80), steps=1,
-                   device="cpu", progress=lambda name, *_: phases.append(name))  # fmt: skip
+            refine(
+                root / "old",
+                root / "adapter",
+                root / "new",
+                start,
+                tmp_path / "out",
+                config=RefineConfig(text=texts(80), steps=1),
+                runtime=Runtime(device="cpu", progress=lambda name, *_: phases.append(name)),
+            )
         assert phases == []
     with pytest.raises(LoraSuiteError):
         run(root, tmp_path / "out", text=["the sea"] * 9)
@@ -563,9 +596,15 @@ def test_a_start_among_further_modules_computes_the_same_function(root: Path, tm
     agreements = []
     for name, options in (("as-it-is", {}), ("wider", {"roles": ["q", "down"], "rank": 4})):
         result = refine(
-            root / "old", root / "adapter", root / "new", tmp_path / "start", tmp_path / name, text=texts(80), steps=2,
-            eval_every=2, batch_bytes=500, max_tokens=64, device="cpu", **options,
-        )  # fmt: skip
+            root / "old",
+            root / "adapter",
+            root / "new",
+            tmp_path / "start",
+            tmp_path / name,
+            **given(
+                refine, text=texts(80), steps=2, eval_every=2, batch_bytes=500, max_tokens=64, device="cpu", **options
+            ),
+        )
         agreements.append(result.start_agreement)
     assert agreements[0] == pytest.approx(agreements[1], abs=1e-5)
     assert agreements[0] != 0

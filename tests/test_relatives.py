@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate, verify
+from lorasuite_fast import ApplyConfig, LoraSuiteError, PlanConfig, Runtime, TransferPlan, VerifyConfig, migrate, verify
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.distillation import distill as distillation
 from lorasuite_fast.distillation.choice import choose
@@ -71,8 +71,13 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_copy_has_the_tensors_of_the_adapter(root: Path, tmp_path: Path) -> None:
-    result = migrate(root / "old", moved(tmp_path / "new", 0.3), root / "adapter", tmp_path / "out", method="copy",
-                     examples=8)  # fmt: skip
+    result = migrate(
+        root / "old",
+        moved(tmp_path / "new", 0.3),
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(method="copy", examples=8),
+    )
     before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -82,7 +87,9 @@ def test_a_copy_has_the_tensors_of_the_adapter(root: Path, tmp_path: Path) -> No
 
 def test_a_copy_may_have_another_vocabulary_and_depth(root: Path, tmp_path: Path) -> None:
     new = moved(tmp_path / "new", 0.05, layers=[0, 2])
-    result = migrate(root / "old", new, root / "adapter", tmp_path / "out", method="copy", layers="last", examples=8)
+    result = migrate(
+        root / "old", new, root / "adapter", tmp_path / "out", plan=PlanConfig(method="copy", layers="last", examples=8)
+    )
     assert result.plan.layers == {0: 1, 1: 2}
     before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
     for name, tensor in after.items():
@@ -100,13 +107,19 @@ def test_a_copy_between_other_shapes_is_refused_with_them(
 ) -> None:
     save_folder(old_model(**shape), tiny_tokenizer(VOCABULARY), tmp_path / "new")
     with pytest.raises(LoraSuiteError, match=f"method copy: .*{named}.*; use method auto"):
-        migrate(root / "old", tmp_path / "new", root / "adapter", tmp_path / "out", method="copy", examples=8)
+        migrate(
+            root / "old",
+            tmp_path / "new",
+            root / "adapter",
+            tmp_path / "out",
+            plan=PlanConfig(method="copy", examples=8),
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_a_saved_plan_of_method_copy_is_applied(root: Path, tmp_path: Path) -> None:
     new = moved(tmp_path / "new", 0.3)
-    TransferPlan.build(root / "old", new, method="copy", examples=8).save(tmp_path / "plan")
+    TransferPlan.build(root / "old", new, config=PlanConfig(method="copy", examples=8)).save(tmp_path / "plan")
     TransferPlan.load(tmp_path / "plan").apply(root / "adapter", tmp_path / "out")
     before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -136,7 +149,7 @@ def test_one_changed_weight_is_not_the_same_model(root: Path, tmp_path: Path) ->
     stored = load_file(tmp_path / "new/model.safetensors")
     stored["model.layers.2.mlp.down_proj.weight"][-1, -1] += 1e-3
     save_file(stored, tmp_path / "new/model.safetensors", metadata={"format": "pt"})
-    result = migrate(root / "old", tmp_path / "new", root / "adapter", tmp_path / "out", examples=8)
+    result = migrate(root / "old", tmp_path / "new", root / "adapter", tmp_path / "out", plan=PlanConfig(examples=8))
     assert "differ by at most" in result.plan.facts["method_reason"]
 
 
@@ -147,7 +160,14 @@ def test_equal_weights_that_compute_something_else_are_not_the_same_model(root: 
     found = weight_distance(Checkpoint(root / "old"), Checkpoint(tmp_path / "new"))
     assert not any(found.distances.values())
     assert not found.near
-    result = migrate(root / "old", tmp_path / "new", root / "adapter", tmp_path / "out", examples=8, settings=QUICK)
+    result = migrate(
+        root / "old",
+        tmp_path / "new",
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(examples=8),
+        apply=ApplyConfig(distill=QUICK),
+    )
     assert "weights are the old one's" not in result.plan.facts["method_reason"]
 
 
@@ -183,14 +203,23 @@ def test_the_same_weights_under_another_tokenizer_are_not_the_same_model(root: P
 
 def test_near_relatives_are_copied_without_a_distillation(root: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(TransferPlan, "_distil", lambda *_, **__: pytest.fail("distilled"))
-    result = migrate(root / "old", moved(tmp_path / "new", 0.005), root / "adapter", tmp_path / "out", examples=8)
+    result = migrate(
+        root / "old", moved(tmp_path / "new", 0.005), root / "adapter", tmp_path / "out", plan=PlanConfig(examples=8)
+    )
     assert result.plan.options["method"] == "copy"
     assert result.plan.facts["kinship"]["kind"] == kinship.TRAINED
 
 
 def test_auto_writes_the_candidate_that_agrees_best(root: Path, tmp_path: Path) -> None:
     new = moved(tmp_path / "new", 0.05, everywhere=True)
-    result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
+    result = migrate(
+        root / "old",
+        new,
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(examples=16),
+        apply=ApplyConfig(distill=QUICK),
+    )
     choice = result.choice
     assert choice is not None
     assert list(choice.agreement) == ["copy", "lstsq", "paper", "distill"]
@@ -216,12 +245,23 @@ def held_out(file: Path) -> Path:
 def test_auto_judges_what_is_written_as_verify_does(root: Path, tmp_path: Path) -> None:
     """`verify` reads both models whole, through transformers and PEFT."""
     new, text = moved(tmp_path / "new", 0.2), held_out(tmp_path / "text.jsonl")
-    result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
+    result = migrate(
+        root / "old",
+        new,
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(examples=16),
+        apply=ApplyConfig(distill=QUICK),
+    )
     assert result.choice is not None
     for name in ("copy", "lstsq", "paper"):
-        migrate(root / "old", new, root / "adapter", tmp_path / name, method=name, examples=16)
+        migrate(root / "old", new, root / "adapter", tmp_path / name, plan=PlanConfig(method=name, examples=16))
         found = verify(
-            root / "old", root / "adapter", new, tmp_path / name, text=text, max_tokens=32, examples=TEXTS, bootstrap=1
+            root / "old",
+            root / "adapter",
+            new,
+            tmp_path / name,
+            config=VerifyConfig(text=text, max_tokens=32, examples=TEXTS, bootstrap=1),
         )
         assert found.effect is not None
         assert found.effect.carried.kl_share.value == pytest.approx(
@@ -231,12 +271,19 @@ def test_auto_judges_what_is_written_as_verify_does(root: Path, tmp_path: Path) 
 
 def test_a_saved_plan_of_auto_chooses_for_each_adapter(root: Path, tmp_path: Path) -> None:
     new = moved(tmp_path / "new", 0.05, everywhere=True)
-    TransferPlan.build(root / "old", new, examples=16).save(tmp_path / "plan")
+    TransferPlan.build(root / "old", new, config=PlanConfig(examples=16)).save(tmp_path / "plan")
     plan = TransferPlan.load(tmp_path / "plan")
     assert "apply chooses among copy, lstsq, paper, distill" in plan.method
-    result = plan.apply(root / "adapter", tmp_path / "out", settings=QUICK)
+    result = plan.apply(root / "adapter", tmp_path / "out", config=ApplyConfig(distill=QUICK))
     assert result.plan.options["method"] == "copy"
-    migrate(root / "old", new, root / "adapter", tmp_path / "whole", examples=16, settings=QUICK)
+    migrate(
+        root / "old",
+        new,
+        root / "adapter",
+        tmp_path / "whole",
+        plan=PlanConfig(examples=16),
+        apply=ApplyConfig(distill=QUICK),
+    )
     assert (tmp_path / "whole" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
@@ -253,10 +300,16 @@ def test_a_choice_interrupted_at_its_end_goes_on_to_the_same_bits(root: Path, tm
 
     arguments = root / "old", new, root / "adapter"
     with pytest.raises(Stop):
-        migrate(*arguments, tmp_path / "out", examples=16, settings=QUICK, progress=interrupt)
+        migrate(
+            *arguments,
+            tmp_path / "out",
+            plan=PlanConfig(examples=16),
+            apply=ApplyConfig(distill=QUICK),
+            runtime=Runtime(progress=interrupt),
+        )
     assert not (tmp_path / "out").exists()
-    migrate(*arguments, tmp_path / "out", examples=16, settings=QUICK)
-    migrate(*arguments, tmp_path / "whole", examples=16, settings=QUICK)
+    migrate(*arguments, tmp_path / "out", plan=PlanConfig(examples=16), apply=ApplyConfig(distill=QUICK))
+    migrate(*arguments, tmp_path / "whole", plan=PlanConfig(examples=16), apply=ApplyConfig(distill=QUICK))
     for name in (WEIGHTS, "adapter_config.json", "README.md"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "out", "whole"]
@@ -268,7 +321,14 @@ def test_a_plan_of_the_chosen_method_can_be_saved_and_applied(root: Path, tmp_pa
         patch.setattr(
             "lorasuite_fast.pipeline.plan.choose", lambda judged, out: choose({"lstsq": judged["lstsq"]}, out)
         )
-        result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
+        result = migrate(
+            root / "old",
+            new,
+            root / "adapter",
+            tmp_path / "out",
+            plan=PlanConfig(examples=16),
+            apply=ApplyConfig(distill=QUICK),
+        )
     assert result.plan.options["method"] == "lstsq"
     result.plan.save(tmp_path / "plan")
     TransferPlan.load(tmp_path / "plan").apply(root / "adapter", tmp_path / "again")
@@ -278,7 +338,14 @@ def test_a_plan_of_the_chosen_method_can_be_saved_and_applied(root: Path, tmp_pa
 def test_a_rank_asked_for_leaves_only_distill(root: Path, tmp_path: Path) -> None:
     new = moved(tmp_path / "new", 0.2)
     settings = Settings(rank=2, max_tokens=32)
-    result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=settings)
+    result = migrate(
+        root / "old",
+        new,
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(examples=16),
+        apply=ApplyConfig(distill=settings),
+    )
     assert result.choice is None
     assert result.plan.options["method"] == "distill"
 
@@ -351,7 +418,9 @@ def test_unlike_weights_of_one_shape_are_strangers(root: Path, tmp_path: Path) -
 def test_verify_tells_the_kind_of_relatives(share: float | None, kind: str, root: Path, tmp_path: Path) -> None:
     new = root / "old" if share is None else moved(tmp_path / "new", share)
     report = tmp_path / "report.html"
-    result = verify(root / "old", None, new, None, examples=8, max_tokens=32, report=report)
+    result = verify(
+        root / "old", None, new, None, config=VerifyConfig(examples=8, max_tokens=32), runtime=Runtime(report=report)
+    )
     assert result.relatives is not None
     assert result.relatives["kind"] == kind
     assert result.relatives["sentence"] in report.read_text().replace("&#x27;", "'")
@@ -360,7 +429,7 @@ def test_verify_tells_the_kind_of_relatives(share: float | None, kind: str, root
 
 
 def test_a_plans_summary_tells_the_kind_of_relatives(root: Path, tmp_path: Path) -> None:
-    plan = TransferPlan.build(root / "old", moved(tmp_path / "new", 0.2), method="copy", examples=8)
+    plan = TransferPlan.build(root / "old", moved(tmp_path / "new", 0.2), config=PlanConfig(method="copy", examples=8))
     assert plan.summary()["relatives"].startswith("One model trained on from the other (projections up to 20.0% apart")
     plan.save(tmp_path / "plan")
     printed = CliRunner(env={"COLUMNS": "100"}).invoke(app, ["inspect", str(tmp_path / "plan")])
@@ -392,7 +461,7 @@ def test_a_plan_with_unknown_candidates_or_relatives_is_refused(
 @pytest.fixture(scope="module")
 def plan_header(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Tensor], Any]:
     folder = tmp_path_factory.mktemp("plan")
-    TransferPlan.build(root / "old", moved(folder / "new", 0.2), examples=8).save(folder / "plan")
+    TransferPlan.build(root / "old", moved(folder / "new", 0.2), config=PlanConfig(examples=8)).save(folder / "plan")
     plan = TransferPlan.load(folder / "plan")
     from safetensors import safe_open
 

@@ -17,7 +17,17 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, finetune, migrate, verify
+from lorasuite_fast import (
+    FinetuneConfig,
+    LoraSuiteError,
+    PlanConfig,
+    Runtime,
+    TransferPlan,
+    VerifyConfig,
+    finetune,
+    migrate,
+    verify,
+)
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.reporting import figures
@@ -76,20 +86,45 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     models = root / "old", root / "new"
     found: dict[str, Any] = {}
     found["lstsq"] = migrate(
-        *models, root / "a<b>&c", root / "lstsq", method="lstsq", examples=8, report=root / "lstsq.html"
+        *models,
+        root / "a<b>&c",
+        root / "lstsq",
+        plan=PlanConfig(method="lstsq", examples=8),
+        runtime=Runtime(report=root / "lstsq.html"),
     )
     found["distill"] = migrate(
-        *models, root / "a<b>&c", root / "distill", method="distill", examples=8, report=root / "distill.html"
+        *models,
+        root / "a<b>&c",
+        root / "distill",
+        plan=PlanConfig(method="distill", examples=8),
+        runtime=Runtime(report=root / "distill.html"),
     )
-    found["plan"] = TransferPlan.build(*models, method="paper", examples=8, report=root / "plan.html")
+    found["plan"] = TransferPlan.build(
+        *models, config=PlanConfig(method="paper", examples=8), runtime=Runtime(report=root / "plan.html")
+    )
     adapters = (root / "old", root / "a<b>&c", root / "new", root / "lstsq")
-    found["verify"] = verify(*adapters, examples=8, max_tokens=64, bootstrap=20, report=root / "verify.html")
-    found["base"] = verify(root / "old", None, root / "new", None, examples=8, report=root / "base.html")
+    found["verify"] = verify(
+        *adapters,
+        config=VerifyConfig(examples=8, max_tokens=64, bootstrap=20),
+        runtime=Runtime(report=root / "verify.html"),
+    )
+    found["base"] = verify(
+        root / "old",
+        None,
+        root / "new",
+        None,
+        config=VerifyConfig(examples=8),
+        runtime=Runtime(report=root / "base.html"),
+    )
     data = [{"prompt": f"question {n}?", "completion": f" answer {n}"} for n in range(10)]
     found["finetune"] = finetune(
-        root / "new", root / "lstsq", data, root / "tuned", steps=2, batch=4, validation=0.2, save_every=1,
-        report=root / "finetune.html",
-    )  # fmt: skip
+        root / "new",
+        root / "lstsq",
+        data,
+        root / "tuned",
+        config=FinetuneConfig(steps=2, batch=4, validation=0.2, save_every=1),
+        runtime=Runtime(report=root / "finetune.html"),
+    )
     found["refine"] = refinement()
     write_report(found["refine"], root / "refine.html")
     return SimpleNamespace(root=root, names=sorted(found), **found)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from flat_options import given
 from typer.testing import CliRunner
 
-from lorasuite_fast import TransferPlan, migrate
+from lorasuite_fast import PlanConfig, Runtime, TransferPlan, migrate
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.errors import LoraSuiteError
 from lorasuite_fast.io.work import Work, clean_up, work_folder
@@ -56,7 +57,11 @@ def test_an_interrupted_build_goes_on_to_the_same_bits(
     pair: tuple[Path, Path], whole: bytes, tmp_path: Path, fraction: float
 ) -> None:
     steps: list[tuple[str, int]] = []
-    TransferPlan.build(*pair, examples=EXAMPLES, progress=lambda phase, done, _: steps.append((phase, done)))
+    TransferPlan.build(
+        *pair,
+        config=PlanConfig(examples=EXAMPLES),
+        runtime=Runtime(progress=lambda phase, done, _: steps.append((phase, done))),
+    )
     stop_at = int(fraction * len(steps))
     seen = 0
 
@@ -68,8 +73,8 @@ def test_an_interrupted_build_goes_on_to_the_same_bits(
 
     options = {"examples": EXAMPLES, "work": tmp_path / "work"}
     with pytest.raises(Stop):
-        TransferPlan.build(*pair, progress=interrupt, **options)
-    plan = TransferPlan.build(*pair, **options)
+        TransferPlan.build(*pair, **given(TransferPlan.build, progress=interrupt, **options))
+    plan = TransferPlan.build(*pair, **given(TransferPlan.build, **options))
     plan.save(tmp_path / "plan")
     plan.finish()
     assert (tmp_path / "plan").read_bytes() == whole
@@ -80,14 +85,14 @@ def test_what_is_finished_is_not_done_again(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = tmp_path / "work"
-    TransferPlan.build(*pair, examples=EXAMPLES, work=work)
+    TransferPlan.build(*pair, config=PlanConfig(examples=EXAMPLES), work=work)
     for module, name in (
         ("transfer.compare", "build_transfer"),
         ("transfer.compare", "LayerStream"),
         ("transfer.build", "_pair"),
     ):
         monkeypatch.setattr(f"lorasuite_fast.{module}.{name}", lambda *_, **__: pytest.fail("done again"))
-    TransferPlan.build(*pair, examples=EXAMPLES, work=work)
+    TransferPlan.build(*pair, config=PlanConfig(examples=EXAMPLES), work=work)
 
 
 def test_a_build_killed_at_random_moments_ends_with_the_same_bits(
@@ -135,18 +140,18 @@ def test_another_input_does_not_resume_and_says_why(
     pair: tuple[Path, Path], tmp_path: Path, changed: dict[str, object], named: str
 ) -> None:
     options: dict[str, object] = {"examples": EXAMPLES, "work": tmp_path / "work"}
-    TransferPlan.build(*pair, **options)  # type: ignore[arg-type]
+    TransferPlan.build(*pair, **given(TransferPlan.build, **options))  # type: ignore[arg-type]
     before = sorted(path.name for path in (tmp_path / "work").iterdir())
     with pytest.raises(LoraSuiteError, match=f"unfinished work of another run, with {named}"):
-        TransferPlan.build(*pair, **options | changed)  # type: ignore[arg-type]
+        TransferPlan.build(*pair, **given(TransferPlan.build, **options | changed))  # type: ignore[arg-type]
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == before
 
 
 def test_a_model_replaced_in_between_does_not_resume(pair: tuple[Path, Path], tmp_path: Path) -> None:
     other = save_folder(tiny_model("llama", 7, layers=6), tiny_tokenizer(320), tmp_path / "other")
-    TransferPlan.build(*pair, examples=EXAMPLES, work=tmp_path / "work")
+    TransferPlan.build(*pair, config=PlanConfig(examples=EXAMPLES), work=tmp_path / "work")
     with pytest.raises(LoraSuiteError, match="unfinished work of another run, with old model"):
-        TransferPlan.build(other, pair[1], examples=EXAMPLES, work=tmp_path / "work")
+        TransferPlan.build(other, pair[1], config=PlanConfig(examples=EXAMPLES), work=tmp_path / "work")
 
 
 def test_two_builds_of_one_output_do_not_meet(tmp_path: Path) -> None:
@@ -223,18 +228,18 @@ def test_a_plan_refused_at_its_end_leaves_no_work_behind(pair: tuple[Path, Path]
 
 def test_a_damaged_part_is_made_again(pair: tuple[Path, Path], whole: bytes, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    TransferPlan.build(*pair, examples=EXAMPLES, work=work)
+    TransferPlan.build(*pair, config=PlanConfig(examples=EXAMPLES), work=work)
     for name in ("transfer", "old.gram.3", "new.state.0", "pair.*"):
         path = next(work.glob(f"{name}.safetensors"))
         path.write_bytes(path.read_bytes()[:-5])
-    plan = TransferPlan.build(*pair, examples=EXAMPLES, work=work)
+    plan = TransferPlan.build(*pair, config=PlanConfig(examples=EXAMPLES), work=work)
     plan.save(tmp_path / "plan")
     assert (tmp_path / "plan").read_bytes() == whole
 
 
 def test_migrate_leaves_no_work_behind(pair: tuple[Path, Path], tmp_path: Path) -> None:
     adapter = random_adapter(pair[0], tmp_path / "adapter", targets=["q_proj", "o_proj"], rank=2, alpha=4, seed=0)
-    migrate(*pair, adapter, tmp_path / "out", examples=EXAMPLES)
+    migrate(*pair, adapter, tmp_path / "out", plan=PlanConfig(examples=EXAMPLES))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "out"]
 
 
@@ -242,5 +247,5 @@ def test_a_migration_refused_for_its_adapter_leaves_no_work_behind(pair: tuple[P
     adapter = random_adapter(pair[0], tmp_path / "adapter", targets=["q_proj"], rank=2, alpha=4, seed=0)
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(LoraSuiteError):
-        migrate(*pair, adapter, tmp_path / "out", examples=EXAMPLES)
+        migrate(*pair, adapter, tmp_path / "out", plan=PlanConfig(examples=EXAMPLES))
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

@@ -10,9 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from lorasuite_fast import FinetuneConfig, RefineConfig
 from lorasuite_fast.errors import LoraSuiteError
 from lorasuite_fast.text.samples import Sample
-from lorasuite_fast.training.retention import RETAIN_WEIGHT, check_retain_weight, kept_batch, kept_samples, summed_shift
+from lorasuite_fast.training.retention import kept_batch, kept_samples, summed_shift
 
 from planted import tiny_model, tiny_tokenizer
 
@@ -82,14 +83,15 @@ def test_half_precision_predictions_are_compared_in_float32(model: Any) -> None:
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
 def test_a_weight_that_keeps_nothing_or_everything_is_refused(weight: float) -> None:
-    check_retain_weight(1e-3)
-    with pytest.raises(LoraSuiteError, match="must be above 0"):
-        check_retain_weight(weight)
+    for config in (RefineConfig, FinetuneConfig):
+        config(retain_weight=1e-3)
+        with pytest.raises(LoraSuiteError, match="must be above 0"):
+            config(retain_weight=weight)
 
 
 def test_the_default_weight_is_the_measured_one() -> None:
     """bench/reports/quality.md was measured with it."""
-    assert RETAIN_WEIGHT == 0.3
+    assert RefineConfig().retain_weight == FinetuneConfig().retain_weight == 0.3
 
 
 def test_shipped_text_is_kept_whole_up_to_the_cut_off_and_none_is_none() -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from flat_options import given
 from scipy.linalg import orthogonal_procrustes
 from scipy.stats import ortho_group
 from torch import Tensor
 from typer.testing import CliRunner
 
-from lorasuite_fast import TransferPlan
+from lorasuite_fast import PlanConfig, TransferPlan
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.errors import LoraSuiteError
 from lorasuite_fast.transfer.compare import _minibatches
@@ -240,7 +241,9 @@ def test_every_measure_finds_the_layers_of_a_planted_upgrade(
     measure: str, examples: int, upgrade: tuple[Path, Planted], tmp_path: Path
 ) -> None:
     root, planted = upgrade
-    plan = TransferPlan.build(root / "old", root / "new", examples=examples, roles=("q",), similarity=measure)
+    plan = TransferPlan.build(
+        root / "old", root / "new", config=PlanConfig(examples=examples, roles=("q",), similarity=measure)
+    )
     assert planted.layer_map != list(range(4))
     assert plan.layers == {j: i for i, j in enumerate(planted.layer_map)}
     table = plan.tensors["cka"]
@@ -258,7 +261,9 @@ def test_several_minibatches_of_a_build_are_averaged(
     root, planted = upgrade
     monkeypatch.setattr("lorasuite_fast.transfer.compare._MINIBATCH", 10)
     assert len(_minibatches(24)) == 3
-    plan = TransferPlan.build(root / "old", root / "new", examples=24, roles=("q",), similarity="procrustes")
+    plan = TransferPlan.build(
+        root / "old", root / "new", config=PlanConfig(examples=24, roles=("q",), similarity="procrustes")
+    )
     assert plan.layers == {j: i for i, j in enumerate(planted.layer_map)}
 
 
@@ -273,11 +278,15 @@ def test_cka_is_that_of_the_kernels_to_the_bit() -> None:
 def test_work_of_another_measure_is_not_taken_up(upgrade: tuple[Path, Planted], tmp_path: Path) -> None:
     root, _ = upgrade
     options = {"examples": 8, "roles": ("q",), "work": tmp_path / "work"}
-    TransferPlan.build(root / "old", root / "new", similarity="pwcca", **options)
-    again = TransferPlan.build(root / "old", root / "new", similarity="pwcca", **options)
+    TransferPlan.build(root / "old", root / "new", **given(TransferPlan.build, similarity="pwcca", **options))
+    again = TransferPlan.build(root / "old", root / "new", **given(TransferPlan.build, similarity="pwcca", **options))
     with pytest.raises(LoraSuiteError, match="with option similarity"):
-        TransferPlan.build(root / "old", root / "new", **options)
-    fresh = TransferPlan.build(root / "old", root / "new", similarity="pwcca", **options | {"work": tmp_path / "other"})
+        TransferPlan.build(root / "old", root / "new", **given(TransferPlan.build, **options))
+    fresh = TransferPlan.build(
+        root / "old",
+        root / "new",
+        **given(TransferPlan.build, similarity="pwcca", **options | {"work": tmp_path / "other"}),
+    )
     assert torch.equal(again.tensors["cka"], fresh.tensors["cka"])
 
 
@@ -338,13 +347,15 @@ def test_an_unknown_ablation_is_refused_with_the_known_ones(
 def test_python_refuses_an_unknown_ablation(option: str, upgrade: tuple[Path, Planted]) -> None:
     root, _ = upgrade
     with pytest.raises(LoraSuiteError, match="'nonsense' is not one of"):
-        TransferPlan.build(root / "old", root / "new", **{option: "nonsense"})
+        TransferPlan.build(root / "old", root / "new", **given(TransferPlan.build, **{option: "nonsense"}))
 
 
 def test_identity_heads_and_identity_transfer_leave_their_traces_in_the_plan(upgrade: tuple[Path, Planted]) -> None:
     root, _ = upgrade
     plan = TransferPlan.build(
-        root / "old", root / "narrow", examples=8, roles=("q",), heads="identity", transfer="identity", method="lstsq"
+        root / "old",
+        root / "narrow",
+        config=PlanConfig(examples=8, roles=("q",), heads="identity", transfer="identity", method="lstsq"),
     )
     assert torch.equal(plan.tensors["W_h"], torch.eye(32))
     for j in plan.layers:

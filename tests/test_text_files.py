@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from flat_options import given
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast import ApplyConfig, LoraSuiteError, PlanConfig, TransferPlan, migrate
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.evaluation.labelled import load_labelled
 from lorasuite_fast.io import text_files
@@ -123,7 +124,9 @@ def test_a_pipe_that_a_plan_names_is_not_waited_for(root: Path, tmp_path: Path) 
     (tmp_path / "text.txt").write_text(
         "some text to compare\n" * 2 + "".join(f"{n} words in a line\n" * 40 for n in range(40))
     )
-    plan = TransferPlan.build(root / "old", root / "new", method="distill", calibration=tmp_path / "text.txt")
+    plan = TransferPlan.build(
+        root / "old", root / "new", config=PlanConfig(method="distill", calibration=tmp_path / "text.txt")
+    )
     (tmp_path / "text.txt").unlink()
     os.mkfifo(tmp_path / "text.txt")
     with pytest.raises(LoraSuiteError, match=r"text\.txt: is a pipe, not a regular file; pass a text file of your own"):
@@ -140,8 +143,10 @@ def test_a_text_that_is_read_twice_is_no_pipe(root: Path, tmp_path: Path) -> Non
         {"finetune": [{"text": "a"}], "finetune_options": {"retain": tmp_path / "text.jsonl"}},
     ):
         with pytest.raises(LoraSuiteError, match="is a pipe, and this run reads the text more than once; save it"):
-            migrate(*models, **options)
-    plan = TransferPlan.build(root / "old", root / "new", method="distill")
+            migrate(*models, **given(migrate, **options))
+    plan = TransferPlan.build(root / "old", root / "new", config=PlanConfig(method="distill"))
     with pytest.raises(LoraSuiteError, match="reads the text more than once"):
-        plan.apply_all([root / "adapter", root / "old"], tmp_path / "all", text=tmp_path / "text.jsonl")
+        plan.apply_all(
+            [root / "adapter", root / "old"], tmp_path / "all", config=ApplyConfig(text=tmp_path / "text.jsonl")
+        )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.jsonl"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorasuite_fast import VerifyConfig
 from lorasuite_fast.errors import LoraSuiteError
 from lorasuite_fast.evaluation.labelled import load_labelled
 from lorasuite_fast.evaluation.measures import Interval
@@ -157,4 +158,4 @@ def test_a_sample_of_labelled_text_is_seeded_and_in_the_order_of_the_file(tmp_pa
 
 def test_one_token_predicts_nothing() -> None:
     with pytest.raises(LoraSuiteError, match="max_tokens is 1 and must be at least 2"):
-        verify("old", None, "new", None, max_tokens=1)
+        verify("old", None, "new", None, config=VerifyConfig(max_tokens=1))

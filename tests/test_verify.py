@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flat_options import given
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from typer.testing import CliRunner
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate, verify
+from lorasuite_fast import LoraSuiteError, PlanConfig, Runtime, TransferPlan, VerifyConfig, migrate, verify
 from lorasuite_fast.adapters.aligned_states import Head, States
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.evaluation import base_fit
@@ -80,7 +81,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     planted.save(root / "new")
     # Small, so that twice the adapter has about twice the effect.
     random_adapter(root / "old", root / "adapter", targets=ALL, rank=4, alpha=8, seed=0, size=0.04)
-    migrate(root / "old", root / "new", root / "adapter", root / "migrated", examples=48)
+    migrate(root / "old", root / "new", root / "adapter", root / "migrated", plan=PlanConfig(examples=48))
     edited(root / "migrated", root / "double", scaled(2))
     edited(root / "migrated", root / "flipped", scaled(-1))
     edited(root / "migrated", root / "zero", scaled(0))
@@ -100,7 +101,9 @@ def outcome(root: Path) -> Callable[[str], Verification]:
     def of(variant: str) -> Verification:
         if variant not in found:
             new, adapter = ("far", "far adapter") if variant == "unrelated model" else ("new", variant)
-            found[variant] = verify(root / "old", root / "adapter", root / new, root / adapter, **QUICK)
+            found[variant] = verify(
+                root / "old", root / "adapter", root / new, root / adapter, **given(verify, **QUICK)
+            )
         return found[variant]
 
     return of
@@ -205,7 +208,9 @@ def test_intervals_hold_the_figure_and_come_from_the_seed(root: Path, tmp_path: 
     # All of them are read, whatever the seed: it moves the resamples and the shuffled control, and no figure else.
     options["text"].write_text("".join(json.dumps({"text": text}) + "\n" for text in load_examples(None, 6, 0)))
     pair = (root / "old", root / "adapter", root / "new", root / "double")
-    first, again, other = (verify(*pair, **options, seed=seed).as_dict()["effect"] for seed in (0, 0, 1))
+    first, again, other = (
+        verify(*pair, **given(verify, **options, seed=seed)).as_dict()["effect"] for seed in (0, 0, 1)
+    )
     assert first == again
     for name in ("cosine", "explained_share", "kl_share"):
         one, two = (effect["carried"][name] for effect in (first, other))
@@ -251,7 +256,7 @@ def test_the_verdict_follows_from_what_the_change_is_made_of(change: Any, kind: 
 
 def test_shares_of_a_divergence_that_is_none_have_no_value(root: Path) -> None:
     edited(root / "adapter", root / "old zero", scaled(0))
-    result = verify(root / "old", root / "old zero", root / "new", root / "migrated", **QUICK)
+    result = verify(root / "old", root / "old zero", root / "new", root / "migrated", **given(verify, **QUICK))
     assert result.kind == "nothing to carry"
     assert result.effect is not None
     for likeness in (result.effect.carried, result.effect.shuffled):
@@ -263,9 +268,9 @@ def test_more_tokens_than_a_model_has_learned_positions_for_are_refused(root: Pa
     config = GPT2Config(vocab_size=420, n_positions=32, n_embd=32, n_layer=2, n_head=2)
     save_folder(AutoModelForCausalLM.from_config(config), tiny_tokenizer(420, seed=0), tmp_path / "gpt2")
     pair = (root / "old", None, tmp_path / "gpt2", None)
-    assert verify(*pair, **(QUICK | {"max_tokens": 30})).kind == "nothing"
+    assert verify(*pair, **given(verify, **QUICK | {"max_tokens": 30})).kind == "nothing"
     with pytest.raises(LoraSuiteError, match=r"gpt2: has learned positions for 32 tokens.*`max_tokens`"):
-        verify(*pair, **QUICK)
+        verify(*pair, **given(verify, **QUICK))
 
 
 # An independent recount: whole logits in float64, plain loops over positions.
@@ -473,7 +478,11 @@ def test_figures_are_those_of_a_dense_recount_in_float64(root: Path, model_type:
     random_adapter(tmp_path / "new", tmp_path / "tuned", targets=OTHERS[model_type][1], rank=2, alpha=4, seed=4)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     folders = (root / "old", root / "adapter", tmp_path / "new", tmp_path / "tuned")
-    result = verify(*folders, text=tmp_path / "text.jsonl", max_tokens=40, seed=2, device="cpu")
+    result = verify(
+        *folders,
+        config=VerifyConfig(text=tmp_path / "text.jsonl", max_tokens=40, seed=2),
+        runtime=Runtime(device="cpu"),
+    )
     whole = dense(folders, TEXTS, 40)
     assert result.facts["positions"] == len(whole.o_0)
     assert result.facts["shared_tokens"] == whole.o_0.shape[1]
@@ -487,7 +496,9 @@ def test_bits_per_byte_score_every_token_once_in_windows(root: Path, tmp_path: P
     file.write_text("".join(json.dumps(example) + "\n" for example in examples))
     window = 8
     pairs = {"old": (root / "old", root / "adapter"), "far": (root / "far", root / "far adapter")}
-    result = verify(*pairs["old"], *pairs["far"], labelled=file, **(QUICK | {"max_tokens": window})).bits_per_byte
+    result = verify(
+        *pairs["old"], *pairs["far"], **given(verify, labelled=file, **QUICK | {"max_tokens": window})
+    ).bits_per_byte
     assert result is not None
     found = {"old": (result.old, result.old_adapted), "far": (result.new, result.new_adapted)}
     for name, (folder, adapter) in pairs.items():
@@ -525,7 +536,7 @@ def test_labelled_text_shows_the_gain_of_both_sides(root: Path, tmp_path: Path) 
     file = tmp_path / "labelled.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     migrated = (root / "old", root / "adapter", root / "new", root / "migrated")
-    result = verify(*migrated, labelled=file, **QUICK).bits_per_byte
+    result = verify(*migrated, **given(verify, labelled=file, **QUICK)).bits_per_byte
     assert result is not None
     assert result.old_gain is not None
     assert result.new_gain is not None
@@ -537,7 +548,7 @@ def test_labelled_text_shows_the_gain_of_both_sides(root: Path, tmp_path: Path) 
 
 
 def test_a_planted_upgrade_is_predicted_to_carry(root: Path) -> None:
-    result = verify(root / "old", None, root / "new", None, **QUICK)
+    result = verify(root / "old", None, root / "new", None, **given(verify, **QUICK))
     assert result.kind == "exact"
     fit = result.fit
     assert fit is not None
@@ -553,8 +564,15 @@ def test_a_planted_upgrade_is_predicted_to_carry(root: Path) -> None:
 def test_fit_and_layer_map_are_those_of_a_plan(root: Path) -> None:
     """Of one pair, on the same text, `verify` and `migrate` tell the same figures."""
     for new in ("new", "far"):
-        plan = TransferPlan.build(root / "old", root / new, roles=("q",), method="distill", device="cpu", examples=8)
-        fit = verify(root / "old", None, root / new, None, device="cpu", examples=8).fit
+        plan = TransferPlan.build(
+            root / "old",
+            root / new,
+            config=PlanConfig(roles=("q",), method="distill", examples=8),
+            runtime=Runtime(device="cpu"),
+        )
+        fit = verify(
+            root / "old", None, root / new, None, runtime=Runtime(device="cpu"), config=VerifyConfig(examples=8)
+        ).fit
         assert fit is not None
         assert (fit.embedding_r2, fit.embedding_r2_back) == pytest.approx((plan.facts["r2"], plan.facts["r2_back"]))
         assert fit.layer_map == plan.layers
@@ -563,7 +581,7 @@ def test_fit_and_layer_map_are_those_of_a_plan(root: Path) -> None:
 
 
 def test_too_little_text_for_the_hidden_states_does_not_spoil_the_prediction(root: Path) -> None:
-    result = verify(root / "old", None, root / "old", None, **(QUICK | {"max_tokens": 4}))
+    result = verify(root / "old", None, root / "old", None, **given(verify, **QUICK | {"max_tokens": 4}))
     assert result.fit is not None
     assert result.fit.layers[-1].r2 is not None
     assert result.fit.layers[-1].r2 < 0.99
@@ -571,7 +589,7 @@ def test_too_little_text_for_the_hidden_states_does_not_spoil_the_prediction(roo
 
 
 def test_unrelated_models_are_predicted_to_carry_nothing(root: Path) -> None:
-    result = verify(root / "old", None, root / "far", None, **QUICK)
+    result = verify(root / "old", None, root / "far", None, **given(verify, **QUICK))
     assert result.kind == "nothing"
     assert result.fit is not None
     assert result.fit.unembedding_r2 is not None
@@ -635,13 +653,13 @@ def test_help_shows_both_forms() -> None:
 
 def test_an_adapter_of_the_other_model_is_refused(root: Path) -> None:
     with pytest.raises(LoraSuiteError, match="is it an adapter of"):
-        verify(root / "old", root / "migrated", root / "new", root / "migrated", **QUICK)
+        verify(root / "old", root / "migrated", root / "new", root / "migrated", **given(verify, **QUICK))
 
 
 def test_an_adapter_with_a_missing_factor_is_refused(root: Path, tmp_path: Path) -> None:
     lame = edited(root / "adapter", tmp_path / "lame", lambda t: dict(sorted(t.items())[1:]))
     with pytest.raises(LoraSuiteError, match="lacks weights"):
-        verify(root / "old", lame, root / "new", root / "migrated", **QUICK)
+        verify(root / "old", lame, root / "new", root / "migrated", **given(verify, **QUICK))
 
 
 def test_an_adapter_with_a_factor_too_many_is_refused(root: Path, tmp_path: Path) -> None:
@@ -649,18 +667,18 @@ def test_an_adapter_with_a_factor_too_many_is_refused(root: Path, tmp_path: Path
     extra = {name.format("A"): torch.zeros(4, 32), name.format("B"): torch.zeros(32, 4)}
     stray = edited(root / "adapter", tmp_path / "stray", lambda t: t | extra)
     with pytest.raises(LoraSuiteError, match=r"no place for .*layers\.9"):
-        verify(root / "old", stray, root / "new", root / "migrated", **QUICK)
+        verify(root / "old", stray, root / "new", root / "migrated", **given(verify, **QUICK))
 
 
 def test_nan_in_an_adapter_is_named(root: Path, tmp_path: Path) -> None:
     broken = edited(root / "migrated", tmp_path / "broken", scaled(float("nan")))
     with pytest.raises(LoraSuiteError, match=r"broken gives NaN or infinity"):
-        verify(root / "old", root / "adapter", root / "new", broken, **QUICK)
+        verify(root / "old", root / "adapter", root / "new", broken, **given(verify, **QUICK))
 
 
 def test_one_adapter_alone_is_refused(root: Path) -> None:
     with pytest.raises(LoraSuiteError, match="both adapters, or none"):
-        verify(root / "old", root / "adapter", root / "new", None, **QUICK)
+        verify(root / "old", root / "adapter", root / "new", None, **given(verify, **QUICK))
 
 
 @pytest.mark.parametrize(
@@ -671,4 +689,4 @@ def test_a_labelled_file_that_cannot_be_used_is_named(root: Path, tmp_path: Path
     file = tmp_path / "bad.jsonl"
     file.write_text(line + "\n")
     with pytest.raises(LoraSuiteError, match=complaint):
-        verify(root / "old", None, root / "new", None, labelled=file, **QUICK)
+        verify(root / "old", None, root / "new", None, **given(verify, labelled=file, **QUICK))

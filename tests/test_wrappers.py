@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorasuite_fast import LoraSuiteError, migrate, verify
+from lorasuite_fast import LoraSuiteError, PlanConfig, VerifyConfig, migrate, verify
 from lorasuite_fast.adapters.adapter import read_adapter
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.family_table import WRAPPERS
@@ -111,7 +111,7 @@ def test_every_wrapper_of_the_table_is_tried() -> None:
 def test_a_wrapped_upgrade_gets_the_effect_under_the_keys_of_its_class(wrapper: str, tmp_path: Path) -> None:
     made = upgrade(wrapper, tmp_path)
     folders = [tmp_path / name for name in ("old", "new", "adapter", "out")]
-    result = migrate(*folders, examples=24)
+    result = migrate(*folders, plan=PlanConfig(examples=24))
     assert result.plan.options["method"] == "lstsq"
     assert result.plan.layers == {j: i for i, j in enumerate(made.layer_map)}
     ids_o, ids_n = made.random_ids(3, 24, 0)
@@ -209,12 +209,18 @@ def test_an_unknown_text_inside_a_wrapper_is_named(gemma: Path, tmp_path: Path) 
 
 def test_a_wrapper_is_verified_and_its_text_alone_carries_to_it(gemma: Path, tmp_path: Path) -> None:
     """From the text's class to the wrapper: one family, so that the adapter may be copied; both are read whole."""
-    migrate(gemma / "text", gemma / "old", gemma / "adapter", tmp_path / "out", method="copy")
+    migrate(gemma / "text", gemma / "old", gemma / "adapter", tmp_path / "out", plan=PlanConfig(method="copy"))
     copied = load_file(tmp_path / "out/adapter_model.safetensors")
     source = load_file(gemma / "adapter/adapter_model.safetensors")
     inside = "base_model.model.model."
     moved = {name.replace(inside, f"{inside}language_model."): t for name, t in source.items()}
     assert copied.keys() == moved.keys()
     assert all(torch.equal(copied[name], t) for name, t in moved.items())
-    found = verify(gemma / "text", gemma / "adapter", gemma / "old", tmp_path / "out", examples=8, max_tokens=32)
+    found = verify(
+        gemma / "text",
+        gemma / "adapter",
+        gemma / "old",
+        tmp_path / "out",
+        config=VerifyConfig(examples=8, max_tokens=32),
+    )
     assert found.effect.carried.cosine.value > 0.9999

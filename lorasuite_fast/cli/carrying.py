@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,112 +11,52 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..config import ApplyConfig, DistillConfig, FinetuneConfig, PlanConfig, RefineConfig, Runtime
+from ..config.fields import MACHINE, OUTPUT
 from ..errors import LoraSuiteError, WriteError
 from .app import app
-from .commands import (
-    check_data,
-    check_distils,
-    check_fill,
-    check_method,
-    check_models,
-    checks,
-    only_for,
-    steps_of,
-)
+from .commands import check_data, check_distils, check_fill, check_method, check_models
+from .given import Given, flags, options_of
 from .given_paths import check_file, check_folder
-from .options import (
-    MACHINE,
-    METHOD,
-    OUTPUT,
-    TEXT,
-    TRAINING,
-    AdapterArgument,
-    AsJson,
-    Calibration,
-    CompletionOnly,
-    Device,
-    Dtype,
-    Epochs,
-    Examples,
-    Fill,
-    FillShare,
-    Fitted,
-    Heads,
-    Layers,
-    Mapped,
-    Memory,
-    MethodName,
-    NewArgument,
-    OldArgument,
-    OutArgument,
-    Overwrite,
-    PlanArgument,
-    Rank,
-    RefineText,
-    RemoteCode,
-    Report,
-    Retain,
-    Ridge,
-    Seed,
-    Similarity,
-    TransferKind,
-    option,
-)
-from .running import DIVERGED, joined_ranks, running, say
+from .options import AdapterArgument, AsJson, NewArgument, OldArgument, OutArgument, Overwrite, PlanArgument, option
+from .running import DIVERGED, checks, joined_ranks, running, say
 from .tables import measure_name, phase_table, print_outcomes, print_result, print_transfer, print_written
 
 if TYPE_CHECKING:
-    from ..distillation.settings import Settings
+    from ..pipeline.plan import TransferPlan
 
-
-def _settings(rank: int | None, layers: int | None, seed: int) -> Settings | None:
-    if rank is None and layers is None:
-        return None
-    from ..distillation.settings import Settings
-
-    return Settings(rank=rank, layers=layers, seed=seed)
+_PLAN = flags(
+    PlanConfig, "calibration", "examples", "layers", "similarity", "heads", "transfer", "method", "seed", "ridge"
+)
+_DISTILL = flags(DistillConfig, "rank", distill_layers="layers")
+_FILL = flags(ApplyConfig, "fill", "fill_share")
+_RUNTIME = flags(Runtime, "device", "dtype", "memory", "mapped", "trust_remote_code", report_file="report")
+_REFINE = flags(
+    RefineConfig,
+    refine="steps",
+    refine_text="text",
+    help={"refine": "Then train without labels: N, auto; 0: no [auto on a GPU]"},
+)
+_FINETUNE = flags(
+    FinetuneConfig,
+    "completion_only",
+    "retain",
+    finetune="data",
+    finetune_epochs="epochs",
+    finetune_rate="learning_rate",
+    help={"finetune_rate": "Learning rate of --finetune [1e-3]"},
+)
 
 
 @app.command()
+@options_of(_PLAN, _DISTILL, _FILL, _REFINE, _FINETUNE, _RUNTIME)
 def migrate(
-    context: typer.Context,
+    given: Given,
     old: OldArgument,
     new: NewArgument,
     adapter: AdapterArgument,
     out: OutArgument,
-    calibration: Calibration = None,
-    examples: Examples = 64,
-    layers: Layers = "cka",
-    similarity: Similarity = "cka",
-    heads: Heads = "hungarian",
-    transfer: TransferKind = "embedding",
-    method: MethodName = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    ridge: Ridge = 0.0,
-    rank: Rank = None,
-    distill_layers: Fitted = None,
-    fill: Fill = "none",
-    fill_share: FillShare = 0.5,
-    refine: Annotated[
-        str | None,
-        option(TRAINING, "STEPS", "Then train without labels: N, auto; 0: no [auto on a GPU]"),
-    ] = None,
-    refine_text: RefineText = None,
-    finetune: Annotated[
-        str | None,
-        option(TRAINING, "DATA", "Then train on labelled data, as `finetune` does"),
-    ] = None,
-    finetune_epochs: Epochs = 3,
-    finetune_rate: Annotated[float, option(TRAINING, "X", "Learning rate of --finetune [1e-3]")] = 1e-3,
-    retain: Retain = None,
-    completion_only: CompletionOnly = False,
-    memory: Memory = None,
-    mapped: Mapped = True,
     overwrite: Overwrite = False,
-    trust_remote_code: RemoteCode = False,
-    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Carry an adapter from OLD to NEW: plan and apply in one step.
@@ -125,84 +66,71 @@ def migrate(
     with checks():
         check_models(old, new)
         check_folder("ADAPTER", adapter, hub=False)
-        check_file("--calibration", calibration, "self")
-        check_file("--refine-text", refine_text, "self")
-        check_file("--retain", retain, "shipped")
-        check_data("--finetune", finetune)
-        check_method(context, method, transfer)
-        check_fill(context, fill)
-        tuned = "the training that --finetune asks for; give both"
-        only_for(context, finetune is not None, tuned, "finetune_epochs", "finetune_rate", "retain", "completion_only")
-        only_for(context, refine != "0", "the training that --refine asks for; give both", "refine_text")
+        plan, runtime = given.make(PlanConfig), given.make(Runtime)
+        apply = given.make(ApplyConfig, distill=given.make(DistillConfig))
+        refine, finetune = _refinement(given), _finetuning(given)
+        check_file("--calibration", plan.calibration, "self")
+        distills = "distillation; leave it out, or pass --method distill"
+        given.only_for(plan.method in ("auto", "distill"), distills, "rank", "distill_layers")
+        check_method(given, plan)
+        check_fill(given, apply.fill)
     with running(as_json) as report:
+        from ..pipeline.migrate import default_refinement
         from ..pipeline.migrate import migrate as run
 
+        if refine is None and given.has(RefineConfig):
+            # A text alone goes with the refinement that is the default on a GPU.
+            refine = default_refinement(runtime.device)
+            if not refine:
+                raise LoraSuiteError("refine_text is for the training that refine asks for; give both")
+            refine = given.make(RefineConfig)
         result = run(
             old,
             new,
             adapter,
             out,
-            calibration=calibration,
-            examples=examples,
-            layers=layers,
-            similarity=similarity,
-            heads=heads,
-            transfer=transfer,
-            method=method,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            ridge=ridge,
-            memory=memory,
-            mapped=mapped,
-            settings=_settings(rank, distill_layers, seed),
-            fill=fill,
-            fill_share=fill_share,
-            refine=None if refine is None else steps_of("--refine", refine),
-            refine_text=refine_text,
+            plan=plan,
+            apply=apply,
+            refine=refine,
             finetune=finetune,
-            finetune_options=None
-            if finetune is None
-            else {
-                "epochs": finetune_epochs,
-                "learning_rate": finetune_rate,
-                "completion_only": completion_only,
-                "retain": retain,
-            },
+            runtime=replace(runtime, progress=report, say=say),
             overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            report=report_file,
-            progress=report,
-            say=say,
         )
-    print_result(result, as_json, report_file)
+    print_result(result, as_json, runtime.report)
     if result.finetuned is not None and result.finetuned.diverged:
         raise typer.Exit(DIVERGED)
 
 
+def _refinement(given: Given) -> RefineConfig | Literal[False] | None:
+    """What --refine and the file's section ask for; None leaves it to `migrate`."""
+    values = given.values(RefineConfig)
+    off = values.get("steps") == 0
+    given.only_for(not off, "the training that --refine asks for; give both", "refine_text")
+    if off:
+        return False
+    check_file("--refine-text", values.get("text"), "self")
+    return given.make(RefineConfig) if given.in_file(RefineConfig) or "steps" in values else None
+
+
+def _finetuning(given: Given) -> FinetuneConfig | None:
+    """What --finetune and the file's section ask for."""
+    values = given.values(FinetuneConfig)
+    check_file("--retain", values.get("retain"), "shipped")
+    check_data("--finetune", values.get("data"))
+    asked = "data" in values or given.in_file(FinetuneConfig)
+    tuned = "the training that --finetune asks for; give both"
+    given.only_for(asked, tuned, "finetune_epochs", "finetune_rate", "retain", "completion_only")
+    return given.make(FinetuneConfig) if asked else None
+
+
 @app.command()
+@options_of(flags(PlanConfig, "roles"), _PLAN, _RUNTIME)
 def plan(
-    context: typer.Context,
+    given: Given,
     old: OldArgument,
     new: NewArgument,
     out: Annotated[Path, typer.Argument(metavar="PLAN", help="File to write, e.g. old-to-new.plan.safetensors.")],
-    roles: Annotated[str, option(METHOD, "ROLES", "Projections: all, attention, mlp, or names like q,v [all]")] = "all",
-    calibration: Calibration = None,
-    examples: Examples = 64,
-    layers: Layers = "cka",
-    similarity: Similarity = "cka",
-    heads: Heads = "hungarian",
-    transfer: TransferKind = "embedding",
-    method: MethodName = "auto",
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    seed: Seed = 0,
-    ridge: Ridge = 0.0,
-    memory: Memory = None,
-    mapped: Mapped = True,
     overwrite: Overwrite = False,
-    trust_remote_code: RemoteCode = False,
-    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Work out how adapters travel from OLD to NEW and save it as one file, for any number of adapters.
@@ -213,41 +141,26 @@ def plan(
     """
     with checks():
         check_models(old, new)
-        check_file("--calibration", calibration, "self")
-        check_method(context, method, transfer)
+        config, runtime = given.make(PlanConfig), given.make(Runtime)
+        check_file("--calibration", config.calibration, "self")
+        check_method(given, config)
     with running(as_json) as report, joined_ranks() as ranks:
         from ..io.output import check_output
         from ..io.work import clean_up, work_folder
-        from ..models.families import ATTENTION, MLP, ROLES
         from ..pipeline.plan import TransferPlan
 
         if ranks.first:
             clean_up(out)
-        given = {"OLD": old, "NEW": new, "--calibration": calibration}
-        check_output(out, overwrite=overwrite, kind="plan", inputs=given)
-        named = {"all": ROLES, "attention": ATTENTION, "mlp": MLP}
+        check_output(
+            out, overwrite=overwrite, kind="plan", inputs={"OLD": old, "NEW": new, "--calibration": config.calibration}
+        )
         built = TransferPlan.build(
             old,
             new,
-            roles=named.get(roles) or tuple(role.strip() for role in roles.split(",")),
-            calibration=calibration,
-            examples=examples,
-            layers=layers,
-            similarity=similarity,
-            heads=heads,
-            transfer=transfer,
-            method=method,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            ridge=ridge,
-            memory=memory,
-            mapped=mapped,
+            config=config,
+            runtime=replace(runtime, progress=report if ranks.first else None),
             work=work_folder(out),
             ranks=ranks,
-            trust_remote_code=trust_remote_code,
-            report=report_file,
-            progress=report if ranks.first else None,
         )
         if ranks.first:
             try:
@@ -258,8 +171,11 @@ def plan(
                 built.finish()
                 raise
             built.finish()
-    if not ranks.first:
-        return
+    if ranks.first:
+        _print_plan(built, out, as_json, runtime.report)
+
+
+def _print_plan(built: TransferPlan, out: Path, as_json: bool, report: Any) -> None:
     if as_json:
         typer.echo(json.dumps(built.summary() | {"plan": str(out)}))
         return
@@ -272,12 +188,25 @@ def plan(
         table.add_row(str(layer["new"]), str(layer["old"]), f"{layer['cka']:.3f}")
     console.print(table)
     console.print(phase_table(built.phases))
-    print_written(console, report_file, out)
+    print_written(console, report, out)
 
 
 @app.command()
+@options_of(
+    flags(ApplyConfig, "text"),
+    _DISTILL,
+    _FILL,
+    flags(
+        Runtime,
+        "memory",
+        "device",
+        "dtype",
+        "trust_remote_code",
+        help={"dtype": "For distill: float32, bfloat16 or float64 [the plan's]"},
+    ),
+)
 def apply(
-    context: typer.Context,
+    given: Given,
     plan_file: PlanArgument,
     adapters: Annotated[
         list[Path], typer.Argument(metavar="ADAPTER [OUT]", help="PEFT LoRA folder, and where to write.")
@@ -285,19 +214,7 @@ def apply(
     out: Annotated[Path | None, option(OUTPUT, "DIR", "Carry every ADAPTER given into DIR/<its name>", "--out")] = None,
     old: Annotated[str | None, option(MACHINE, "OLD", "Where the old model is now; it is checked")] = None,
     new: Annotated[str | None, option(MACHINE, "NEW", "Where the new model is now; it is checked")] = None,
-    text: Annotated[Path | None, option(TEXT, "FILE", "For distill: .jsonl, .txt or self [the plan's text]")] = None,
-    rank: Rank = None,
-    distill_layers: Fitted = None,
-    fill: Fill = "none",
-    fill_share: FillShare = 0.5,
-    memory: Memory = None,
-    device: Device = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float64"] | None,
-        option(MACHINE, "DTYPE", "For distill: float32, bfloat16 or float64 [the plan's]"),
-    ] = None,
     overwrite: Overwrite = False,
-    trust_remote_code: RemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Carry one more adapter with a saved plan, or many; takes seconds each. Under torchrun the processes share them.
@@ -316,28 +233,25 @@ def apply(
                 check_folder(what, model)
         if out is None:
             check_folder("ADAPTER", adapters[0], hub=False)
-        check_file("--text", text, "self")
-        check_fill(context, fill)
-    given: dict[str, Any] = {"old": old, "new": new, "text": text, "fill": fill, "fill_share": fill_share}
-    given |= {"memory": memory, "overwrite": overwrite, "device": device, "dtype": dtype}
-    given["trust_remote_code"] = trust_remote_code
+        config, runtime = given.make(ApplyConfig, distill=given.make(DistillConfig)), given.make(Runtime)
+        check_file("--text", config.text, "self")
+        check_fill(given, config.fill)
+    where: dict[str, Any] = {"old": old, "new": new, "config": config, "overwrite": overwrite}
     if out is None:
         with running(as_json) as report:
             from ..pipeline.plan import TransferPlan
 
             loaded = TransferPlan.from_pretrained(plan_file)
-            check_distils(context, loaded)
-            settings = _settings(rank, distill_layers, loaded.options["seed"])
-            result = loaded.apply(adapters[0], adapters[1], settings=settings, progress=report, **given)
+            check_distils(given, loaded)
+            result = loaded.apply(adapters[0], adapters[1], runtime=replace(runtime, progress=report), **where)
         print_result(result, as_json)
         return
     with running(as_json) as report, joined_ranks() as ranks:
         from ..pipeline.plan import TransferPlan
 
         loaded = TransferPlan.from_pretrained(plan_file)
-        check_distils(context, loaded)
-        settings = _settings(rank, distill_layers, loaded.options["seed"])
-        share = loaded.apply_all(adapters, out, settings=settings, ranks=ranks, progress=report, **given)
+        check_distils(given, loaded)
+        share = loaded.apply_all(adapters, out, ranks=ranks, runtime=replace(runtime, progress=report), **where)
         outcomes = ranks.merge(
             {name: {"error": str(r)} if isinstance(r, LoraSuiteError) else {"out": r.out} for name, r in share.items()}
         )

@@ -2,28 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from .app import app
-from .options import (
-    AsJson,
-    PlanArgument,
-)
-from .running import MEMORY_WORDS, OUT_OF_MEMORY, complain, fail, running
-from .tables import (
-    measure_name,
-    print_diagnosis,
-    print_transfer,
-)
-
-if TYPE_CHECKING:
-    pass
-
 import json
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,25 +12,29 @@ import typer
 from rich.console import Console
 
 from .._version import __version__
-from ..errors import LoraSuiteError, one_line
+from ..errors import one_line
 from ..interrupts import INTERRUPTED, interrupts
+from .app import app
 from .given_paths import check_file, check_folder, same_model
+from .options import (
+    AsJson,
+    PlanArgument,
+)
+from .running import MEMORY_WORDS, OUT_OF_MEMORY, checks, complain, running
+from .tables import (
+    measure_name,
+    print_diagnosis,
+    print_transfer,
+)
 
 if TYPE_CHECKING:
+    from ..config import PlanConfig
     from ..pipeline.plan import TransferPlan
+    from .given import Given
 
 UNEXPECTED = 70
 """Exit code of an error nobody has foreseen, a fault of this program."""
 _DEBUG = "--debug"
-
-
-@contextmanager
-def checks() -> Iterator[None]:
-    """Before anything that takes long to import: what was given is looked at, and refused in one line."""
-    try:
-        yield
-    except LoraSuiteError as error:
-        fail(str(error))
 
 
 def check_models(old: str, new: str) -> None:
@@ -65,41 +50,22 @@ def check_data(what: str, data: str | None) -> None:
         check_file(what, data)
 
 
-def only_for(context: typer.Context, fits: bool, purpose: str, *names: str) -> None:
-    """Refuses options that were given and would be left unused."""
-    for name in names:
-        source = context.get_parameter_source(name)
-        if not fits and source is not None and source.name == "COMMANDLINE":
-            raise LoraSuiteError(f"--{name.replace('_', '-')} is for {purpose}")
-
-
-def check_method(context: typer.Context, method: str, transfer: str) -> None:
+def check_method(given: Given, plan: PlanConfig) -> None:
     """Options of `migrate` and `plan` that go with some methods alone; what `auto` takes is not known yet."""
-    distills = "distillation; leave it out, or pass --method distill"
-    only_for(context, method in ("auto", "distill"), distills, "rank", "distill_layers")
-    only_for(context, method != "distill", "the methods lstsq and paper; leave it out", "heads")
+    given.only_for(plan.method != "distill", "the methods lstsq and paper; leave it out", "heads")
     fitted = "a fitted transfer matrix; leave it out, or pass --transfer embedding"
-    only_for(context, transfer == "embedding", fitted, "ridge")
+    given.only_for(plan.transfer == "embedding", fitted, "ridge")
 
 
-def check_fill(context: typer.Context, fill: str) -> None:
-    only_for(context, fill == "nearest", "--fill nearest; give both", "fill_share")
+def check_fill(given: Given, fill: str) -> None:
+    given.only_for(fill == "nearest", "--fill nearest; give both", "fill_share")
 
 
-def steps_of(option: str, text: str) -> int | str:
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise LoraSuiteError(f"{option} {text}: expected auto or a number of steps") from None
-
-
-def check_distils(context: typer.Context, loaded: TransferPlan) -> None:
+def check_distils(given: Given, loaded: TransferPlan) -> None:
     """Options of `apply` that only a plan by distillation uses."""
     method = loaded.options["method"]
     purpose = f"plans whose method is distill; this one's is {method}, leave it out"
-    only_for(context, method == "distill", purpose, "memory", "dtype")
+    given.only_for(method == "distill", purpose, "memory", "dtype")
 
 
 @app.command()

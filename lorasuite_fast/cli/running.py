@@ -164,6 +164,15 @@ def fail(message: str) -> NoReturn:
 
 
 @contextmanager
+def checks() -> Iterator[None]:
+    """Before anything that takes long to import: what was given is looked at, and refused in one line."""
+    try:
+        yield
+    except LoraSuiteError as error:
+        fail(str(error))
+
+
+@contextmanager
 def running(as_json: bool) -> Iterator[Reporter | None]:
     """Progress on stderr, and every foreseen failure as one line and exit code 2."""
     # What transformers remarks about its own internals is no business of the user's.

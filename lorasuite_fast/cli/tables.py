@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,13 +142,13 @@ def print_finetuned(console: Console, tuned: Finetuning) -> None:
     console.print(printable(tuned.summary), style=style, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_written(console: Console, report_file: Path | None, out: str | Path | None = None) -> None:
+def print_written(console: Console, report_file: str | os.PathLike[str] | None, out: str | Path | None = None) -> None:
     for what, path in (("written", out), ("report", report_file)):
         if path is not None:
             console.print(f"{what}: {printable(path)}", highlight=False, markup=False, soft_wrap=True)
 
 
-def print_result(result: Migration, as_json: bool, report_file: Path | None = None) -> None:
+def print_result(result: Migration, as_json: bool, report_file: str | os.PathLike[str] | None = None) -> None:
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
         return

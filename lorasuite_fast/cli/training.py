@@ -3,59 +3,42 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..config import FinetuneConfig, RefineConfig, Runtime
 from ..errors import LoraSuiteError
 from ..reporting.escaping import printable
 from .app import app
-from .commands import check_data, check_models, checks, only_for, steps_of
+from .commands import check_data, check_models
+from .given import Given, flags, options_of
 from .given_paths import check_file, check_folder
-from .options import (
-    MACHINE,
-    METHOD,
-    TEXT,
-    TRAINING,
-    AsJson,
-    Checkpointing,
-    CompletionOnly,
-    Device,
-    Epochs,
-    Memory,
-    NewArgument,
-    OldArgument,
-    OutArgument,
-    Overwrite,
-    RefineText,
-    RemoteCode,
-    Report,
-    Retain,
-    RetainWeight,
-    TrainingDtype,
-    option,
-)
-from .running import DIVERGED, joined_ranks, running, say
+from .options import AsJson, NewArgument, OldArgument, OutArgument, Overwrite
+from .running import DIVERGED, checks, joined_ranks, running, say
 from .tables import percent, phase_table, print_finetuned, print_written
 
 _MOST_TEMPLATE = 1 << 20
 
 
-def _kept(text: str) -> int | str | None:
-    if text in ("auto", "all"):
-        return None if text == "all" else text
-    try:
-        return int(text)
-    except ValueError:
-        raise LoraSuiteError(f"--top-k {text}: expected auto, all or a number") from None
-
-
 @app.command()
+@options_of(
+    flags(
+        RefineConfig, "text", "text_bytes", "steps", "learning_rate", "rank", "roles", "imitation", "kl_weight",
+        "next_token_weight", "retain", "retain_weight", "batch_bytes", "top_k", "eval_every", "patience", "seed",
+        "gradient_checkpointing", "cache",
+    ),
+    flags(
+        Runtime, "device", "dtype", "memory", "trust_remote_code", report_file="report",
+        help={"dtype": "float32, bfloat16 or float64 [auto: bfloat16 on a GPU]"},
+    ),
+)  # fmt: skip
 def refine(
-    context: typer.Context,
+    given: Given,
     old: OldArgument,
     old_adapter: Annotated[str, typer.Argument(metavar="OLD_ADAPTER", help="PEFT LoRA folder trained on OLD.")],
     new: NewArgument,
@@ -63,32 +46,7 @@ def refine(
         str, typer.Argument(metavar="ADAPTER", help="PEFT LoRA folder for NEW to start from, or `none`.")
     ],
     out: OutArgument,
-    text: RefineText = None,
-    text_bytes: Annotated[int, option(TEXT, "N", "Bytes of text the old model writes [600,000]", min=1000)] = 600_000,
-    steps: Annotated[str, option(TRAINING, "N", "Steps; auto: as many as the text is worth [auto]")] = "auto",
-    learning_rate: Annotated[float, option(TRAINING, "X", "Falls to 0; large models need less [1e-2]")] = 1e-2,
-    rank: Annotated[int | None, option(METHOD, "N", "Of a new adapter [8]; widens ADAPTER", min=1)] = None,
-    roles: Annotated[str | None, option(METHOD, "ROLES", "Projections to train [those of ADAPTER, or all]")] = None,
-    imitation: Annotated[
-        float, option(TRAINING, "X", "0: carry the change; 1: copy OLD [0.5]", min=0.0, max=1.0)
-    ] = 0.5,
-    kl_weight: Annotated[float, option(TRAINING, "X", "Of the divergence from the teacher [1]", min=0.0)] = 1.0,
-    next_token_weight: Annotated[float, option(TRAINING, "X", "Of a next-token loss besides [0]", min=0.0)] = 0.0,
-    retain: Retain = None,
-    retain_weight: RetainWeight = 0.3,
-    batch_bytes: Annotated[int, option(TRAINING, "N", "Text a step reads [2,000]", min=1)] = 2000,
-    top_k: Annotated[str, option(TRAINING, "N", "Tokens kept of a target; all; auto loses 2 % [auto]")] = "auto",
-    eval_every: Annotated[int, option(TRAINING, "N", "Steps between evaluations [25]", min=1)] = 25,
-    patience: Annotated[int, option(TRAINING, "N", "Evaluations without gain to stop at; 0: never [6]")] = 6,
-    device: Device = "auto",
-    dtype: TrainingDtype = "auto",
-    seed: Annotated[int, option(TRAINING, "N", "Of the text, its order and a new adapter [0]")] = 0,
-    memory: Memory = None,
-    gradient_checkpointing: Checkpointing = False,
-    cache: Annotated[Path | None, option(MACHINE, "DIR", "Folder that keeps the targets for further runs")] = None,
     overwrite: Overwrite = False,
-    trust_remote_code: RemoteCode = False,
-    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter of NEW, without labels, to do what OLD_ADAPTER does on OLD.
@@ -102,11 +60,12 @@ def refine(
         check_folder("OLD_ADAPTER", old_adapter)
         if adapter != "none":
             check_folder("ADAPTER", adapter)
-        check_file("--text", text, "self")
-        check_file("--retain", retain, "shipped")
-        written = text is None or str(text) == "self"
-        only_for(context, written, "text the old model writes; leave out --text, or this", "text_bytes")
-        only_for(context, retain is not None, "--retain; give both", "retain_weight")
+        config, runtime = given.make(RefineConfig), given.make(Runtime)
+        check_file("--text", _path(config.text), "self")
+        check_file("--retain", config.retain, "shipped")
+        written = config.text is None or str(config.text) == "self"
+        given.only_for(written, "text the old model writes; leave out --text, or this", "text_bytes")
+        given.only_for(config.retain is not None, "--retain; give both", "retain_weight")
     with running(as_json) as report, joined_ranks() as ranks:
         from ..pipeline.refine import refine as run
 
@@ -116,38 +75,24 @@ def refine(
             new,
             None if adapter == "none" else adapter,
             out,
-            text=text,
-            text_bytes=text_bytes,
-            steps=steps_of("--steps", steps),
-            learning_rate=learning_rate,
-            rank=rank,
-            roles=None if roles is None else [role.strip() for role in roles.split(",")],
-            imitation=imitation,
-            kl_weight=kl_weight,
-            next_token_weight=next_token_weight,
-            retain=retain,
-            retain_weight=retain_weight,
-            batch_bytes=batch_bytes,
-            top_k=_kept(top_k),
-            eval_every=eval_every,
-            patience=patience or None,
-            device=device,
-            dtype=dtype,
-            seed=seed,
-            memory=memory,
-            gradient_checkpointing=gradient_checkpointing,
-            cache=cache,
+            config=config,
+            runtime=replace(runtime, progress=report if ranks.first else None, say=say),
             overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            report=report_file,
-            progress=report if ranks.first else None,
-            say=say,
         )
     if not ranks.first:
         return
     if as_json:
         typer.echo(json.dumps(result.as_dict()))
-        return
+    else:
+        _print_refined(result, runtime.report)
+
+
+def _path(text: Any) -> Any:
+    """A text that is a file, None where it is texts."""
+    return text if isinstance(text, str | Path) else None
+
+
+def _print_refined(result: Any, report_file: Any) -> None:
     console = Console()
     table = Table(title="Evaluations on held-out text", title_justify="left")
     for name in ("step", "agreement", "KL, nats", "next token, nats", "retained text, nats"):
@@ -168,8 +113,19 @@ def refine(
 
 
 @app.command()
+@options_of(
+    flags(
+        FinetuneConfig, "epochs", "steps", "batch", "micro_batch", "learning_rate", "max_tokens", "template",
+        "completion_only", "validation", "rank", "alpha", "dropout", "roles", "save_every", "retain", "retain_weight",
+        "seed", "gradient_checkpointing",
+    ),
+    flags(
+        Runtime, "device", "dtype", "trust_remote_code", report_file="report",
+        help={"dtype": "Of the base model [bfloat16 on a GPU, else float32]"},
+    ),
+)  # fmt: skip
 def finetune(
-    context: typer.Context,
+    given: Given,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Model of the adapter: folder or hub id.")],
     adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="PEFT folder to start from, or `none`: from zero.")],
     data: Annotated[
@@ -180,40 +136,7 @@ def finetune(
         ),
     ],
     out: OutArgument,
-    epochs: Epochs = 3,
-    steps: Annotated[int | None, option(TRAINING, "N", "Optimizer steps, in place of epochs", min=1)] = None,
-    batch: Annotated[int, option(TRAINING, "N", "Samples a step reads [16]", min=1)] = 16,
-    micro_batch: Annotated[int | None, option(MACHINE, "N", "Samples computed at once [all of a step]", min=1)] = None,
-    learning_rate: Annotated[float, option(TRAINING, "X", "At the first step; falls linearly to 0 [1e-3]")] = 1e-3,
-    max_tokens: Annotated[int, option(TEXT, "N", "Of a sample; the rest is cut off [256]", min=2)] = 256,
-    template: Annotated[
-        str,
-        option(TEXT, "FORM", "alpaca, chat, or a file with {instruction} and {input} [alpaca]"),
-    ] = "alpaca",
-    completion_only: CompletionOnly = False,
-    validation: Annotated[
-        str | None,
-        option(TEXT, "DATA", "To choose the checkpoint on: a share such as 0.1, or data"),
-    ] = None,
-    rank: Annotated[int | None, option(METHOD, "N", "Of an adapter from zero [32]", min=1)] = None,
-    alpha: Annotated[float | None, option(METHOD, "X", "Of an adapter from zero [its rank]")] = None,
-    dropout: Annotated[float | None, option(METHOD, "X", "Of an adapter from zero [0]")] = None,
-    roles: Annotated[str | None, option(METHOD, "ROLES", "Of an adapter from zero, like q,v [q,k,v,o]")] = None,
-    save_every: Annotated[
-        int | None, option(MACHINE, "N", "Steps between checkpoints [an epoch, 50 at most]", min=1)
-    ] = None,
-    retain: Retain = None,
-    retain_weight: RetainWeight = 0.3,
-    seed: Annotated[int, option(TRAINING, "N", "Of the order, dropout and an adapter from zero [0]")] = 0,
-    device: Device = "auto",
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float64"],
-        option(MACHINE, "DTYPE", "Of the base model [bfloat16 on a GPU, else float32]"),
-    ] = "auto",
-    gradient_checkpointing: Checkpointing = False,
     overwrite: Overwrite = False,
-    trust_remote_code: RemoteCode = False,
-    report_file: Report = None,
     as_json: AsJson = False,
 ) -> None:
     """Train an adapter of MODEL on labelled data, from the factors it has.
@@ -230,12 +153,14 @@ def finetune(
         if adapter != "none":
             check_folder("ADAPTER", adapter)
         check_data("DATA", data)
-        check_data("--validation", validation)
-        check_file("--retain", retain, "shipped")
+        config, runtime = replace(given.make(FinetuneConfig), data=None), given.make(Runtime)
+        if isinstance(config.validation, str):
+            check_data("--validation", config.validation)
+        check_file("--retain", config.retain, "shipped")
         anew = "a new adapter; leave it out, or give `none` as ADAPTER"
-        only_for(context, adapter == "none", anew, "rank", "alpha", "dropout", "roles")
-        only_for(context, steps is None, "trainings without --steps; give one of the two", "epochs")
-        only_for(context, retain is not None, "--retain; give both", "retain_weight")
+        given.only_for(adapter == "none", anew, "rank", "alpha", "dropout", "roles")
+        given.only_for(config.steps is None, "trainings without --steps; give one of the two", "epochs")
+        given.only_for(config.retain is not None, "--retain; give both", "retain_weight")
     with running(as_json) as report, joined_ranks() as ranks:
         from ..pipeline.finetune import finetune as run
 
@@ -244,31 +169,9 @@ def finetune(
             None if adapter == "none" else adapter,
             data,
             out,
-            epochs=epochs,
-            steps=steps,
-            batch=batch,
-            micro_batch=micro_batch,
-            learning_rate=learning_rate,
-            max_tokens=max_tokens,
-            template=_template(template),
-            completion_only=completion_only,
-            validation=_validation(validation),
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            roles=None if roles is None else [role.strip() for role in roles.split(",")],
-            save_every=save_every,
-            retain=retain,
-            retain_weight=retain_weight,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            gradient_checkpointing=gradient_checkpointing,
+            config=replace(config, template=_template(config.template)),
+            runtime=replace(runtime, progress=report if ranks.first else None, say=say),
             overwrite=overwrite,
-            trust_remote_code=trust_remote_code,
-            report=report_file,
-            progress=report if ranks.first else None,
-            say=say,
         )
     if not ranks.first:
         return
@@ -285,7 +188,7 @@ def finetune(
             console.print(table)
         console.print(phase_table(result.phases))
         print_finetuned(console, result)
-        print_written(console, report_file, result.out)
+        print_written(console, runtime.report, result.out)
     if result.diverged:
         raise typer.Exit(DIVERGED)
 
@@ -299,12 +202,3 @@ def _template(name: str) -> str:
         return read_text(Path(name).expanduser(), most=_MOST_TEMPLATE)
     except LoraSuiteError as error:
         raise LoraSuiteError(f"--template {name}: is neither alpaca nor chat nor a text file ({error})") from None
-
-
-def _validation(text: str | None) -> float | str | None:
-    if text is None:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        return text

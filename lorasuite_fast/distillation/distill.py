@@ -94,7 +94,7 @@ def distill(
     with clock.phase("adapter's effect", old.shape.L, limits.predicted["adapter's effect"]) as step:
         before, after = old_states(o, source, run, work, step)
     with clock.phase("output map", 1, limits.predicted["output map"]) as step:
-        weights = token_weights(heads[0], before, after, parts, limits.scratch.elements, settings.seed)
+        weights = token_weights(heads[0], before, after, parts, limits.scratch.elements, settings.seed or 0)
         with in_range(f"the heads of {old.folder} and {new.folder}"):
             mapped = fit_output_map(heads, new, weights)
         check_range(f"the heads of {old.folder} and {new.folder}", mapped.U, mapped.r2)
@@ -119,7 +119,7 @@ def distill(
         gains, gain = kl_shares(divergences), best_gain(divergences)
         ends = torch.cat(list(found[0.0])), rows_by_gain(found, gains_by_others(divergences)[text])
         agreement, old_kl = held_out_agreement(
-            heads, sides, ends, text, device, settings.seed, limits.scratch.elements // 2
+            heads, sides, ends, text, device, settings.seed or 0, limits.scratch.elements // 2
         )
         bare = ends[0]
         del found, ends
@@ -130,7 +130,7 @@ def distill(
                 if torch.isfinite(rows).all():
                     elements = limits.scratch.elements // 2
                     judged[name], _ = held_out_agreement(
-                        heads, sides, (bare, rows), text, device, settings.seed, elements
+                        heads, sides, (bare, rows), text, device, settings.seed or 0, elements
                     )
     return Distilled(
         fitted=fit.updates,
@@ -209,7 +209,7 @@ def _align(
     """Texts in random order with their aligned positions, and the ids of the shared ordinary tokens."""
     alignment = Alignment(*tokenizers)
     texts = list(texts)
-    random.Random(settings.seed).shuffle(texts)
+    random.Random(settings.seed or 0).shuffle(texts)
     aligned = alignment.align_all(texts, settings.max_tokens)
     positions = sum(len(a.ends) for a in aligned)
     both = alignment.ordinary

@@ -56,7 +56,7 @@ def distil_adapter(
     models: tuple[Checkpoint, Checkpoint],
     source: Adapter,
     text: str,
-    settings: Settings | None,
+    settings: Settings,
     clock: PhaseClock,
     *,
     folder: Path,
@@ -78,9 +78,8 @@ def distil_adapter(
         LoraSuiteError: text that cannot be used, models that share too little.
     """
     old, new = models
-    settings = settings or Settings(seed=plan.options["seed"])
-    if settings.rank is not None and settings.rank < 1:
-        raise LoraSuiteError(f"rank {settings.rank}: the result needs a rank of at least 1")
+    seed: int = plan.options["seed"] if settings.seed is None else settings.seed
+    settings = replace(settings, seed=seed)
     device, dtype = plan.device, plan.dtype
     if text == SELF:
         _check_room(old, memory, device)
@@ -89,13 +88,13 @@ def distil_adapter(
                 old,
                 source.where,
                 count=TEXTS,
-                seed=settings.seed,
+                seed=seed,
                 device=device,
                 trust_remote_code=trust_remote_code,
                 report=step,
             )
     else:
-        texts = load_examples(None if text == "shipped" else text, TEXTS, settings.seed, pipe=text_given)
+        texts = load_examples(None if text == "shipped" else text, TEXTS, seed, pipe=text_given)
     tokenizers = old.tokenizer(trust_remote_code=trust_remote_code), new.tokenizer(trust_remote_code=trust_remote_code)
     work = Work(folder, _identity(models, source, texts, settings, device, dtype))
     with work, in_range(f"{source.where}, {old.folder} or {new.folder}"):
@@ -114,7 +113,7 @@ def distil_adapter(
             others={name: candidate.updates for name, candidate in (others or {}).items()},
             trust_remote_code=trust_remote_code,
         )
-        files, sizes = _files(distilled, source, new, fill, settings.seed)
+        files, sizes = _files(distilled, source, new, fill, seed)
     cka = plan.tensors["cka"]
     layers = [
         LayerResult(

@@ -24,7 +24,7 @@ def targets(before: Sequence[Tensor], after: Sequence[Tensor], U: Tensor, settin
     """The wanted change of what the new head reads, (positions, d_n) by micro-batch, or what a control makes of it."""
     if settings.control not in CONTROLS:
         raise ValueError(f"control {settings.control!r} is not one of {', '.join(CONTROLS)}")
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(settings.seed or 0)
     if settings.control == "shuffled":
         change = torch.cat([(b - a) @ U for a, b in zip(before, after, strict=True)])
         change = change[torch.randperm(len(change), generator=generator)]

@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 from ..adapters.factors import Factors
+from ..config import DistillConfig
+from ..config.choices import DistillControl
 from ..evaluation.effect import NEGLIGIBLE_KL
-from ..models.hidden_states import MICRO_BATCH
 
 GAINS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """Factors on the fitted updates from which held-out positions choose."""
 
 
-CONTROLS = ("none", "shuffled", "flipped", "rotated")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an adapter is distilled.
-
-    Attributes:
-        rank: of the result; None takes the adapter's largest. layers: how many of the last new layers are fitted; None
-            takes half of them, and 1 is the cheap variant. roles: which projections, in this order.
-        ridge: of each regression, as a share of its Gram matrix's mean diagonal.
-        max_tokens: of each text, for each model, special tokens not counted.
-        control: "none", or a control that has no business working: target positions "shuffled", targets "flipped" in
-            sign, U followed by a random rotation ("rotated").
-    """
-
-    rank: int | None = None
-    layers: int | None = None
-    roles: tuple[str, ...] = ("o", "down")
-    ridge: float = 1e-2
-    max_tokens: int = 128
-    micro_batch: int = MICRO_BATCH
-    seed: int = 0
-    control: str = "none"
+Settings = DistillConfig
+"""As 0.1 called it."""
+CONTROLS: tuple[str, ...] = get_args(DistillControl)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import ATTENTION as ATTENTION
+from ..config import MLP as MLP
+from ..config import ROLES as ROLES
 from ..errors import LoraSuiteError
-
-ATTENTION = ("q", "k", "v", "o")
-MLP = ("gate", "up", "down")
-ROLES = ATTENTION + MLP
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,13 @@ from ..adapters.adapter import CONFIG, WEIGHTS, trained_config
 from ..adapters.adapter_folder import adapter_digest
 from ..adapters.aligned_states import LoadedModel, load_tokenizer
 from ..adapters.peft_check import check_loads, empty_model
-from ..config import pick_device, pick_dtype
+from ..config import FinetuneConfig, Runtime, pick_device, pick_dtype
+from ..config.flat import takes_flat_keywords
 from ..errors import LoraSuiteError
 from ..io.hub_ids import shown
 from ..io.json_files import read_json
 from ..io.output import check_output, write_folder, writing
-from ..io.phases import PhaseClock, Progress
+from ..io.phases import PhaseClock
 from ..io.ranks import Ranks
 from ..io.report_path import check_report
 from ..io.work import Work, clean_up, remove_work, unless_unusable
@@ -32,21 +32,16 @@ from ..reporting.model_card import card_files
 from ..reporting.provenance import Step, without_machine
 from ..text.samples import Data
 from ..training.finetuning import (
-    BATCH,
-    EPOCHS,
-    LEARNING_RATE,
-    MAX_TOKENS,
     RANK,
     SAVE_STEPS,
     Course,
     Finetuning,
-    check_finetuning,
     new_adapter,
     split_samples,
     train_on_samples,
 )
 from ..training.loop import TRAINING
-from ..training.retention import RETAIN_WEIGHT, check_retain_weight, kept_samples, named_text
+from ..training.retention import kept_samples, named_text
 
 
 def finetuning_folder(out: str | os.PathLike[str]) -> Path:
@@ -55,37 +50,16 @@ def finetuning_folder(out: str | os.PathLike[str]) -> Path:
     return path.with_name(f".{path.name}.finetune")
 
 
+@takes_flat_keywords(config=FinetuneConfig, runtime=Runtime)
 def finetune(
     model: str | os.PathLike[str],
     adapter: str | os.PathLike[str] | None,
     data: Data,
     out: str | os.PathLike[str],
     *,
-    epochs: int = EPOCHS,
-    steps: int | None = None,
-    batch: int = BATCH,
-    micro_batch: int | None = None,
-    learning_rate: float = LEARNING_RATE,
-    max_tokens: int = MAX_TOKENS,
-    template: str = "alpaca",
-    completion_only: bool = False,
-    validation: float | Data | None = None,
-    rank: int | None = None,
-    alpha: float | None = None,
-    dropout: float | None = None,
-    roles: Sequence[str] | None = None,
-    save_every: int | None = None,
-    retain: str | os.PathLike[str] | None = None,
-    retain_weight: float = RETAIN_WEIGHT,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    gradient_checkpointing: bool = False,
+    config: FinetuneConfig | None = None,
+    runtime: Runtime | None = None,
     overwrite: bool = False,
-    trust_remote_code: bool = False,
-    report: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
 ) -> Finetuning:
     """Trains an adapter on labelled samples, from the factors it has, and writes the result as another folder.
 
@@ -98,77 +72,76 @@ def finetune(
     never written to.
 
     Args:
-        model: folder or hub id. adapter: a PEFT folder for it, or None for a new one that does nothing yet.
-        data: a .json, .jsonl or .txt file, a folder saved by `datasets` or the hub id of a data set (both need that
-            package), or a sequence of records: see `samples.read_records` and `samples.SampleMaker`.
+        model: Folder or hub id.
+        adapter: A PEFT folder for it, or None for a new one that does nothing yet.
+        data: What `FinetuneConfig.data` may be.
         out: PEFT folder to write.
-        epochs: how often each sample is read. steps: optimizer steps, in place of epochs.
-        batch: samples a step reads. micro_batch: samples computed at once, all by default; changes memory and speed,
-            but of the result only the rounding and the draws of dropout.
-        max_tokens: of a row, special tokens included; the rest is cut off.
-        template: "alpaca", "chat", or a text with {instruction} and {input}: how records become prompts.
-        completion_only: count only what answers the prompt in the loss.
-        validation: samples that are not trained on: a share of the data between 0 and 1, or data of its own. The
-            adapter written is then the one of all checkpoints and the start that has the lowest loss on them.
-        rank, alpha, dropout, roles: of a new adapter: 32, the rank, 0 and q, k, v, o.
-        save_every: steps between checkpoints; by default an epoch, 50 at most.
-        retain: unlabelled text on which the model's predictions are to stay what they are without an adapter: a .jsonl
-            (field `text`) or .txt file, or "shipped" for the general text that comes with the package. A step reads
-            about as many tokens of it as of samples, and takes two to three times as long. retain_weight: of that
-            divergence beside the loss.
-        dtype: of the base model and the products; auto is bfloat16 on a GPU that has it, else float32. The adapter is
-            float32 at least.
-        gradient_checkpointing: recompute activations: less memory, more time.
-        say: called with one sentence, what will be done, before the training starts.
-        report: HTML file to write (`html_report.write_report`); an earlier report there is replaced.
+        config: How it is trained.
+        runtime: Device, dtype, report and progress. The adapter is float32 at least.
+        overwrite: Replace what exists at out, once the new one is complete.
+
+    Returns:
+        What the training came to.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
+    config, runtime = config or FinetuneConfig(), runtime or Runtime()
+    seed = config.seed or 0
     begin = time.perf_counter()
-    inputs = {"MODEL": model, "ADAPTER": adapter, "DATA": data, "`validation`": validation, "`retain`": retain}
-    check_report(report, out, inputs)
+    inputs = {
+        "MODEL": model,
+        "ADAPTER": adapter,
+        "DATA": data,
+        "`validation`": config.validation,
+        "`retain`": config.retain,
+    }
+    check_report(runtime.report, out, inputs)
     ranks = Ranks.join()
     if ranks.first:
         clean_up(out, finetuning_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite, inputs=inputs)
-    check_finetuning(
-        epochs, steps, batch, micro_batch, learning_rate, max_tokens, rank, alpha, dropout, roles, save_every
-    )
-    check_retain_weight(retain_weight)
-    if adapter is not None and (rank, alpha, dropout, roles) != (None,) * 4:
+    if adapter is not None and (config.rank, config.alpha, config.dropout, config.roles) != (None,) * 4:
         raise LoraSuiteError("rank, alpha, dropout and roles are those of a new adapter; ADAPTER has its own")
-    run_device = pick_device(device)
+    run_device = pick_device(runtime.device)
     half = run_device.type == "cuda" and torch.cuda.is_bf16_supported()
-    run_dtype = torch.bfloat16 if dtype == "auto" and half else pick_dtype(dtype)
-    clock = PhaseClock(progress, run_device)
+    run_dtype = torch.bfloat16 if runtime.dtype == "auto" and half else pick_dtype(runtime.dtype)
+    clock = PhaseClock(runtime.progress, run_device)
     checkpoint = Checkpoint(model, "model")
     start = None if adapter is None else resolve_folder(adapter, what="ADAPTER")
     with clock.phase("read data", 1):
-        tokenizer = load_tokenizer(model, "MODEL", trust_remote_code=trust_remote_code)
-        wording: dict[str, Any] = {"template": template, "max_tokens": max_tokens, "completion_only": completion_only}
-        training, held_out = split_samples(data, validation, tokenizer, wording, seed)
-        kept = kept_samples(retain, tokenizer, max_tokens, seed)
-    epoch = math.ceil(len(training.samples) / batch)
-    budget = epochs * epoch if steps is None else steps
+        tokenizer = load_tokenizer(model, "MODEL", trust_remote_code=runtime.trust_remote_code)
+        wording: dict[str, Any] = {
+            "template": config.template,
+            "max_tokens": config.max_tokens,
+            "completion_only": config.completion_only,
+        }
+        training, held_out = split_samples(data, config.validation, tokenizer, wording, seed)
+        kept = kept_samples(config.retain, tokenizer, config.max_tokens, seed)
+    epoch = math.ceil(len(training.samples) / config.batch)
+    budget = config.epochs * epoch if config.steps is None else config.steps
     new: dict[str, Any] = {}
     if start is None:
-        new = {"rank": rank or RANK, "alpha": alpha or rank or RANK, "dropout": dropout or 0.0}
-        new["roles"] = sorted(roles or ATTENTION, key=ROLES.index)
+        new = {
+            "rank": config.rank or RANK,
+            "alpha": config.alpha or config.rank or RANK,
+            "dropout": config.dropout or 0.0,
+        }
+        new["roles"] = sorted(config.roles or ATTENTION, key=ROLES.index)
     options: dict[str, Any] = {
         "steps": budget,
-        "batch": batch,
-        "micro_batch": min(micro_batch or batch, batch),
-        "learning_rate": learning_rate,
-        "save_every": save_every or min(epoch, SAVE_STEPS),
+        "batch": config.batch,
+        "micro_batch": min(config.micro_batch or config.batch, config.batch),
+        "learning_rate": config.learning_rate,
+        "save_every": config.save_every or min(epoch, SAVE_STEPS),
         "seed": seed,
         "dtype": str(run_dtype).removeprefix("torch."),
-        **({"retain_weight": retain_weight} if kept.samples else {}),
+        **({"retain_weight": config.retain_weight} if kept.samples else {}),
         **new,
     }
     with clock.phase("load", 1):
         loaded = LoadedModel(
-            checkpoint.folder, "MODEL", device=run_device, dtype=run_dtype, trust_remote_code=trust_remote_code
+            checkpoint.folder, "MODEL", device=run_device, dtype=run_dtype, trust_remote_code=runtime.trust_remote_code
         )
         checkpoint.tensors.check_same()
         loaded.check_ids([sample.ids for part in (training, held_out, kept) for sample in part.samples])
@@ -192,10 +165,10 @@ def finetune(
         work = Work(folder / TRAINING, identity, owner=ranks.first)
         work.start()
     try:
-        if say and ranks.first:
+        if runtime.say and ranks.first:
             tokens = sum(sample.tokens for sample in training.samples)
-            say(
-                f"fine-tuning: {budget} steps of {batch} samples, from {len(training.samples):,} samples with "
+            runtime.say(
+                f"fine-tuning: {budget} steps of {config.batch} samples, from {len(training.samples):,} samples with "
                 f"{tokens:,} tokens to learn"
             )
         with unless_unusable(work, folder), writing(work.folder):
@@ -208,22 +181,26 @@ def finetune(
                 kept.samples,
                 clock,
                 options,
-                gradient_checkpointing,
+                config.gradient_checkpointing,
             )
         summary = _summary(course, budget, len(training.samples))
         taken = Step(
             "fine-tuning",
             summary,
-            without_machine(options) | {"max_tokens": max_tokens, "completion_only": completion_only},
+            without_machine(options) | {"max_tokens": config.max_tokens, "completion_only": config.completion_only},
             {"model": identity["model"]},
             {
                 "started from": "a new adapter" if adapter is None else shown(adapter),
                 "samples": f"{len(training.samples):,}, and {len(held_out.samples):,} for validation",
-                "steps": f"{len(course.losses)} of {budget}, batches of {batch}",
-                "learning rate": f"{learning_rate:g}",
-                "prompts": template if template in ("alpaca", "chat") else "a template of one's own",
+                "steps": f"{len(course.losses)} of {budget}, batches of {config.batch}",
+                "learning rate": f"{config.learning_rate:g}",
+                "prompts": config.template if config.template in ("alpaca", "chat") else "a template of one's own",
                 "tokens trained on": f"{course.tokens:,}",
-                **({"retained": f"{named_text(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
+                **(
+                    {"retained": f"{named_text(config.retain)}, weight {config.retain_weight:g}"}
+                    if config.retain is not None
+                    else {}
+                ),
             },
         )
         told = card_files(checkpoint.name, taken, start, wrapped=checkpoint.family.wrapper is not None)
@@ -231,7 +208,7 @@ def finetune(
         ranks.wait()
         if ranks.first:
             work.complete()
-            place = empty_model(checkpoint.folder, trust_remote_code=trust_remote_code)
+            place = empty_model(checkpoint.folder, trust_remote_code=runtime.trust_remote_code)
             _write(path, course.source, config_of, checkpoint.name, told, place, overwrite)
             remove_work(folder)
         ranks.wait()
@@ -261,14 +238,18 @@ def finetune(
         trainable_parameters=sum(p.numel() for p in loaded.peft.parameters() if p.requires_grad),
         options=options
         | wording
-        | ({} if retain is None else {"retain": os.fspath(retain)})
-        | {"device": run_device.type, "epochs": budget / epoch, "gradient_checkpointing": gradient_checkpointing},
+        | ({} if config.retain is None else {"retain": os.fspath(config.retain)})
+        | {
+            "device": run_device.type,
+            "epochs": budget / epoch,
+            "gradient_checkpointing": config.gradient_checkpointing,
+        },
         phases=clock.phases,
         seconds=time.perf_counter() - begin,
         fingerprints={"model": identity["model"]},
     )
     if ranks.first:
-        write_report(result, report)
+        write_report(result, runtime.report)
     return result
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from inspect import signature
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor
 
 from ..adapters.adapter import CONFIG, WEIGHTS, Adapter
 from ..adapters.factors import update_norm
+from ..config import PlanConfig, Runtime
 from ..errors import LoraSuiteError
 from ..evaluation.identical import same_tensors, same_weights
 from ..io.json_files import read_json
 from ..io.output import write_folder
-from ..io.phases import PhaseClock, Progress
+from ..io.phases import PhaseClock
 from ..models.checkpoint import Checkpoint
 from ..models.loader import Layer
 from ..reporting.model_card import card_files, migration_step
@@ -91,22 +92,20 @@ def give_back(
     new: str | os.PathLike[str],
     source: Adapter,
     out: Path,
-    options: dict[str, Any],
+    config: PlanConfig,
+    runtime: Runtime,
     *,
     overwrite: bool,
-    progress: Progress | None,
 ) -> Migration | None:
     """The adapter as it is, written to `out`, where NEW is OLD, a copy of it, or OLD in another dtype; else None.
 
     Args:
-        options: of `TransferPlan.build`; a method or transfer matrix asked for is not passed over.
+        config: of `TransferPlan.build`; a method or transfer matrix asked for is not passed over.
     """
-    known = signature(make_options).parameters
-    chosen = make_options(**{key: value for key, value in options.items() if key in known} | {"roles": source.roles})
-    unknown = set(options) - set(signature(TransferPlan.build).parameters)
-    if chosen.method != AUTO or chosen.transfer != "embedding" or unknown:
+    chosen = make_options(replace(config, roles=source.roles), runtime)
+    if chosen.method != AUTO or chosen.transfer != "embedding":
         return None
-    successor, clock = Checkpoint(new, "new", mapped=chosen.mapped), PhaseClock(progress)
+    successor, clock = Checkpoint(new, "new", mapped=chosen.mapped), PhaseClock(runtime.progress)
     if not same_tensors(old, successor):
         return None
     with clock.phase("weights", 1) as step:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
-from ..adapters.adapter import read_adapter
+from ..adapters.adapter import Adapter, read_adapter
 from ..adapters.aligned_states import load_tokenizer
 from ..adapters.base_match import check_base
-from ..adapters.fill import FILLS, SHARE
-from ..config import check_choice, pick_device, pick_dtype
+from ..config import ApplyConfig, FinetuneConfig, PlanConfig, RefineConfig, Runtime, pick_device, pick_dtype
+from ..config.flat import takes_flat_keywords
 from ..errors import LoraSuiteError, WriteError
 from ..io.output import check_output
-from ..io.phases import Progress
 from ..io.report_path import check_report
 from ..io.text_files import refuse_pipe
 from ..io.work import clean_up, work_folder
@@ -24,124 +24,158 @@ from ..models.checkpoint import Checkpoint
 from ..models.family_table import family_named
 from ..reporting.html_report import write_report
 from ..results import Migration
-from ..training.finetuning import CHECKED, MAX_TOKENS, check_finetuning, split_samples
+from ..training.finetuning import split_samples
 from ..training.loop import TRAINING
-from ..training.retention import RETAIN_WEIGHT, check_retain_weight, kept_samples
-from ..transfer.build_options import AUTO
-from ..transfer.memory import parse_memory
-from ..transfer.plan import CHOICES
-from .finetune import finetune, finetuning_folder
+from ..training.refinement import CARRIED_RATE, RATE
+from ..training.retention import kept_samples
+from .finetune import finetune as run_finetune
+from .finetune import finetuning_folder
 from .identical import give_back
-from .plan import TransferPlan, check_settings
+from .plan import TransferPlan, check_distilled
+from .refine import refine as run_refine
+from .refine import refinement_folder
 
-if TYPE_CHECKING:
-    from ..distillation.settings import Settings
-    from ..text.samples import Data
+Refine = RefineConfig | Literal[False]
+"""What a migration refines with; False: not at all."""
 
 
+def older_keywords(given: dict[str, Any]) -> Iterator[str]:
+    """The keywords of 0.1 that named a part of the migration by a number, a file or a dictionary."""
+    steps, text = given.get("refine"), given.pop("refine_text", None)
+    if isinstance(steps, int | str) and steps is not False:
+        given["refine"] = RefineConfig(steps=steps) if steps != 0 else False  # type: ignore[arg-type]
+        yield f"refine={steps!r} is RefineConfig.steps now, pass refine=RefineConfig(steps=…), or False for none"
+    if text is not None:
+        if given.get("refine") is False:
+            raise LoraSuiteError("refine_text is for the training that refine asks for; give both")
+        given["refine"] = replace(given.get("refine") or RefineConfig(), text=text)
+        yield "refine_text is RefineConfig.text now, pass refine=RefineConfig(text=…)"
+    data, further = given.get("finetune"), given.pop("finetune_options", None) or {}
+    if data is None and further:
+        raise LoraSuiteError("finetune_options are for the training that finetune asks for; give both")
+    if data is not None and not isinstance(data, FinetuneConfig):
+        given["finetune"] = FinetuneConfig(data=data, **further)
+        yield "data and finetune_options are FinetuneConfig now, pass finetune=FinetuneConfig(data, …)"
+    settings = given.pop("settings", None)
+    if settings is not None:
+        given["apply"] = replace(given.get("apply") or ApplyConfig(), distill=settings)
+        yield "settings is ApplyConfig.distill now, pass apply=ApplyConfig(distill=…)"
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A migration as it was asked for, with its defaults settled."""
+
+    old: str | os.PathLike[str]
+    new: str | os.PathLike[str]
+    adapter: str | os.PathLike[str]
+    plan: PlanConfig
+    apply: ApplyConfig
+    refine: Refine
+    runtime: Runtime
+    overwrite: bool
+
+    @property
+    def inputs(self) -> dict[str, object]:
+        """What an output must not replace."""
+        text = self.refine.text if self.refine else None
+        return {
+            "OLD": self.old,
+            "NEW": self.new,
+            "ADAPTER": self.adapter,
+            "`calibration`": self.plan.calibration,
+            "`refine_text`": text,
+        }
+
+
+@takes_flat_keywords(older_keywords, plan=PlanConfig, apply=ApplyConfig, runtime=Runtime)
 def migrate(
     old: str | os.PathLike[str],
     new: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
+    plan: PlanConfig | None = None,
+    apply: ApplyConfig | None = None,
+    refine: RefineConfig | Literal[False] | None = None,
+    finetune: FinetuneConfig | None = None,
+    runtime: Runtime | None = None,
     overwrite: bool = False,
-    settings: Settings | None = None,
-    fill: str = "none",
-    fill_share: float = SHARE,
-    refine: int | str | None = None,
-    refine_text: str | os.PathLike[str] | None = None,
-    finetune: Data | None = None,
-    finetune_options: dict[str, Any] | None = None,
-    report: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
-    **options: Any,
 ) -> Migration:
     """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
 
-    With `refine` the result is then the start of a training without labels (`refinement.refine`) of as many steps;
-    "auto" takes as many as the text is worth, and none where the adapter arrives whole. None, the default, is "auto" on
-    a GPU and 0 without one, here and on the command line. A start that was copied or carried by least squares keeps its
-    rank and modules and is trained at half the usual rate. With `finetune` it is trained on labelled data last
-    (`finetuning.finetune`).
+    With `refine` the result is then the start of a training without labels (`refine`). A start that was copied or
+    carried by least squares keeps its rank and modules and is trained at half the usual rate. With `finetune` it is
+    trained on labelled data last (`finetune`).
 
     Args:
-        old, new: model folders or hub ids. adapter: a PEFT LoRA folder trained on old. out: the folder to write.
-        settings: rank of the result and the rest of distill's settings. fill, fill_share: as `Plan.apply` has
-            them. options: those of `TransferPlan.build`.
-        refine_text: None has the old model write it with its adapter; else a .jsonl or .txt file.
-        finetune: labelled data, as `finetuning.finetune` takes them. finetune_options: its further arguments.
-        report: HTML file to write (`html_report.write_report`); an earlier report there is replaced.
-        say: called with one sentence, what will be run, at the start, and with the steps planned before a training.
+        old: Model folder or hub id.
+        new: Model folder or hub id.
+        adapter: A PEFT LoRA folder trained on old.
+        out: The folder to write.
+        plan: How the models are compared; its roles are the adapter's.
+        apply: How the adapter is carried.
+        refine: The training without labels; False for none, and None, the default, for one on a GPU and none without
+            it, here and on the command line. With steps "auto" there is none where the adapter arrives whole.
+        finetune: The training on labelled data, with the data.
+        runtime: Device, dtype, memory, report and progress of all of it.
+        overwrite: Replace what exists at out, once the new one is complete.
+
+    Returns:
+        What was written, and how it came about.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
-    given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "`calibration`": options.get("calibration")}
-    inputs = given | {"`refine_text`": refine_text, "`finetune`": finetune}
-    check_options(options, settings, fill)
-    check_report(report, out, inputs)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LoraSuiteError("migrate: runs in one process; start plan, apply, refine and finetune with torchrun")
-    if finetune is None and finetune_options:
-        raise LoraSuiteError("finetune_options are for the training that finetune asks for; give both")
-    asked = refine is not None
-    refine = refine if refine is not None else default_refinement(options.get("device", "auto"))
-    if refine != "auto" and (isinstance(refine, str) or refine < 0):
-        raise LoraSuiteError(f"refine is {refine!r}; it must be auto, or a number of steps, 0 for none")
-    if refine_text is not None and not refine:
-        raise LoraSuiteError("refine_text is for the training that refine asks for; give both")
-    if say and (refine or finetune is not None):
-        say(announcement(options, refine, asked, finetune))
-    if finetune is not None:
-        pass
+    runtime, plan = runtime or Runtime(), plan or PlanConfig()
+    wanted = default_refinement(runtime.device) if refine is None else refine
+    asked = _Asked(old, new, adapter, plan, apply or ApplyConfig(), wanted, runtime, overwrite)
+    check_options(asked, finetune)
+    check_report(runtime.report, out, asked.inputs | {"`finetune`": None if finetune is None else finetune.data})
+    if runtime.say and (wanted or finetune is not None):
+        runtime.say(announcement(plan, wanted, refine is not None, finetune))
+    if finetune is None:
+        result = _migrate(asked, out)
+    else:
+        result = _migrate_and_finetune(asked, finetune, out)
+    write_report(result, runtime.report)
+    return result
 
-        options |= {"settings": settings, "fill": fill, "fill_share": fill_share}
-        options |= {"refine": refine, "refine_text": refine_text}
-        tuned = migrate_and_finetune(old, new, adapter, out, finetune, finetune_options or {}, overwrite=overwrite,
-                                     progress=progress, say=say, **options)  # fmt: skip
-        write_report(tuned, report)
-        return tuned
+
+def _migrate(asked: _Asked, out: str | os.PathLike[str]) -> Migration:
+    """`migrate` without labelled data."""
     start = time.perf_counter()
-    if options.get("method", "auto") in ("auto", "distill"):
-        refuse_pipe(options.get("calibration"))
+    if asked.plan.method in ("auto", "distill"):
+        refuse_pipe(asked.plan.calibration)
     clean_up(out)
-    if refine:
-        from ..training.loop import TRAINING
-        from .refine import refinement_folder
-
+    if asked.refine:
         clean_up(out, refinement_folder(out), TRAINING)
-    path = check_output(out, overwrite=overwrite, inputs=inputs)
-    model = Checkpoint(old, "old")
-    source = read_adapter(adapter, model.family, model.shape, model.name)
-    check_base(source, model.fingerprint(), model.name, passed=(new,))
-    if refine in (0, AUTO) and (settings is None or settings.rank is settings.layers is None):
-        returned = give_back(model, new, source, path, options, overwrite=overwrite, progress=progress)
+    path = check_output(out, overwrite=asked.overwrite, inputs=asked.inputs)
+    model = Checkpoint(asked.old, "old")
+    source = read_adapter(asked.adapter, model.family, model.shape, model.name)
+    check_base(source, model.fingerprint(), model.name, passed=(asked.new,))
+    distill = asked.apply.distill
+    if not (asked.refine and asked.refine.steps != "auto") and distill.rank is distill.layers is None:
+        returned = give_back(model, asked.new, source, path, asked.plan, asked.runtime, overwrite=asked.overwrite)
         if returned is not None:
-            returned = returned.with_seconds(time.perf_counter() - start)
-            write_report(returned, report)
-            return returned
-    options.setdefault("work", work_folder(out))
-    plan = TransferPlan.build(old, new, roles=source.roles, progress=progress, **options)
-    if refine == "auto" and plan.exact:
-        refine = 0
+            return returned.with_seconds(time.perf_counter() - start)
+    planned = replace(asked.plan, roles=source.roles)
+    quiet = replace(asked.runtime, report=None)
+    plan = TransferPlan.build(asked.old, asked.new, config=planned, runtime=quiet, work=work_folder(out))
+    refine = False if asked.refine and asked.refine.steps == "auto" and plan.exact else asked.refine
     unrefined = path
     if refine:
         unrefined = refinement_folder(out) / "migrated"
         unrefined.parent.mkdir(exist_ok=True)
     try:
         result = plan.apply(
-            adapter,
+            asked.adapter,
             unrefined if refine else out,
-            settings=settings,
-            fill=fill,
-            fill_share=fill_share,
-            memory=options.get("memory"),
-            device=options.get("device", "auto"),
-            trust_remote_code=options.get("trust_remote_code", False),
-            overwrite=overwrite or bool(refine),
-            progress=progress,
+            config=asked.apply,
+            runtime=replace(quiet, dtype="auto"),
+            overwrite=asked.overwrite or bool(refine),
         )
     except WriteError:
         raise
@@ -149,118 +183,109 @@ def migrate(
         plan.finish()
         raise
     if refine:
-        from ..training.refinement import CARRIED_RATE, RATE
-        from .refine import refine as run
-
-        # Such a start is trained as it is: its rank and modules are the old adapter's.
-        method = result.plan.options["method"]
-        carried = method in ("copy", "lstsq") or (source.dora and method != "distill")
-        refined = run(
-            old,
-            adapter,
-            new,
-            unrefined,
-            out,
-            text=refine_text,
-            steps=refine,
-            roles=None if carried else family_named(plan.new.family).roles,
-            rank=None if carried else int(source.config["r"]),
-            learning_rate=CARRIED_RATE if method in ("copy", "lstsq") else RATE,
-            seed=plan.options["seed"],
-            device=plan.options["device"],
-            dtype=options.get("dtype", "auto"),
-            memory=options.get("memory"),
-            trust_remote_code=options.get("trust_remote_code", False),
-            overwrite=overwrite,
-            progress=progress,
-            say=say,
-        )
-        result = replace(result, out=os.fspath(out), refined=refined, phases=[*result.phases, *refined.phases])
+        result = _refined(asked, refine, result, source, unrefined, out)
     plan.finish()
-    result = result.with_seconds(time.perf_counter() - start)
-    write_report(result, report)
-    return result
+    return result.with_seconds(time.perf_counter() - start)
 
 
-def migrate_and_finetune(
-    old: str | os.PathLike[str],
-    new: str | os.PathLike[str],
-    adapter: str | os.PathLike[str],
+def _refined(
+    asked: _Asked,
+    config: RefineConfig,
+    result: Migration,
+    source: Adapter,
+    start: Path,
     out: str | os.PathLike[str],
-    data: Data,
-    tuning: Mapping[str, Any],
-    *,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
-    **options: Any,
 ) -> Migration:
-    """`plan.migrate` with `options`, then `finetune` of what it wrote with `tuning`; the data are read first."""
+    """The migration, refined."""
+    # Such a start is trained as it is: its rank and modules are the old adapter's.
+    method = result.plan.options["method"]
+    carried = method in ("copy", "lstsq") or (source.dora and method != "distill")
+    if not carried:
+        roles, rank = family_named(result.plan.new.family).roles, int(source.config["r"])
+        config = replace(config, roles=config.roles or roles, rank=config.rank or rank)
+    rate = CARRIED_RATE if method in ("copy", "lstsq") else RATE
+    config = replace(
+        config,
+        learning_rate=config.learning_rate or rate,
+        seed=result.plan.options["seed"] if config.seed is None else config.seed,
+    )
+    refined = run_refine(
+        asked.old,
+        asked.adapter,
+        asked.new,
+        start,
+        out,
+        config=config,
+        runtime=replace(asked.runtime, report=None, device=result.plan.options["device"]),
+        overwrite=asked.overwrite,
+    )
+    return replace(result, out=os.fspath(out), refined=refined, phases=[*result.phases, *refined.phases])
+
+
+def _migrate_and_finetune(asked: _Asked, config: FinetuneConfig, out: str | os.PathLike[str]) -> Migration:
+    """The migration, then `finetune` of what it wrote; the data are read first."""
     begin = time.perf_counter()
-    for text in (data, tuning.get("validation"), tuning.get("retain")):
+    data, runtime = config.data, replace(asked.runtime, report=None)
+    assert data is not None
+    for text in (data, config.validation, config.retain):
         refuse_pipe(text)
     clean_up(out, finetuning_folder(out), TRAINING)
-    given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "`finetune`": data, "`retain`": tuning.get("retain")}
-    further = {"`calibration`": options.get("calibration"), "`refine_text`": options.get("refine_text")}
-    check_output(out, overwrite=overwrite, inputs=given | further | {"`validation`": tuning.get("validation")})
-    check_finetuning(**{name: tuning.get(name, default) for name, default in CHECKED.items()})
-    check_retain_weight(tuning.get("retain_weight", RETAIN_WEIGHT))
-    remote = options.get("trust_remote_code", False)
-    shared = {"seed": options.get("seed", 0), "device": options.get("device", "auto"), "trust_remote_code": remote}
-    shared["dtype"] = options.get("dtype", "auto")
-    wording = {name: tuning[name] for name in ("template", "max_tokens", "completion_only") if name in tuning}
-    tokenizer = load_tokenizer(new, "NEW", trust_remote_code=remote)
-    split_samples(data, tuning.get("validation"), tokenizer, wording, shared["seed"])
-    kept_samples(tuning.get("retain"), tokenizer, tuning.get("max_tokens", MAX_TOKENS), shared["seed"])
+    further = {"`finetune`": data, "`retain`": config.retain, "`validation`": config.validation}
+    check_output(out, overwrite=asked.overwrite, inputs=asked.inputs | further)
+    seed = asked.plan.seed if config.seed is None else config.seed
+    wording = {
+        "template": config.template,
+        "max_tokens": config.max_tokens,
+        "completion_only": config.completion_only,
+    }
+    tokenizer = load_tokenizer(asked.new, "NEW", trust_remote_code=runtime.trust_remote_code)
+    split_samples(data, config.validation, tokenizer, wording, seed)
+    kept_samples(config.retain, tokenizer, config.max_tokens, seed)
     folder = finetuning_folder(out)
     folder.mkdir(exist_ok=True)
     migrated = folder / "migrated"
-    told: list[str] = []
-
-    def quiet(sentence: str) -> None:
-        """Passes on all but the first sentence, which `migrate` has said already for the whole."""
-        if say and told:
-            say(sentence)
-        told.append(sentence)
-
     try:
-        result = migrate(old, new, adapter, migrated, overwrite=True, progress=progress, say=quiet, **options)
+        result = _migrate(replace(asked, overwrite=True, runtime=runtime), migrated)
     except WriteError:
         raise
     except LoraSuiteError:
         with suppress(OSError):
             folder.rmdir()
         raise
-    tuned = finetune(
-        new, migrated, data, out, overwrite=overwrite, progress=progress, say=say, **(shared | dict(tuning))
+    tuned = run_finetune(
+        asked.new,
+        migrated,
+        data,
+        out,
+        config=replace(config, data=None, seed=seed),
+        runtime=runtime,
+        overwrite=asked.overwrite,
     )
     phases = [*result.phases, *tuned.phases]
     return replace(result, out=os.fspath(out), finetuned=tuned, phases=phases, seconds=time.perf_counter() - begin)
 
 
-def check_options(options: dict[str, Any], settings: Settings | None, fill: str) -> None:
-    """The options of a build that can be judged without a model."""
-    for name, (what, known) in CHOICES.items():
-        if name in options:
-            check_choice(what, known, options[name])
-    check_choice("fill", FILLS, fill)
-    pick_device(options.get("device", "auto"))
-    pick_dtype(options.get("dtype", "auto"))
-    if options.get("memory") is not None:
-        parse_memory(options["memory"])
-    check_settings(options.get("method", AUTO), settings)
+def check_options(asked: _Asked, finetune: FinetuneConfig | None) -> None:
+    """What can be judged without a model."""
+    pick_device(asked.runtime.device)
+    pick_dtype(asked.runtime.dtype)
+    check_distilled(asked.plan.method, asked.apply)
+    if asked.plan.roles is not None:
+        raise LoraSuiteError("PlanConfig.roles: a migration plans for the adapter's own projections; leave it out")
+    if finetune is not None and finetune.data is None:
+        raise LoraSuiteError("FinetuneConfig.data: there is none to fine-tune on; give labelled data")
 
 
-def default_refinement(device: str) -> int | str:
-    """Steps of the refinement a migration ends with: without a GPU it can take hours, and has to be asked for."""
-    return "auto" if pick_device(device).type == "cuda" else 0
+def default_refinement(device: str) -> Refine:
+    """The refinement a migration ends with: without a GPU it can take hours, and has to be asked for."""
+    return RefineConfig() if pick_device(device).type == "cuda" else False
 
 
-def announcement(options: dict[str, Any], refine: int | str, asked: bool, finetune: Data | None) -> str:
+def announcement(plan: PlanConfig, refine: Refine, asked: bool, finetune: FinetuneConfig | None) -> str:
     """What a migration will run, in one sentence."""
-    parts = [f"migrating by method {options.get('method', AUTO)}"]
+    parts = [f"migrating by method {plan.method}"]
     if refine:
-        steps = "as many steps as the text is worth" if refine == "auto" else f"{refine} steps"
+        steps = "as many steps as the text is worth" if refine.steps == "auto" else f"{refine.steps} steps"
         reason = "" if asked else " (the default on a GPU; refine 0: not)"
         parts.append(f"then refining without labels, {steps}{reason}")
     if finetune is not None:

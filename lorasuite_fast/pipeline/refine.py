@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,17 @@ from ..adapters.adapter import CONFIG, WEIGHTS, broken_tensor, trained_config
 from ..adapters.adapter_folder import adapter_digest
 from ..adapters.aligned_states import load_tokenizer
 from ..adapters.peft_check import check_loads, empty_model
-from ..config import pick_device, pick_dtype
+from ..config import RefineConfig, Runtime, pick_device, pick_dtype
+from ..config.flat import takes_flat_keywords
 from ..errors import LoraSuiteError
 from ..io.hub_ids import shown
 from ..io.json_files import read_json
 from ..io.output import check_output, write_folder, writing
-from ..io.phases import PhaseClock, Progress, release_memory
+from ..io.phases import PhaseClock, release_memory
 from ..io.ranks import Ranks
 from ..io.report_path import check_report
 from ..io.work import Work, clean_up, remove_work, unless_unusable
 from ..models.checkpoint import Checkpoint
-from ..models.families import ROLES
 from ..reporting.html_report import write_report
 from ..reporting.model_card import card_files
 from ..reporting.provenance import Step, without_machine
@@ -36,22 +35,16 @@ from ..text.samples import Samples
 from ..text.self_text import self_written
 from ..training.loop import TRAINING
 from ..training.refinement import (
-    BATCH_BYTES,
-    CONTROLS,
-    MAX_TOKENS,
     RATE,
-    SELF_TEXT_BYTES,
     Course,
     Refinement,
-    check_refinement,
     different,
     step_budget,
     texts_of,
     train_on_targets,
 )
-from ..training.retention import RETAIN_WEIGHT, check_retain_weight, kept_samples, named_text
+from ..training.retention import kept_samples, named_text
 from ..training.teacher import write_targets
-from ..transfer.memory import parse_memory
 
 
 def refinement_folder(out: str | os.PathLike[str]) -> Path:
@@ -60,6 +53,7 @@ def refinement_folder(out: str | os.PathLike[str]) -> Path:
     return path.with_name(f".{path.name}.refine")
 
 
+@takes_flat_keywords(config=RefineConfig, runtime=Runtime)
 def refine(
     old: str | os.PathLike[str],
     old_adapter: str | os.PathLike[str],
@@ -67,35 +61,9 @@ def refine(
     adapter: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     *,
-    text: str | os.PathLike[str] | Sequence[str] | None = None,
-    text_bytes: int = SELF_TEXT_BYTES,
-    steps: int | str = "auto",
-    learning_rate: float = RATE,
-    rank: int | None = None,
-    alpha: float | None = None,
-    roles: Sequence[str] | None = None,
-    imitation: float = 0.5,
-    kl_weight: float = 1.0,
-    next_token_weight: float = 0.0,
-    retain: str | os.PathLike[str] | None = None,
-    retain_weight: float = RETAIN_WEIGHT,
-    batch_bytes: int = BATCH_BYTES,
-    max_tokens: int = MAX_TOKENS,
-    top_k: int | str | None = "auto",
-    eval_every: int = 25,
-    patience: int | None = 6,
-    seed: int = 0,
-    device: str = "auto",
-    dtype: str = "auto",
-    memory: str | int | None = None,
-    gradient_checkpointing: bool = False,
-    cache: str | os.PathLike[str] | None = None,
-    control: str = "none",
+    config: RefineConfig | None = None,
+    runtime: Runtime | None = None,
     overwrite: bool = False,
-    trust_remote_code: bool = False,
-    report: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
-    say: Callable[[str], None] | None = None,
 ) -> Refinement:
     """Trains an adapter for NEW to do what OLD's adapter does, without labels.
 
@@ -104,63 +72,41 @@ def refine(
     until it is complete, and the same call goes on from them after an interruption.
 
     Args:
-        old, new: model folders or hub ids. old_adapter: PEFT folder trained on old.
+        old: Model folder or hub id.
+        old_adapter: PEFT folder trained on old.
+        new: Model folder or hub id.
         adapter: PEFT folder for new to start from; None starts from an adapter that does nothing.
         out: PEFT LoRA folder to write.
-        text: None or "self" has the old model write with its adapter; else a .jsonl (field `text`) or .txt file, or
-            texts. text_bytes: how much it writes.
-        steps: optimizer steps, or "auto": `step_budget` of the text.
-        learning_rate: at the first step, falling linearly to 0; AdamW without warm-up or weight decay. The default
-            suits small models; large ones need less.
-        rank, alpha, roles: of a new adapter; by default 8, twice the rank, and all projections. With `adapter`, rank or
-            roles put it among further rows and modules, so that training starts from the same function.
-        imitation: share of the adapted old model's own prediction in the targets, 0 to 1. 0 carries the change alone, 1
-            copies the old model.
-        kl_weight, next_token_weight: of the two losses, both means over their positions.
-        retain: unlabelled text on which the model's predictions are to stay what they are without an adapter: a .jsonl
-            (field `text`) or .txt file, or "shipped" for the general text that comes with the package. A step reads
-            about as many tokens of it and takes two to three times as long. The old adapter has its effect on
-            such text too, and less of it arrives. retain_weight: of that divergence beside the losses.
-        batch_bytes: of text a step reads. max_tokens: of each text, for each model.
-        top_k: most probable tokens kept of each target, the rest as one; None keeps all shared tokens, "auto" so many
-            that 2 % of the divergence is lost at most, but not all where their targets would exceed 8 GiB.
-        eval_every: steps between evaluations, each a checkpoint. patience: evaluations without a better one after which
-            to stop; None never stops.
-        dtype: auto is bfloat16 on a GPU that has it, else float32; the adapter is float32 always.
-        memory: what may be resident on the device, e.g. "6GB"; turns gradient checkpointing on where needed.
-        cache: folder that keeps the targets for further runs; by default they go when OUT is complete.
-        report: HTML file to write (`html_report.write_report`); an earlier report there is replaced.
-        say: called with one sentence, what will be done, before the training starts.
-        control: "shuffled" trains on targets whose change belongs to another position, the text as it is, so that its
-            next tokens still teach. "shuffled-labels" also puts those in random order: what is left is a constant.
+        config: How it is trained.
+        runtime: Device, dtype, memory, report and progress. The adapter is float32 always.
+        overwrite: Replace what exists at out, once the new one is complete.
+
+    Returns:
+        What the training came to.
 
     Raises:
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
+    config, runtime = config or RefineConfig(), runtime or Runtime()
     begin = time.perf_counter()
-    inputs: dict[str, object] = {"OLD": old, "OLD_ADAPTER": old_adapter, "NEW": new, "ADAPTER": adapter, "`text`": text}
-    inputs |= {"`retain`": retain, "`cache`": cache}
-    check_report(report, out, inputs)
+    inputs: dict[str, object] = {
+        "OLD": old,
+        "OLD_ADAPTER": old_adapter,
+        "NEW": new,
+        "ADAPTER": adapter,
+        "`text`": config.text,
+    }
+    inputs |= {"`retain`": config.retain, "`cache`": config.cache}
+    check_report(runtime.report, out, inputs)
     ranks = Ranks.join()
     if ranks.first:
         clean_up(out, refinement_folder(out), TRAINING)
     path = check_output(out, overwrite=overwrite, inputs=inputs)
-    check_retain_weight(retain_weight)
-    if not 0 <= imitation <= 1:
-        raise LoraSuiteError(f"imitation is {imitation}; it must be from 0 to 1")
-    weights = kl_weight, next_token_weight
-    check_refinement(steps, rank, alpha, learning_rate, weights, batch_bytes, max_tokens, top_k, eval_every, patience)
-    if memory is not None:
-        parse_memory(memory)
-    if control not in CONTROLS:
-        raise LoraSuiteError(f"control {control!r} is not one of {', '.join(CONTROLS)}")
-    for role in roles or ():
-        if role not in ROLES:
-            raise LoraSuiteError(f"role {role!r} is not one of {', '.join(ROLES)}")
-    run_device = pick_device(device)
+    seed = config.seed or 0
+    run_device = pick_device(runtime.device)
     half = run_device.type == "cuda" and torch.cuda.is_bf16_supported()
-    run_dtype = torch.bfloat16 if dtype == "auto" and half else pick_dtype(dtype)
-    clock = PhaseClock(progress, run_device)
+    run_dtype = torch.bfloat16 if runtime.dtype == "auto" and half else pick_dtype(runtime.dtype)
+    clock = PhaseClock(runtime.progress, run_device)
     checkpoint_o, checkpoint_n = Checkpoint(old, "old"), Checkpoint(new, "new")
     start = None if adapter is None else Path(adapter).expanduser()
     # Read before anything that takes long, so that what is missing is missed.
@@ -168,62 +114,62 @@ def refine(
     if start is not None and (broken := broken_tensor(start / WEIGHTS)) is not None:
         raise LoraSuiteError(f"{start / WEIGHTS}: {broken} holds NaN or infinity; train or save it again")
     kept_text = Samples([], 0, 0)
-    if retain is not None:
-        tokenizer = load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code)
-        kept_text = kept_samples(retain, tokenizer, max_tokens, seed)
+    if config.retain is not None:
+        tokenizer = load_tokenizer(new, "NEW", trust_remote_code=runtime.trust_remote_code)
+        kept_text = kept_samples(config.retain, tokenizer, config.max_tokens, seed)
     folder = refinement_folder(out)
-    kept = folder if cache is None else Path(cache).expanduser()
+    kept = folder if config.cache is None else Path(config.cache).expanduser()
     for place in {folder, kept}:
         place.mkdir(parents=True, exist_ok=True)
 
-    if text is None or (isinstance(text, str | os.PathLike) and os.fspath(text) == "self"):
+    if config.text is None or (isinstance(config.text, str | os.PathLike) and os.fspath(config.text) == "self"):
         source = "self"
-        with ranks.in_turn(), clock.phase("write text", text_bytes) as step:
+        with ranks.in_turn(), clock.phase("write text", config.text_bytes) as step:
             texts = self_written(
                 checkpoint_o,
                 old_adapter,
-                size=text_bytes,
+                size=config.text_bytes,
                 seed=seed,
-                tokens=max_tokens,
+                tokens=config.max_tokens,
                 device=run_device,
                 dtype=run_dtype,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=runtime.trust_remote_code,
                 report=step,
             )
             texts = different(texts)
         texts = ranks.share(texts)
         release_memory()
     else:
-        source = os.fspath(text) if isinstance(text, str | os.PathLike) else f"{len(text)} texts"
-        texts = texts_of(text, seed)
+        source = os.fspath(config.text) if isinstance(config.text, str | os.PathLike) else f"{len(config.text)} texts"
+        texts = texts_of(config.text, seed)
 
     teaching: dict[str, Any] = {
         "old": checkpoint_o.fingerprint(),
         "old_adapter": digests[0],
         "new": checkpoint_n.fingerprint(),
         "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32],
-        "imitation": imitation,
-        "top_k": top_k,
-        "max_tokens": max_tokens,
+        "imitation": config.imitation,
+        "top_k": config.top_k,
+        "max_tokens": config.max_tokens,
         "dtype": str(run_dtype),
-        "shuffled": seed if control != "none" else None,
+        "shuffled": seed if config.control != "none" else None,
     }
     key = hashlib.sha256(json.dumps(teaching).encode()).hexdigest()[:16]
     options: dict[str, Any] = {
-        "learning_rate": learning_rate,
-        "rank": rank,
-        "alpha": alpha,
-        "roles": None if roles is None else sorted(roles),
-        "kl_weight": kl_weight,
-        "next_token_weight": next_token_weight,
-        "batch_bytes": batch_bytes,
-        "eval_every": eval_every,
-        "patience": patience,
+        "learning_rate": config.learning_rate or RATE,
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "roles": None if config.roles is None else sorted(config.roles),
+        "kl_weight": config.kl_weight,
+        "next_token_weight": config.next_token_weight,
+        "batch_bytes": config.batch_bytes,
+        "eval_every": config.eval_every,
+        "patience": config.patience,
         "seed": seed,
-        "control": control,
+        "control": config.control,
     }
-    if retain is not None:
-        options |= {"retain": kept_text.digest(), "retain_weight": retain_weight}
+    if config.retain is not None:
+        options |= {"retain": kept_text.digest(), "retain_weight": config.retain_weight}
     if ranks.size > 1:
         options |= {"processes": ranks.size}
     works: list[Work] = []
@@ -238,29 +184,29 @@ def refine(
                     new,
                     texts,
                     clock,
-                    top_k=top_k,
-                    max_tokens=max_tokens,
+                    top_k=config.top_k,
+                    max_tokens=config.max_tokens,
                     device=run_device,
                     dtype=run_dtype,
-                    imitation=imitation,
-                    shuffled=control != "none",
+                    imitation=config.imitation,
+                    shuffled=config.control != "none",
                     seed=seed,
-                    trust_remote_code=trust_remote_code,
+                    trust_remote_code=runtime.trust_remote_code,
                 )
                 # Each model is opened more than once, and must be the same one every time.
                 for model in (checkpoint_o, checkpoint_n):
                     model.tensors.check_same()
         release_memory()
-        budget = step_budget(targets.facts.bytes, batch_bytes) if steps == "auto" else int(steps)
+        budget = step_budget(targets.facts.bytes, config.batch_bytes) if config.steps == "auto" else int(config.steps)
         started = {"start": digests[1], "steps": budget}
         with ranks.in_turn():
             works.append(Work(folder / TRAINING, teaching | options | started, owner=ranks.first))
             resumed = works[1].resumed
             works[1].start()
-        if say and ranks.first:
+        if runtime.say and ranks.first:
             facts = targets.facts
-            say(
-                f"refining: {budget} steps of about {batch_bytes:,} bytes, from {facts.bytes / 1000:,.0f} KB of "
+            runtime.say(
+                f"refining: {budget} steps of about {config.batch_bytes:,} bytes, from {facts.bytes / 1000:,.0f} KB of "
                 f"{'text the old model wrote' if source == 'self' else 'text'} with {facts.positions:,} positions"
             )
         # What an interrupted run has trained stays, whatever this one was asked besides.
@@ -278,35 +224,40 @@ def refine(
                 run_device,
                 run_dtype,
                 half,
-                memory,
-                gradient_checkpointing,
-                trust_remote_code,
+                runtime.memory,
+                config.gradient_checkpointing,
+                runtime.trust_remote_code,
             )
         summary = _summary(course, budget)
         taken = Step(
             "refinement",
             summary,
-            without_machine(options) | {"imitation": imitation, "top_k": top_k, "max_tokens": max_tokens},
+            without_machine(options)
+            | {"imitation": config.imitation, "top_k": config.top_k, "max_tokens": config.max_tokens},
             {"old": teaching["old"], "new": teaching["new"]},
             {
                 "from": f"{shown(old_adapter)} on {shown(checkpoint_o.name)}",
                 "text": shown(source),
                 "targets": "NEW's predictions changed as OLD's were"
-                + (f", and to {imitation:.0%} OLD's own with its adapter" if imitation else ""),
+                + (f", and to {config.imitation:.0%} OLD's own with its adapter" if config.imitation else ""),
                 "started from": "a new adapter" if adapter is None else shown(adapter),
                 "steps": f"{course.steps} of {budget}, of which {course.chosen} are in what was written",
                 "tokens trained on": f"{course.tokens:,}",
-                "learning rate": f"{learning_rate:g}",
-                **({"retained": f"{named_text(retain)}, weight {retain_weight:g}"} if retain is not None else {}),
+                "learning rate": f"{options['learning_rate']:g}",
+                **(
+                    {"retained": f"{named_text(config.retain)}, weight {config.retain_weight:g}"}
+                    if config.retain is not None
+                    else {}
+                ),
             },
         )
         told = card_files(checkpoint_n.name, taken, start, wrapped=checkpoint_n.family.wrapper is not None)
         ranks.wait()
         if ranks.first:
             works[1].complete()
-            empty = empty_model(checkpoint_n.folder, trust_remote_code=trust_remote_code)
+            empty = empty_model(checkpoint_n.folder, trust_remote_code=runtime.trust_remote_code)
             _write(path, course.source, checkpoint_n.name, told, empty, overwrite)
-            if cache is None:
+            if config.cache is None:
                 works[0].discard()
             remove_work(folder)
         ranks.wait()
@@ -335,9 +286,9 @@ def refine(
         trainable_parameters=course.parameters,
         options=options
         | {
-            "imitation": imitation,
-            "top_k": top_k,
-            "max_tokens": max_tokens,
+            "imitation": config.imitation,
+            "top_k": config.top_k,
+            "max_tokens": config.max_tokens,
             "device": run_device.type,
             "dtype": str(run_dtype).removeprefix("torch."),
             "gradient_checkpointing": course.checkpointing,
@@ -347,7 +298,7 @@ def refine(
         fingerprints={"old": teaching["old"], "new": teaching["new"]},
     )
     if ranks.first:
-        write_report(result, report)
+        write_report(result, runtime.report)
     return result
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from ..adapters.aligned_states import load_tokenizer, read_sizes
-from ..config import pick_device, pick_dtype
+from ..config import Runtime, VerifyConfig, pick_device, pick_dtype
+from ..config.flat import takes_flat_keywords
 from ..errors import LoraSuiteError
 from ..evaluation.base_fit import base_fit, depth_pairs, mapped_pairs, prediction
 from ..evaluation.effect import effect_sums, resamples
@@ -31,30 +32,22 @@ from ..evaluation.verification import (
     verdict,
 )
 from ..io.number_range import in_range
-from ..io.phases import PhaseClock, Progress, release_memory
+from ..io.phases import PhaseClock, release_memory
 from ..io.report_path import check_report
 from ..reporting.html_report import write_report
 from ..text.alignment import Alignment
 from ..text.calibration import MIN_EXAMPLES, load_examples
 
 
+@takes_flat_keywords(config=VerifyConfig, runtime=Runtime)
 def verify(
     old: str | os.PathLike[str],
     old_adapter: str | os.PathLike[str] | None,
     new: str | os.PathLike[str],
     new_adapter: str | os.PathLike[str] | None,
     *,
-    text: str | os.PathLike[str] | None = None,
-    labelled: str | os.PathLike[str] | None = None,
-    examples: int = 64,
-    max_tokens: int = 256,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    bootstrap: int = 1000,
-    trust_remote_code: bool = False,
-    report: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    config: VerifyConfig | None = None,
+    runtime: Runtime | None = None,
 ) -> Verification:
     """Compares what two adapters do to their models, or, without adapters, how well the two models fit each other.
 
@@ -62,42 +55,41 @@ def verify(
     its last hidden states at the aligned positions, (positions, d), and the residual stream at a sample of them.
 
     Args:
-        old, new: model folders or hub ids. old_adapter, new_adapter: PEFT folders, made by any tool; None for both
-            gives the form before a migration.
-        text: unlabelled .jsonl (field `text`) or .txt; None takes the general text shipped with the package. An
-            adapter's effect shows best on text of its domain.
-        labelled: .jsonl with fields `text`, or `prompt` and `completion`; adds bits per byte.
-        examples: of either file, a seeded sample where there are more. max_tokens: of each, for each model.
-        dtype: of weights and products; auto is float32. Log-probabilities are float32 always.
-        bootstrap: resamples of the texts for the intervals.
-        report: HTML file to write (`html_report.write_report`); an earlier report there is replaced.
+        old: Model folder or hub id.
+        old_adapter: PEFT folder, made by any tool; None for both adapters gives the form before a migration.
+        new: Model folder or hub id.
+        new_adapter: PEFT folder, made by any tool.
+        config: What is read.
+        runtime: Device, dtype, report and progress. Log-probabilities are float32 always.
+
+    Returns:
+        The comparison and its verdict.
 
     Raises:
         LoraSuiteError: for input that cannot be used, or where the two models share no tokens or positions.
     """
+    config, runtime = config or VerifyConfig(), runtime or Runtime()
     start = time.perf_counter()
     given = {"OLD": old, "OLD_ADAPTER": old_adapter, "NEW": new, "NEW_ADAPTER": new_adapter}
-    check_report(report, inputs=given | {"`text`": text, "`labelled`": labelled})
+    check_report(runtime.report, inputs=given | {"`text`": config.text, "`labelled`": config.labelled})
     found = _stamps(given)
     if (old_adapter is None) != (new_adapter is None):
         raise LoraSuiteError("verify takes both adapters, or none for a pair of base models; one was given")
-    if max_tokens < 2 or bootstrap < 1:
-        raise LoraSuiteError(f"max_tokens is {max_tokens} and must be at least 2, bootstrap {bootstrap} at least 1")
     adapted = old_adapter is not None
-    run_device, run_dtype = pick_device(device), pick_dtype(dtype)
-    texts = load_examples(text, examples, seed)
-    answers = [] if labelled is None else load_labelled(labelled, examples, seed)
-    clock = PhaseClock(progress, run_device)
+    run_device, run_dtype = pick_device(runtime.device), pick_dtype(runtime.dtype)
+    texts = load_examples(config.text, config.examples, config.seed)
+    answers = [] if config.labelled is None else load_labelled(config.labelled, config.examples, config.seed)
+    clock = PhaseClock(runtime.progress, run_device)
     with clock.phase("align", len(texts)) as step:
         sizes_o, sizes_n = (
-            read_sizes(source, what, trust_remote_code=trust_remote_code)
+            read_sizes(source, what, trust_remote_code=runtime.trust_remote_code)
             for source, what in ((old, "OLD"), (new, "NEW"))
         )
         alignment = Alignment(
-            load_tokenizer(old, "OLD", trust_remote_code=trust_remote_code),
-            load_tokenizer(new, "NEW", trust_remote_code=trust_remote_code),
+            load_tokenizer(old, "OLD", trust_remote_code=runtime.trust_remote_code),
+            load_tokenizer(new, "NEW", trust_remote_code=runtime.trust_remote_code),
         )
-        aligned = alignment.align_all(texts, max_tokens)
+        aligned = alignment.align_all(texts, config.max_tokens)
         step(len(texts))
     shared = alignment.ordinary
     inside = (shared.old < sizes_o.V) & (shared.new < sizes_n.V)
@@ -111,15 +103,17 @@ def verify(
     compared = (
         None
         if adapted
-        else compared_bases(old, new, text, examples, seed, clock, run_device, run_dtype, trust_remote_code)
+        else compared_bases(
+            old, new, config.text, config.examples, config.seed, clock, run_device, run_dtype, runtime.trust_remote_code
+        )
     )
     pairs = mapped_pairs(compared.mapping) if compared else depth_pairs(sizes_o.L, sizes_n.L)
     layers_o = list(range(sizes_o.L)) if adapted else [i for i, _ in pairs]
     layers_n = list(range(sizes_n.L)) if adapted else [j for _, j in pairs]
     stored = max(len(layers_o) * sizes_o.d, len(layers_n) * sizes_n.d)
     sampled = min(positions, STORED // stored, SAMPLED if adapted else positions)
-    sample = torch.randperm(positions, generator=torch.Generator().manual_seed(seed))[:sampled].sort().values
-    reading = Reading(answers, max_tokens, clock, run_device, run_dtype, trust_remote_code)
+    sample = torch.randperm(positions, generator=torch.Generator().manual_seed(config.seed))[:sampled].sort().values
+    reading = Reading(answers, config.max_tokens, clock, run_device, run_dtype, runtime.trust_remote_code)
     o = reading.side(
         old,
         old_adapter,
@@ -150,9 +144,9 @@ def verify(
     ):
         if o.after is not None and n.after is not None:
             sums = effect_sums(
-                (o.before, o.after), (n.before, n.after), of_text, device=run_device, seed=seed, report=step
+                (o.before, o.after), (n.before, n.after), of_text, device=run_device, seed=config.seed, report=step
             )
-            effect = effect_of(sums, resamples(len(aligned), bootstrap, seed))
+            effect = effect_of(sums, resamples(len(aligned), config.bootstrap, config.seed))
             layers = layer_effects(o, n)
             kind, sentence = verdict(effect)
         else:
@@ -165,7 +159,7 @@ def verify(
                 of_text,
                 of_text[sample],
                 device=run_device,
-                seed=seed,
+                seed=config.seed,
                 report=step,
             )
             if compared is not None:
@@ -187,7 +181,7 @@ def verify(
         effect,
         layers,
         fit,
-        bits_per_byte(o, n, resamples(len(answers), bootstrap, seed)) if answers else None,
+        bits_per_byte(o, n, resamples(len(answers), config.bootstrap, config.seed)) if answers else None,
         {
             "texts": len(aligned),
             "texts_without_positions": len(texts) - len(aligned),
@@ -200,12 +194,12 @@ def verify(
             "layers_new": sizes_n.L,
         },
         {
-            "text": "shipped" if text is None else os.fspath(text),
-            "labelled": None if labelled is None else os.fspath(labelled),
-            "examples": examples,
-            "max_tokens": max_tokens,
-            "seed": seed,
-            "bootstrap": bootstrap,
+            "text": "shipped" if config.text is None else os.fspath(config.text),
+            "labelled": None if config.labelled is None else os.fspath(config.labelled),
+            "examples": config.examples,
+            "max_tokens": config.max_tokens,
+            "seed": config.seed,
+            "bootstrap": config.bootstrap,
             "device": run_device.type,
             "dtype": str(run_dtype).removeprefix("torch."),
         },
@@ -215,7 +209,7 @@ def verify(
         None if fit is None else relatives_of(old, new, fit),
     )
     _check_unchanged(given, found)
-    write_report(result, report)
+    write_report(result, runtime.report)
     return result
 
 

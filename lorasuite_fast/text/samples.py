@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import Data as Data
 from ..errors import LoraSuiteError
 from ..io.json_files import parse_json
 from ..io.text_files import read_text
@@ -22,9 +23,6 @@ from ..models.loading import reason
 from ..models.token_ends import TokenEnds
 from ..models.vocabulary import prefix
 from .calibration import cut_text, whole_characters
-
-Record = Mapping[str, Any] | str
-Data = str | os.PathLike[str] | Sequence[Record]
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

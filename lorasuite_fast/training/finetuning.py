@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from ..io.json_files import finite
 from ..io.notebook import Rendered
 from ..io.phases import Phase, PhaseClock
 from ..io.ranks import Ranks
-from ..models.families import ROLES, Family
+from ..models.families import Family
 from ..text.samples import Data, Sample, Samples, load_samples
 from .batches import sample_batches, step_batches
 from .loop import Schedule, Training
@@ -139,52 +139,6 @@ def new_adapter(loaded: LoadedModel, family: Family, new: Mapping[str, Any], see
     )
     torch.manual_seed(seed)
     loaded.peft = get_peft_model(loaded.model, config).to(loaded.device)
-
-
-CHECKED: dict[str, Any] = {
-    "epochs": EPOCHS,
-    "steps": None,
-    "batch": BATCH,
-    "micro_batch": None,
-    "learning_rate": LEARNING_RATE,
-    "max_tokens": MAX_TOKENS,
-    "rank": None,
-    "alpha": None,
-    "dropout": None,
-    "roles": None,
-    "save_every": None,
-}
-"""Arguments of `finetune` whose values are looked at before anything is read, and their defaults."""
-
-
-def check_finetuning(
-    epochs: int,
-    steps: int | None,
-    batch: int,
-    micro_batch: int | None,
-    learning_rate: float,
-    max_tokens: int,
-    rank: int | None,
-    alpha: float | None,
-    dropout: float | None,
-    roles: Sequence[str] | None,
-    save_every: int | None,
-) -> None:
-    whole = {"epochs": epochs, "steps": steps, "batch": batch, "micro_batch": micro_batch, "rank": rank,
-             "save_every": save_every}  # fmt: skip
-    for name, value in whole.items():
-        if value is not None and value < 1:
-            raise LoraSuiteError(f"{name} is {value}; it must be at least 1")
-    if max_tokens < 2:
-        raise LoraSuiteError(f"max_tokens is {max_tokens}; it must be at least 2")
-    for name, number in (("learning_rate", learning_rate), ("alpha", alpha)):
-        if number is not None and not (math.isfinite(number) and number > 0):
-            raise LoraSuiteError(f"{name} is {number}; it must be above 0")
-    if dropout is not None and not 0 <= dropout < 1:
-        raise LoraSuiteError(f"dropout is {dropout}; it must be at least 0 and below 1")
-    for role in roles or ():
-        if role not in ROLES:
-            raise LoraSuiteError(f"role {role!r} is not one of {', '.join(ROLES)}")
 
 
 def split_samples(

@@ -23,7 +23,7 @@ import torch
 
 from ..adapters.adapter import by_module, read_adapter
 from ..adapters.aligned_states import LoadedModel
-from ..config import finite_hint
+from ..config import finite_hint, parse_memory
 from ..errors import LoraSuiteError
 from ..io.json_files import finite
 from ..io.notebook import Rendered
@@ -32,7 +32,6 @@ from ..io.ranks import Ranks
 from ..models.checkpoint import Checkpoint
 from ..text.calibration import load_examples, whole_characters
 from ..text.samples import Sample
-from ..transfer.memory import parse_memory
 from .batches import step_batches
 from .loop import Progress, Schedule, Training
 from .target_loss import RefinementBatches, TargetLoss
@@ -221,35 +220,6 @@ def texts_of(text: str | os.PathLike[str] | Sequence[str], seed: int) -> list[st
 def different(texts: Iterable[str]) -> list[str]:
     """Each text once: one that stood on both sides of the split would make the agreement too good."""
     return list(dict.fromkeys(texts))
-
-
-def check_refinement(
-    steps: int | str,
-    rank: int | None,
-    alpha: float | None,
-    learning_rate: float,
-    weights: tuple[float, float],
-    batch_bytes: int,
-    max_tokens: int,
-    top_k: int | str | None,
-    eval_every: int,
-    patience: int | None,
-) -> None:
-    if steps != "auto" and (isinstance(steps, str) or steps < 1):
-        raise LoraSuiteError(f"steps is {steps!r}; it must be auto or at least 1")
-    for name, number in (("learning_rate", learning_rate), ("alpha", alpha)):
-        if number is not None and not (math.isfinite(number) and number > 0):
-            raise LoraSuiteError(f"{name} is {number}; it must be above 0")
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
-        raise LoraSuiteError(f"kl_weight is {weights[0]}, next_token_weight {weights[1]}; one must be above 0")
-    least = {"batch_bytes": (batch_bytes, 1), "max_tokens": (max_tokens, 2), "eval_every": (eval_every, 1)}
-    if isinstance(top_k, str) and top_k != "auto":
-        raise LoraSuiteError(f"top_k is {top_k!r}; it must be auto, None for all, or a number")
-    least |= {"top_k": (1 if top_k is None or isinstance(top_k, str) else top_k, 1)}
-    least |= {"patience": (1 if patience is None else patience, 1), "rank": (1 if rank is None else rank, 1)}
-    for name, (value, bound) in least.items():
-        if value < bound:
-            raise LoraSuiteError(f"{name} is {value}; it must be at least {bound}")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ without forgetting, Li and Hoiem 2016, arXiv 1606.09282, with whole distribution
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -16,22 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..errors import LoraSuiteError
 from ..io.hub_ids import shown
 from ..text.calibration import load_examples
 from ..text.samples import Sample, Samples, load_samples, padded
 
-RETAIN_WEIGHT = 0.3
 SHIPPED = "shipped"
 """In the place of a file, the general text that comes with the package."""
 KEPT = "kept_"
 """In front of the names of what a batch holds of the text to retain."""
 _ALL_TEXTS = 10**9
-
-
-def check_retain_weight(weight: float) -> None:
-    if not (math.isfinite(weight) and weight > 0):
-        raise LoraSuiteError(f"retain_weight is {weight}; it must be above 0 (leave out retain to keep nothing)")
 
 
 def kept_samples(source: str | os.PathLike[str] | None, tokenizer: Any, max_tokens: int, seed: int) -> Samples:

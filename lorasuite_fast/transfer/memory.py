@@ -7,11 +7,11 @@ the allocator hands out there.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import torch
 
+from ..config import parse_memory as parse_memory
 from ..errors import LoraSuiteError
 from ..io.tensor_files import DTYPES
 from ..models.checkpoint import Checkpoint
@@ -20,8 +20,6 @@ from ..models.hidden_states import MICRO_BATCH
 from .embeddings import CHUNK_ROWS
 
 _LEAST_CHUNK = 256
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]I?)B?", re.IGNORECASE)
 LIBRARIES = 160 << 20
 """What transformers' model code and the products' own buffers add once a forward pass runs."""
 PER_TOKEN = 700
@@ -29,22 +27,6 @@ PER_TOKEN = 700
 _NEURON_PRODUCTS = 8_000_000
 _CANDIDATE_BYTES = 16 * 120
 MIB = 2**20
-
-
-def parse_memory(text: str | int) -> int:
-    """Bytes of "6GB", "512MiB", "24 G" or a plain number.
-
-    Raises:
-        LoraSuiteError: if it is none of these, or less than a megabyte, which is a unit left out.
-    """
-    match = _SIZE.fullmatch(str(text).strip())
-    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    if size < 1:
-        raise LoraSuiteError(f"`memory={text}`: expected a size such as 6GB, 512MiB or 24000000000")
-    if size < 10**6:
-        unit = "" if match is None or match[2] else f"; did you mean {match[1]}GB?"
-        raise LoraSuiteError(f"`memory={text}`: is {size:,} bytes, less than any model needs{unit}")
-    return size
 
 
 @dataclass(frozen=True)

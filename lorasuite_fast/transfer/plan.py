@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +17,7 @@ from .._version import __version__
 from ..adapters.adapter import Adapter, Update, by_module
 from ..adapters.factors import update_norm
 from ..adapters.fill import fill_layers
-from ..config import check_choice, pick_device, pick_dtype
+from ..config import PlanConfig, Runtime, pick_device, pick_dtype
 from ..errors import LoraSuiteError
 from ..io.artifacts import PLAN_FORMAT
 from ..io.hub_ids import shown
@@ -34,19 +33,13 @@ from ..models.families import ATTENTION, ROLES, Shape
 from ..models.family_table import family_named
 from .build_options import AUTO, EXACT_R2, Options
 from .kinship import SAME, plan_kinship
-from .memory import Limits, parse_memory
+from .memory import Limits
 from .plan_check import check_plan, layer_index
 from .projection import METHODS, LayerResult, PlannedLayer
-from .similarity import MEASURES
-
-if TYPE_CHECKING:
-    pass
 
 FORMAT_VERSION = 2
 DISTILLATION = "distill"
 """Sub-folder of the work in which a distillation lies."""
-
-DtypeName = Literal["auto", "float32", "bfloat16", "float64"]
 
 
 @dataclass(frozen=True)
@@ -384,51 +377,26 @@ def unused_layers(source: Adapter, plan: Plan) -> list[int]:
     return sorted({layer for layer, _ in source.updates} - set(plan.layers.values()))
 
 
-CHOICES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "layers": ("layer mapping", ("cka", "first", "medium", "last")),
-    "similarity": ("similarity", tuple(MEASURES)),
-    "heads": ("head mapping", ("hungarian", "identity")),
-    "transfer": ("transfer", ("embedding", "identity")),
-    "method": ("method", (AUTO, *METHODS)),
-}
-
-
-def make_options(
-    *,
-    calibration: str | os.PathLike[str] | None = None,
-    examples: int = 64,
-    layers: str = "cka",
-    similarity: str = "cka",
-    heads: str = "hungarian",
-    transfer: str = "embedding",
-    method: str = AUTO,
-    roles: Iterable[str] = ROLES,
-    device: str = "auto",
-    dtype: str = "auto",
-    seed: int = 0,
-    ridge: float = 0.0,
-    memory: str | int | None = None,
-    mapped: bool = True,
-    trust_remote_code: bool = False,
-) -> Options:
-    """The checked options of `Plan.build`, which says what they are. Raises LoraSuiteError for others."""
+def make_options(config: PlanConfig, runtime: Runtime) -> Options:
+    """The options a plan is built with, on this machine. Raises LoraSuiteError for a device that there is not."""
+    device = pick_device(runtime.device)
     return Options(
-        calibration=calibration,
-        examples=examples,
-        layers=check_choice(*CHOICES["layers"], layers),
-        similarity=check_choice(*CHOICES["similarity"], similarity),
-        heads=check_choice(*CHOICES["heads"], heads),
-        transfer=check_choice(*CHOICES["transfer"], transfer),
-        method=check_choice(*CHOICES["method"], method),
-        roles=tuple(check_choice("role", ROLES, role) for role in roles),
-        device=pick_device(device),
-        dtype=pick_dtype(dtype),
-        seed=seed,
-        ridge=ridge,
-        memory=None if memory is None else parse_memory(memory),
-        mapped=mapped,
-        trust_remote_code=trust_remote_code,
-        tf32=dtype == "auto" and pick_device(device).type == "cuda",
+        calibration=config.calibration,
+        examples=config.examples,
+        layers=config.layers,
+        similarity=config.similarity,
+        heads=config.heads,
+        transfer=config.transfer,
+        method=config.method,
+        roles=ROLES if config.roles is None else tuple(config.roles),
+        device=device,
+        dtype=pick_dtype(runtime.dtype),
+        seed=config.seed,
+        ridge=config.ridge,
+        memory=runtime.budget,
+        mapped=runtime.mapped,
+        trust_remote_code=runtime.trust_remote_code,
+        tf32=runtime.dtype == "auto" and device.type == "cuda",
     )
 
 

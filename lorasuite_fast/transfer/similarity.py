@@ -34,10 +34,10 @@ from torch import Tensor
 
 from lorasuite_kernels import Gram, StreamingCKA, cka, full_gram, gram
 
+from ..config import MEASURES as MEASURES
 from ..errors import LoraSuiteError
 from .embeddings import RCOND
 
-MEASURES = ("cka", "mean-cca", "squared-cca", "pwcca", "procrustes")
 EXPLAINED = 0.99
 """Share of a layer's variance that the components kept for CCA explain, where not all can be kept."""
 _ROUNDING = 1e-12
