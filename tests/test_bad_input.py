@@ -168,7 +168,7 @@ CASES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "damaged config": (lambda root: (root / "new/config.json").write_text("{"), ["new/config.json", "JSON"]),
     "unknown family": (
         lambda root: edit_json(root / "new/config.json", model_type="mamba"),
-        ["'mamba'", "phi, phi3, qwen2, qwen3"],
+        ["'mamba'", "phi, phi3, qwen2, qwen2_moe, qwen3"],
     ),
     "config with a text for a number": (
         lambda root: edit_json(root / "new/config.json", hidden_size="big"),

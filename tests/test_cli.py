@@ -139,7 +139,9 @@ def test_the_core_names_parameters_and_the_command_line_flags() -> None:
     flags = {
         (file.relative_to(package).as_posix(), node.lineno): node.value
         for file in sorted(package.rglob("*.py"))
+        # The fields of a configuration say how the command line spells them.
         if file.relative_to(package).parts[0] not in ("cli", "reporting")
+        if file.relative_to(package).as_posix() != "config/sections.py"
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
