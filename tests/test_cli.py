@@ -149,7 +149,7 @@ def test_the_core_names_parameters_and_the_command_line_flags() -> None:
     }
     # A docstring may say which flag prints what it returns.
     assert [text for text in flags.values() if "`--json` prints" not in text] == []
-    told = "OUT `x`: exists already; pass `overwrite=True`, `memory=12MiB`, `settings.layers` or `refine_text`"
+    told = "OUT `x`: exists already; pass `overwrite=True`, `memory=12MiB`, `distill.layers` or `refine_text`"
     assert with_flags(told) == (
         "OUT `x`: exists already; pass --overwrite, --memory 12MiB, --distill-layers or --refine-text"
     )

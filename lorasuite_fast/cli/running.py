@@ -129,7 +129,7 @@ _PARAMETERS = (
         "retain",
         "ridge",
         "roles",
-        r"settings\.layers",
+        r"distill\.layers",
         "template",
         "text",
         "transfer",
@@ -138,7 +138,7 @@ _PARAMETERS = (
     "validation",
 )
 _PARAMETER = re.compile(rf"`({'|'.join(_PARAMETERS)})(?:=([^`]*))?`")
-_OTHER_FLAGS = {"settings.layers": "distill-layers"}
+_OTHER_FLAGS = {"distill.layers": "distill-layers"}
 
 
 def with_flags(message: str) -> str:

@@ -389,6 +389,6 @@ def check_distilled(method: str, config: ApplyConfig) -> None:
     if config.distill.rank is not None:
         raise LoraSuiteError(f"method {method} keeps the adapter's rank; only distill changes it")
     if config.distill.layers is not None:
-        raise LoraSuiteError(f"method {method} fits no layers as distill does; leave out --distill-layers")
+        raise LoraSuiteError(f"method {method} fits no layers as distill does; leave out `distill.layers`")
     if config.text is not None:
-        raise LoraSuiteError(f"method {method} carries adapters without text; leave out --text")
+        raise LoraSuiteError(f"method {method} carries adapters without text; leave out `text`")
