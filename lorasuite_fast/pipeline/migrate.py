@@ -68,8 +68,9 @@ def migrate(
 
     Args:
         old, new: model folders or hub ids. adapter: a PEFT LoRA folder trained on old. out: the folder to write.
-        settings: rank of the result and the rest of distill's settings. fill, fill_share: as `Plan.apply` has
-            them. options: those of `TransferPlan.build`.
+        settings: rank of the result and the rest of distill's settings; where a rank or a number of layers is asked
+            for, method auto is distill, which alone gives it. fill, fill_share: as `Plan.apply` has them. options:
+            those of `TransferPlan.build`.
         refine_text: None has the old model write it with its adapter; else a .jsonl or .txt file.
         finetune: labelled data, as `finetuning.finetune` takes them. finetune_options: its further arguments.
         report: HTML file to write (`html_report.write_report`); an earlier report there is replaced.
@@ -81,6 +82,7 @@ def migrate(
     given = {"OLD": old, "NEW": new, "ADAPTER": adapter, "`calibration`": options.get("calibration")}
     inputs = given | {"`refine_text`": refine_text, "`finetune`": finetune}
     check_options(options, settings, fill)
+    options |= _only_distill(options, settings)
     check_report(report, out, inputs)
     if finetune is None and finetune_options:
         raise LoraSuiteError("finetune_options are for the training that finetune asks for; give both")
@@ -93,8 +95,6 @@ def migrate(
     if say and (refine or finetune is not None):
         say(announcement(options, refine, asked, finetune))
     if finetune is not None:
-        pass
-
         options |= {"settings": settings, "fill": fill, "fill_share": fill_share}
         options |= {"refine": refine, "refine_text": refine_text}
         tuned = migrate_and_finetune(old, new, adapter, out, finetune, finetune_options or {}, overwrite=overwrite,
@@ -247,6 +247,12 @@ def check_options(options: dict[str, Any], settings: Settings | None, fill: str)
     if options.get("memory") is not None:
         parse_memory(options["memory"])
     check_settings(options.get("method", AUTO), settings)
+
+
+def _only_distill(options: dict[str, Any], settings: Settings | None) -> dict[str, Any]:
+    """The method that a rank or a number of layers leaves to choose from: refused after the plan, it would cost one."""
+    free = settings is None or settings.rank is settings.layers is None
+    return {} if free or options.get("method", AUTO) != AUTO else {"method": "distill"}
 
 
 def default_refinement(device: str) -> int | str:
