@@ -281,6 +281,7 @@ MODULES: dict[str, Module] = {
                 "stream_equations(old, new, held_o, held_n, chunk=chunk, device=device)) if len(held_o) else train",
                 "train) if False else train",
             ),
+            ("(self.shape.d**0.5 if self.family.scaled_embedding else 1.0)", "1.0"),
         ],
     ),
     "similarity.py": _module(
@@ -625,7 +626,6 @@ MODULES: dict[str, Module] = {
             ("llama_projections(True, False, False)", "llama_projections(False, False, False)"),
             ('G = H if family.fused == "blocks" else family.kv_heads or', "G = family.kv_heads or"),
             ("ratio = family.mlp_ratio * d if family.mlp_ratio else None", "ratio = None"),
-            ("(self.shape.d**0.5 if self.family.scaled_embedding else 1.0)", "1.0"),
         ],
     ),
     "output.py": _module(
@@ -668,6 +668,7 @@ MODULES: dict[str, Module] = {
     ),
     "artifacts.py": _module(
         "test_artifacts.py",
+        "test_faults.py::test_an_old_output_set_aside_by_a_killed_run_is_put_back",
         mutants=[
             ("if not overwrite:\n        raise exists(path)", "if False:\n        raise exists(path)"),
             ("if (how := _relation(path, where)) is not None:", "if False:"),
