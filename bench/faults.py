@@ -582,11 +582,11 @@ def full_disks(lab: Laboratory, count: int) -> Iterator[Tally]:
             yield tally
 
 
-def text(tallies: list[Tally], seconds: dict[str, float], seed: int) -> str:
+def text(tallies: list[Tally], seconds: dict[str, float], kills: int, seed: int) -> str:
     lines = [
         "# What faults leave behind",
         "",
-        f"`python bench/faults.py`, {machine()}, float32, the demo models, seed {seed}.",
+        f"`python bench/faults.py --kills {kills}`, {machine()}, float32, the demo models, seed {seed}.",
         "",
         "After each trial OUT must be absent, what it was, or complete, byte by byte; a foreseen fault must end in one",
         "line and exit code 2 (Ctrl-C: 130); the same command run again must give what an undisturbed run gives, byte",
@@ -648,7 +648,7 @@ def main() -> None:
     if options.json:
         print(json.dumps([vars(tally) for tally in tallies]))
     elif not options.only and not options.thin and options.jobs == names:
-        write_report("faults", text(tallies, lab.seconds, options.seed))
+        write_report("faults", text(tallies, lab.seconds, options.kills, options.seed))
 
 
 if __name__ == "__main__":

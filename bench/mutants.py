@@ -134,6 +134,12 @@ MODULES: dict[str, Module] = {
             ("(b.T @ b) * (a @ a.T)", "(b.T @ b) @ (a @ a.T)"),
             ("torch.where(norms > 0, total / norms, 0)", "total / norms"),
             ("has.to(product))", "1)"),
+            (
+                "centred = {role: family.layer_norm and family.reads_through_norms(role) for role in roles}",
+                "centred = dict.fromkeys(roles, False)",
+            ),
+            ("side.weight(role, dtype) * self.gain(side, role, dtype)", "side.weight(role, dtype)"),
+            ("size = self.rms_ratio if side is self.new else 1.0", "size = 1.0"),
         ],
     ),
     "mapping.py": _module(
@@ -199,6 +205,9 @@ MODULES: dict[str, Module] = {
             ("if seen.setdefault(index, token) != token:", "if False:"),
             ("index > _MOST_ID", "index > 10 * _MOST_ID"),
             ("[whole] if os.path.exists(whole) else parts", "[whole]"),
+            ("for pair in pieces(keys_old[i][0])), max_tokens))", "for pair in pieces(keys_old[i][0])), None))"),
+            ("keep[position] = found not in seen", "pass"),
+            ("(row.double() + 0.0).cpu()", "row.double().cpu()"),
         ],
     ),
     "alignment.py": _module(
@@ -268,6 +277,11 @@ MODULES: dict[str, Module] = {
             ("total.on.add_(other.on)", "pass"),
             ("total.nn.add_(other.nn)", "pass"),
             ("drop_untrained(shared, old.table, new.table)", "shared"),
+            (
+                "stream_equations(old, new, held_o, held_n, chunk=chunk, device=device)) if len(held_o) else train",
+                "train) if False else train",
+            ),
+            ("(self.shape.d**0.5 if self.family.scaled_embedding else 1.0)", "1.0"),
         ],
     ),
     "similarity.py": _module(
@@ -452,6 +466,8 @@ MODULES: dict[str, Module] = {
             ("left_out = ~torch.eye(texts, dtype=torch.bool)", "left_out = torch.ones(texts, texts, dtype=torch.bool)"),
             ("Factors(self.gain * f.b, f.a)", "Factors(f.b, f.a)"),
             ("if len(aligned) < _LEAST_TEXTS or", "if"),
+            ('found["weight"] + model.family.gain_offset if "weight" in found', 'found["weight"] if "weight" in found'),
+            ('config.get("final_logit_softcapping") or None, self.model.logit_factor', "None, self.model.logit_factor"),
         ],
     ),
     "adapter.py": _module(
@@ -486,6 +502,10 @@ MODULES: dict[str, Module] = {
             (
                 '"inference_mode": True,\n        "init_lora_weights"',
                 '"inference_mode": False,\n        "init_lora_weights"',
+            ),
+            (
+                "balanced(update.factors)[0] if balance and update.factors.b.any() else update.factors",
+                "balanced(update.factors)[0] if balance else update.factors",
             ),
         ],
     ),
@@ -619,6 +639,8 @@ MODULES: dict[str, Module] = {
             ),
             ('return "gate" in self.projections', "return True"),
             ("llama_projections(True, False, False)", "llama_projections(False, False, False)"),
+            ('G = H if family.fused == "blocks" else family.kv_heads or', "G = family.kv_heads or"),
+            ("ratio = family.mlp_ratio * d if family.mlp_ratio else None", "ratio = None"),
         ],
     ),
     "output.py": _module(
@@ -635,6 +657,7 @@ MODULES: dict[str, Module] = {
                 "temporary_files_of_a_living_process_or_of_another_output_stay",
             )
         ),
+        "test_artifacts.py::test_what_comes_into_out_at_the_last_moment_stays",
         mutants=[
             ("if not path.parent.is_dir():", "if False:"),
             ("[a-z0-9_]{{8}}", ".*"),
@@ -653,6 +676,42 @@ MODULES: dict[str, Module] = {
                 'except (OSError, SafetensorError) as error:\n        raise WriteError(f"OUT',
                 'except SafetensorError as error:\n        raise WriteError(f"OUT',
             ),
+            ("check_replaceable(path, kind, overwrite=overwrite)\n    try:", "try:"),
+            ("path.rename(previous)", "shutil.rmtree(path)"),
+            ("if not may_go(new, kind, overwrite=overwrite):", "if False:"),
+        ],
+    ),
+    "artifacts.py": _module(
+        "test_artifacts.py",
+        "test_faults.py::test_an_old_output_set_aside_by_a_killed_run_is_put_back",
+        mutants=[
+            ("if not overwrite:\n        raise exists(path)", "if False:\n        raise exists(path)"),
+            ("if (how := _relation(path, where)) is not None:", "if False:"),
+            ("if (name := foreign_part(path, kind)) is not None:", "if False:"),
+            ("if stat.S_ISLNK(mode):", "if False:"),
+            ("if os.path.ismount(path):", "if False:"),
+            ("not stat.S_ISREG((path / name).lstat().st_mode) or not _is_known", "not _is_known"),
+            (
+                "if file.name in (_CONFIG, *_WEIGHTS):\n        return adapter",
+                "if file.name in (_CONFIG, *_WEIGHTS):\n        return True",
+            ),
+            ("return _is_card(file)", "return True"),
+            ("return _is_provenance(file)", "return True"),
+            ('file.suffix == ".html" and _is_report(file)', 'file.suffix == ".html"'),
+            ("if length > MOST_BYTES:\n                return False", "if False:\n                return False"),
+        ],
+    ),
+    "adapter_config.py": _module(
+        "test_adapter_config.py",
+        mutants=[
+            ('more = 2 if quantifier == "?" else _REPEATS', 'more = 2 if quantifier == "?" else 1'),
+        ],
+    ),
+    "base_match.py": _module(
+        "test_base_match.py",
+        mutants=[
+            ("if base is None or base == name or _real(base) == _real(name):", "if True:"),
+            ("if held == fingerprint:", "if held != fingerprint:"),
         ],
     ),
     "work.py": _module(

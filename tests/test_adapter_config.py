@@ -157,6 +157,13 @@ def test_a_list_of_layers_written_as_one_pattern_is_accepted(pattern: str, adapt
     assert read(adapter).updates[0, "q"].rank == 2
 
 
+@pytest.mark.parametrize("pattern", [".*.*.*.*x", "a+b*c*d+x"])
+def test_a_pattern_whose_repeats_multiply_is_refused(pattern: str, adapter: Path) -> None:
+    edit(adapter, r=7, rank_pattern={pattern: 2})
+    with pytest.raises(LoraSuiteError, match="very long to match"):
+        read(adapter)
+
+
 @pytest.mark.parametrize("which", ["A", "B"])
 def test_a_tensor_saved_without_gathering_is_named(which: str, adapter: Path) -> None:
     tensors = adapter_tensors()

@@ -129,6 +129,10 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a trainer's folder": (trainer_output, "checkpoint-5"),
     "a trainer's checkpoint": (trainer_checkpoint, "optimizer.pt"),
     "weights without a configuration": (without_config, "README.md"),
+    "weights alone": (
+        lambda f: (f.mkdir(), (f / "adapter_model.safetensors").write_bytes(b"the only copy")),
+        "adapter_model.safetensors",
+    ),
     "a configuration of something else": (with_file("adapter_config.json", '{"adapter": "wifi"}'), "README.md"),
     "a configuration that cannot be read": (with_file("adapter_config.json", '{"peft_type"'), "README.md"),
     "weights that are a link": (with_link, "adapter_model.safetensors"),
@@ -259,6 +263,13 @@ def test_a_plan_replaces_a_plan_and_a_report_a_report(tmp_path: Path) -> None:
         output.check_output(tmp_path / kind, overwrite=True, kind=kind)  # type: ignore[arg-type]
         with pytest.raises(LoraSuiteError, match=f"is no {kind} of lorasuite-fast"):
             output.check_output(tmp_path / other, overwrite=True, kind=kind)  # type: ignore[arg-type]
+
+
+def test_a_link_is_refused_by_what_it_leads_to(tmp_path: Path) -> None:
+    adapter(tmp_path / "real")
+    (tmp_path / "out").symlink_to(tmp_path / "real")
+    with pytest.raises(LoraSuiteError, match=f"is a link to {tmp_path / 'real'}; name that path itself"):
+        output.check_output(tmp_path / "out", overwrite=True)
 
 
 def test_a_mount_point_is_refused() -> None:

@@ -500,17 +500,21 @@ def test_too_little_text_is_refused(planted: Pair) -> None:
         planted.distil(Settings(), texts=["one", "two", "three"])
 
 
-def test_a_rank_is_refused_where_the_method_keeps_the_adapters(planted: Pair, tmp_path: Path) -> None:
+def test_a_rank_asked_for_leaves_auto_distillation_alone(planted: Pair, tmp_path: Path) -> None:
     root = planted.root
-    with pytest.raises(LoraSuiteError, match="only distill changes it"):
-        migrate(
-            root / "old", root / "new", root / "adapter", tmp_path / "out", apply=ApplyConfig(distill=Settings(rank=2))
-        )
+    result = migrate(
+        *(root / "old", root / "new", root / "adapter", tmp_path / "out"),
+        plan=PlanConfig(examples=72),
+        apply=ApplyConfig(distill=Settings(rank=2)),
+        refine=False,
+    )
+    assert result.plan.options["method"] == "distill"
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["r"] == 2
 
 
 def test_a_text_and_a_number_of_layers_are_refused_where_the_method_uses_neither(planted: Pair, tmp_path: Path) -> None:
     plan = TransferPlan.build(planted.root / "old", planted.root / "new", config=PlanConfig(method="lstsq", examples=8))
-    for options, named in (({"text": tmp_path / "text.jsonl"}, "--text"), ({"settings": Settings(layers=2)}, "layers")):
+    for options, named in (({"text": tmp_path / "text.jsonl"}, "`text`"), ({"settings": Settings(layers=2)}, "layers")):
         with pytest.raises(LoraSuiteError, match=named):
             plan.apply(planted.root / "adapter", tmp_path / "out", **given(plan.apply, **options))
     assert not (tmp_path / "out").exists()

@@ -238,7 +238,7 @@ def test_a_refused_budget_names_one_that_is_enough(root: Path, plan: Path, tmp_p
     with pytest.raises(LoraSuiteError, match="smallest budget that would do") as refusal:
         loaded.apply(root / "adapter-0", tmp_path / "out", runtime=Runtime(memory="1MB"))
     assert not list(tmp_path.iterdir())
-    enough = re.search(r"--memory (\d+)MiB$", str(refusal.value))
+    enough = re.search(r"`memory=(\d+)MiB`$", str(refusal.value))
     assert enough is not None
     # What this process holds by itself may have grown a little since.
     loaded.apply(root / "adapter-0", tmp_path / "out", runtime=Runtime(memory=f"{int(enough[1]) + 40}MiB"))
@@ -294,7 +294,7 @@ if {away}:
     try:
         plan.apply({str(larger / "adapter")!r}, {str(tmp_path / "out")!r}, memory="1MB", **options)
     except LoraSuiteError as error:
-        memory = str(int(re.search(r"--memory (\\d+)MiB$", str(error))[1]) + 40) + "MiB"
+        memory = str(int(re.search(r"`memory=(\\d+)MiB`$", str(error))[1]) + 40) + "MiB"
 result = plan.apply({str(larger / "adapter")!r}, {str(tmp_path / "out")!r}, memory=memory, **options)
 print(json.dumps([[p.name, p.peak_resident, p.predicted] for p in result.phases]))
 """

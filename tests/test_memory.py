@@ -79,7 +79,7 @@ def test_what_cannot_fit_is_refused_with_the_smallest_budget_that_would_do(pair:
     asked = demand(pair, base=200 << 20)
     with pytest.raises(LoraSuiteError, match="smallest budget that would do") as refusal:
         asked.fit(100 << 20)
-    enough = re.search(r"--memory (\d+MiB)$", str(refusal.value))
+    enough = re.search(r"`memory=(\d+MiB)`$", str(refusal.value))
     assert enough is not None
     assert asked.fit(parse_memory(enough[1])).micro_batch >= 1
     with pytest.raises(LoraSuiteError):

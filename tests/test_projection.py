@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lorasuite_fast.models.families import Shape
 from lorasuite_fast.transfer.embeddings import pinv_times
 from lorasuite_fast.transfer.projection import (
     LeastSquares,
+    Pair,
     PlannedLayer,
     _fitted_scale,
     _neuron_fit,
@@ -236,3 +238,14 @@ def test_a_dead_neuron_scales_nothing_and_is_similar_to_nothing() -> None:
 def test_the_norm_of_an_update_is_that_of_its_product() -> None:
     b, a = normal(0, 6, 2), normal(1, 2, 5)
     assert update_norm(Factors(b, a)) == pytest.approx(float((b @ a).norm()))
+
+
+def test_a_stream_read_as_it_is_has_a_gain_of_its_own_size_in_the_old_streams_units() -> None:
+    family = SimpleNamespace(reads_through_norms=lambda role: False)
+    old, new = (
+        SimpleNamespace(checkpoint=SimpleNamespace(family=family, shape=SimpleNamespace(d=d)), device="cpu")
+        for d in (2, 3)
+    )
+    pair: Any = Pair(old, new, torch.empty(2, 3), torch.empty(3, 2), rms_ratio=1.5, factor=1.0)  # type: ignore[arg-type]
+    assert pair.gain(old, "q", torch.float64).tolist() == [1, 1]
+    assert pair.gain(new, "q", torch.float64).tolist() == [1.5, 1.5, 1.5]

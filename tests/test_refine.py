@@ -644,7 +644,7 @@ def test_the_old_model_writes_the_text_unless_some_is_given(
         ({"roles": ["query"]}, "role 'query'"),
         ({"control": "flipped"}, "control 'flipped'"),
         ({"text": ["too little"]}, "at least 8 texts"),
-        ({"memory": "1MB"}, "--memory 1MB"),
+        ({"memory": "1MB"}, "`memory=1MB`"),
         ({"retain": "no-such.txt", "text": None}, "no-such.txt: no such file"),
     ],
 )

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from planted_families import config_of, random_model
 from torch import Tensor
 
 from lorasuite_fast import LoraSuiteError
+from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.vocabulary import SharedTokens
 from lorasuite_fast.transfer.embeddings import (
     FLOAT32_CONDITION,
@@ -17,6 +21,8 @@ from lorasuite_fast.transfer.embeddings import (
     solve_normal,
 )
 from lorasuite_kernels import shared_gram
+
+from planted import save_folder, tiny_tokenizer
 
 
 def tables(
@@ -191,3 +197,14 @@ def test_gram_sums_do_not_depend_on_the_chunks(rows: int, products: torch.dtype)
         assert gram is not None
         assert gram.dtype == torch.float64
         assert torch.allclose(gram, expected, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "phi3"])
+def test_the_embedding_factor_is_what_transformers_multiplies_by(kind: str, tmp_path: Path) -> None:
+    sizes = {"d": 32, "layers": 1, "heads": 4, "kv_heads": 4, "head_dim": 8, "f": 48, "vocab": 320}
+    model = random_model(config_of(kind, **sizes, tied=kind == "gemma"), 0)
+    save_folder(model, tiny_tokenizer(320), tmp_path / "model")
+    with torch.no_grad():
+        first = model(torch.tensor([[5]]), output_hidden_states=True).hidden_states[0][0, 0]
+    factor = Checkpoint(tmp_path / "model", "model").embedding_factor
+    torch.testing.assert_close(first, model.get_input_embeddings().weight[5].detach() * factor)

@@ -114,7 +114,7 @@ def migrate(
         adapter: A PEFT LoRA folder trained on old.
         out: The folder to write.
         plan: How the models are compared; its roles are the adapter's.
-        apply: How the adapter is carried.
+        apply: How the adapter is carried; a rank or a number of layers makes method auto distill, which alone gives it.
         refine: The training without labels; False for none, and None, the default, for one on a GPU and none without
             it, here and on the command line. With steps "auto" there is none where the adapter arrives whole.
         finetune: The training on labelled data, with the data.
@@ -129,9 +129,10 @@ def migrate(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise LoraSuiteError("migrate: runs in one process; start plan, apply, refine and finetune with torchrun")
-    runtime, plan = runtime or Runtime(), plan or PlanConfig()
+    runtime, apply = runtime or Runtime(), apply or ApplyConfig()
+    plan = _only_distill(plan or PlanConfig(), apply)
     wanted = default_refinement(runtime.device) if refine is None else refine
-    asked = _Asked(old, new, adapter, plan, apply or ApplyConfig(), wanted, runtime, overwrite)
+    asked = _Asked(old, new, adapter, plan, apply, wanted, runtime, overwrite)
     check_options(asked, finetune)
     check_report(runtime.report, out, asked.inputs | {"`finetune`": None if finetune is None else finetune.data})
     if runtime.say and (wanted or finetune is not None):
@@ -274,6 +275,13 @@ def check_options(asked: _Asked, finetune: FinetuneConfig | None) -> None:
         raise LoraSuiteError("PlanConfig.roles: a migration plans for the adapter's own projections; leave it out")
     if finetune is not None and finetune.data is None:
         raise LoraSuiteError("FinetuneConfig.data: there is none to fine-tune on; give labelled data")
+
+
+def _only_distill(plan: PlanConfig, apply: ApplyConfig) -> PlanConfig:
+    """Where auto is to give a rank or a number of layers, only distillation can."""
+    distill = apply.distill
+    asked = distill.rank is not None or distill.layers is not None
+    return replace(plan, method="distill") if asked and plan.method == "auto" else plan
 
 
 def default_refinement(device: str) -> Refine:
