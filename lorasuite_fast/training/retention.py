@@ -20,6 +20,7 @@ from ..errors import LoraSuiteError
 from ..io.hub_ids import shown
 from ..text.calibration import load_examples
 from ..text.samples import Sample, Samples, load_samples, padded
+from .predictions import predictions
 
 RETAIN_WEIGHT = 0.3
 SHIPPED = "shipped"
@@ -62,8 +63,7 @@ def summed_shift(model: Any, ids: Tensor, mask: Tensor, counted: Tensor) -> Tens
     at = counted[:, 1:]
 
     def log_probs() -> Tensor:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][at]
-        return functional.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+        return predictions(model, ids, mask).log_probs(at)
 
     training = model.training
     # What is kept is the model's own prediction, not one under dropout.
