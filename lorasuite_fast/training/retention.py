@@ -18,6 +18,7 @@ from torch.nn import functional
 from ..io.hub_ids import shown
 from ..text.calibration import load_examples
 from ..text.samples import Sample, Samples, load_samples, padded
+from .predictions import predictions
 
 SHIPPED = "shipped"
 """In the place of a file, the general text that comes with the package."""
@@ -54,8 +55,7 @@ def summed_shift(model: Any, ids: Tensor, mask: Tensor, counted: Tensor) -> Tens
     at = counted[:, 1:]
 
     def log_probs() -> Tensor:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1][at]
-        return functional.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+        return predictions(model, ids, mask).log_probs(at)
 
     training = model.training
     # What is kept is the model's own prediction, not one under dropout.

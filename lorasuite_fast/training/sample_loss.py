@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..text.samples import Sample, padded
 from .loop import Batch, Figures, Training, own_rows
+from .predictions import predictions
 from .retention import KEPT, kept_batch, summed_shift
 
 
@@ -46,12 +46,7 @@ _NAMES = ("input_ids", "attention_mask", "labels")
 
 def _summed_loss(model: Any, part: dict[str, Tensor]) -> Tensor:
     """Cross-entropy of every token that counts, in nats, summed; at least float32."""
-    logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits
-    wanted = part["labels"][:, 1:]
-    counted = wanted != -100
-    chosen = logits[:, :-1][counted]
-    chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-    return functional.cross_entropy(chosen, wanted[counted], reduction="sum")
+    return predictions(model, part["input_ids"], part["attention_mask"]).cross_entropy(part["labels"][:, 1:])
 
 
 class SampleLoss:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ..text.samples import Sample
 from .loop import Batch, Figures, Training, own_rows
+from .predictions import Predictions, predictions
 from .retention import KEPT, kept_batch, summed_shift
-from .teacher import Target, Targets, divergence
+from .teacher import Target, Targets
 
 
 class RefinementBatches(torch.utils.data.Dataset[dict[str, Any]]):
@@ -73,10 +73,10 @@ _ALIGNED = ("position", "log_probs", "log_rest", "index")
 """Of a batch, what has a row for each aligned position."""
 
 
-def _divergences(logits: Tensor, batch: Batch, tokens: Tensor) -> Tensor:
-    """KL(target ‖ model) at every aligned position of a batch; logits (texts, length, V) -> (n,) float32."""
+def _divergences(found: Predictions, batch: Batch, tokens: Tensor) -> Tensor:
+    """KL(target ‖ model) at every aligned position of a batch; (n,) float32."""
     wanted = Target(batch["log_probs"], batch.get("index"), batch["log_rest"])
-    return divergence(wanted, logits[batch["row"], batch["position"]][:, tokens].float())
+    return found.target_kl(batch["row"], batch["position"], wanted, tokens)
 
 
 def _own(batch: Batch, training: Training) -> Batch:
@@ -104,11 +104,8 @@ class TargetLoss:
         with training.model.disable_adapter():
             self._base_kl = self._total_kl()
 
-    def _logits(self, batch: Batch) -> Tensor:
-        logits: Tensor = self._training.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits
-        return logits
+    def _predictions(self, batch: Batch) -> Predictions:
+        return predictions(self._training.model, batch["input_ids"], batch["attention_mask"])
 
     def __call__(self, batch: Batch, backward: Callable[[Tensor], None]) -> Figures:
         """Figures: loss, and of its parts those that have a weight: kl, next_token, retained_kl."""
@@ -119,11 +116,11 @@ class TargetLoss:
         own = batch if alone else _own(batch, self._training)
         with self._training.precision():
             if len(own["input_ids"]):
-                logits = self._logits(own)
+                found = self._predictions(own)
                 if kl_weight:
-                    parts["kl"] = _divergences(logits, own, self._tokens).sum() / len(batch["row"])
+                    parts["kl"] = _divergences(found, own, self._tokens).sum() / len(batch["row"])
                 if next_weight:
-                    parts["next_token"] = _summed_next_token_loss(logits, own) / (batch["labels"] != -100).sum()
+                    parts["next_token"] = found.cross_entropy(own["labels"]) / (batch["labels"] != -100).sum()
             names = tuple(f"{KEPT}{name}" for name in ("input_ids", "attention_mask", "labels"))
             if names[0] in batch:
                 kept = own_rows(batch, names, self._training.ranks)
@@ -147,16 +144,10 @@ class TargetLoss:
         with torch.no_grad(), training.precision():
             for batch in training.ranks.mine(list(self._held_out)):
                 inputs = training.on_device(batch)
-                total += float(_divergences(self._logits(inputs), inputs, self._tokens).double().sum())
+                total += float(_divergences(self._predictions(inputs), inputs, self._tokens).double().sum())
         training.model.train(was_training)
         return training.summed(total)[0]
 
     def agreement(self) -> float:
         """On the held-out texts, as the model stands."""
         return 1 - self._total_kl() / self._base_kl if self._base_kl > 0 else 0.0
-
-
-def _summed_next_token_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy of every token behind the first of its text, in nats, summed."""
-    predicted = logits[:, :-1].float().flatten(0, 1)
-    return functional.cross_entropy(predicted, batch["labels"].flatten(), ignore_index=-100, reduction="sum")
