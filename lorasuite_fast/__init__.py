@@ -13,6 +13,7 @@ from ._version import __version__
 from .errors import LoraSuiteError
 
 if TYPE_CHECKING:
+    from .adapters.readers import AdapterCheck
     from .config import (
         ApplyConfig,
         DistillConfig,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         VerifyConfig,
     )
     from .evaluation.verification import Verification
+    from .pipeline.check import check
     from .pipeline.finetune import finetune
     from .pipeline.migrate import migrate
     from .pipeline.plan import TransferPlan
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from .transfer.projection import LayerResult
 
 __all__ = [
+    "AdapterCheck",
     "ApplyConfig",
     "DistillConfig",
     "FinetuneConfig",
@@ -50,6 +53,7 @@ __all__ = [
     "Verification",
     "VerifyConfig",
     "__version__",
+    "check",
     "finetune",
     "migrate",
     "push_to_hub",
@@ -65,6 +69,8 @@ _HOMES = {
     "RefineConfig": "config",
     "Runtime": "config",
     "VerifyConfig": "config",
+    "AdapterCheck": "adapters.readers",
+    "check": "pipeline.check",
     "Finetuning": "training.finetuning",
     "finetune": "pipeline.finetune",
     "push_to_hub": "reporting.model_card",

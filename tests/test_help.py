@@ -23,7 +23,7 @@ from lorasuite_fast.cli.running import _PlainProgress
 
 from planted import save_folder, tiny_model, tiny_tokenizer
 
-COMMANDS = ("migrate", "plan", "apply", "inspect", "verify", "refine", "finetune", "doctor")
+COMMANDS = ("migrate", "plan", "apply", "inspect", "verify", "check", "refine", "finetune", "doctor")
 TALLEST = 60
 
 
