@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from planted_families import config_of, random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -185,6 +185,25 @@ def test_dora_is_whole_in_peft_and_refused_by_the_servers(model: Path, tmp_path:
     assert result.unread == 0
     assert all(reader.refused and reader.active == 0 for reader in result.readers[1:])
     assert "--max-lora-rank 32" in result.readers[1].notes[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}, {"lora_bias": True}],
+    ids=["modules", "tokens", "lora-bias"],
+)
+def test_tensors_beside_the_factors_are_whole_in_peft_alone(
+    changes: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["o_proj"], **changes)
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    peft, vllm, llama_cpp, sglang = check(model, tmp_path).readers
+    assert (peft.active, peft.lost, peft.refused) == (2, 0, None)
+    assert vllm.refused
+    assert llama_cpp.refused
+    assert (sglang.active, sglang.lost) == (2, 0)
+    assert "not known here" in sglang.notes[0]
 
 
 def test_the_command_ends_with_1_where_a_key_is_lost(model: Path, adapter: Path) -> None:

@@ -236,7 +236,12 @@ def sglang(contents: Contents, paths: Collection[str]) -> Reader:
         notes.append("scales by lora_alpha / r; use_rslora is ignored")
     if len(dense) < len(contents.modules):
         notes.append("experts depend on the model's class and are not counted here")
-    return reader("SGLang", contents, [module for module in dense if _place(module) in places], refused, notes)
+    found = reader("SGLang", contents, [module for module in dense if _place(module) in places], refused, notes)
+    if refused or not contents.others:
+        return found
+    unsure = f"what it does with tensors that are no factors of a LoRA is not known here, as {contents.others[0]}"
+    lost = tuple(key for key in found.lost_keys if key not in contents.others)
+    return replace(found, lost=len(lost), lost_keys=lost, notes=(*found.notes, unsure))
 
 
 def _as_text(module: str) -> str:
