@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from planted_families import config_of, random_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from test_wrappers import wrapped
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 import lorasuite_fast
@@ -132,6 +133,27 @@ def test_an_adapter_of_another_width_is_refused_by_peft(model: Path, adapter: Pa
     assert refused is not None
     assert "size mismatch" in refused
     assert "q_proj" in refused
+
+
+@pytest.mark.parametrize(
+    ("prefix", "active_in_peft"), [("model.language_model.", 2), ("language_model.model.", 2), ("model.", 0)]
+)
+def test_a_multimodal_class_reads_its_own_prefixes(prefix: str, active_in_peft: int, tmp_path: Path) -> None:
+    """The second is that of older releases, which PEFT maps for this class."""
+    model = save_folder(wrapped("llava", tiny_model("llama", 0)), None, tmp_path / "model")
+    base = AutoModelForImageTextToText.from_pretrained(model)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=r".*language_model.*q_proj")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    rename(tmp_path / "adapter", lambda name: name.replace("model.language_model.", prefix))
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    save_file({name: torch.ones_like(tensor) for name, tensor in tensors.items()}, tmp_path / "adapter" / WEIGHTS)
+    result = check(model, tmp_path / "adapter")
+    assert result.readers[0].active == active_in_peft
+    assert result.fine == bool(active_in_peft)
+    assert any("multimodal" in note for note in result.readers[1].notes) == (prefix != "model.language_model.")
+    loaded = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model), tmp_path / "adapter")
+    factors = [tensor for name, tensor in loaded.named_parameters() if "lora_B" in name]
+    assert sum(bool(tensor.any()) for tensor in factors) == active_in_peft
 
 
 @pytest.mark.parametrize(("family", "active_in_peft", "lost"), [("olmoe", 6, 0), ("gpt_oss", 2, 48)])

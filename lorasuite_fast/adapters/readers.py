@@ -180,6 +180,11 @@ def vllm(contents: Contents, paths: Collection[str]) -> Reader:
         notes.append("experts depend on the model's class and are not counted here")
     if any(module.endswith(("embed_tokens", "lm_head")) for module in dense):
         notes.append("reads embed_tokens and lm_head only where the model's class lists them in embedding_modules")
+    texts = {_as_text(path) for path in paths if _as_text(path) != path}
+    if any(module not in paths and _as_text(module) in texts for module in dense):
+        notes.append(
+            "maps names of multimodal classes by tables of its own; transformers' names alone are counted here"
+        )
     return reader("vLLM", contents, [module for module in dense if module in paths], refused, notes)
 
 
