@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from planted_families import config_of, random_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from test_wrappers import wrapped
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 import lorasuite_fast
@@ -134,6 +135,27 @@ def test_an_adapter_of_another_width_is_refused_by_peft(model: Path, adapter: Pa
     assert "q_proj" in refused
 
 
+@pytest.mark.parametrize(
+    ("prefix", "active_in_peft"), [("model.language_model.", 2), ("language_model.model.", 2), ("model.", 0)]
+)
+def test_a_multimodal_class_reads_its_own_prefixes(prefix: str, active_in_peft: int, tmp_path: Path) -> None:
+    """The second is that of older releases, which PEFT maps for this class."""
+    model = save_folder(wrapped("llava", tiny_model("llama", 0)), None, tmp_path / "model")
+    base = AutoModelForImageTextToText.from_pretrained(model)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=r".*language_model.*q_proj")
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    rename(tmp_path / "adapter", lambda name: name.replace("model.language_model.", prefix))
+    tensors = load_file(tmp_path / "adapter" / WEIGHTS)
+    save_file({name: torch.ones_like(tensor) for name, tensor in tensors.items()}, tmp_path / "adapter" / WEIGHTS)
+    result = check(model, tmp_path / "adapter")
+    assert result.readers[0].active == active_in_peft
+    assert result.fine == bool(active_in_peft)
+    assert any("multimodal" in note for note in result.readers[1].notes) == (prefix != "model.language_model.")
+    loaded = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(model), tmp_path / "adapter")
+    factors = [tensor for name, tensor in loaded.named_parameters() if "lora_B" in name]
+    assert sum(bool(tensor.any()) for tensor in factors) == active_in_peft
+
+
 @pytest.mark.parametrize(("family", "active_in_peft", "lost"), [("olmoe", 6, 0), ("gpt_oss", 2, 48)])
 def test_experts_one_by_one_are_active_only_where_peft_joins_them(
     family: str, active_in_peft: int, lost: int, tmp_path: Path
@@ -185,6 +207,25 @@ def test_dora_is_whole_in_peft_and_refused_by_the_servers(model: Path, tmp_path:
     assert result.unread == 0
     assert all(reader.refused and reader.active == 0 for reader in result.readers[1:])
     assert "--max-lora-rank 32" in result.readers[1].notes[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}, {"lora_bias": True}],
+    ids=["modules", "tokens", "lora-bias"],
+)
+def test_tensors_beside_the_factors_are_whole_in_peft_alone(
+    changes: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(model)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["o_proj"], **changes)
+    get_peft_model(base, config).save_pretrained(tmp_path)
+    peft, vllm, llama_cpp, sglang = check(model, tmp_path).readers
+    assert (peft.active, peft.lost, peft.refused) == (2, 0, None)
+    assert vllm.refused
+    assert llama_cpp.refused
+    assert (sglang.active, sglang.lost) == (2, 0)
+    assert "not known here" in sglang.notes[0]
 
 
 def test_the_command_ends_with_1_where_a_key_is_lost(model: Path, adapter: Path) -> None:

@@ -221,6 +221,20 @@ def check_adapter_config(config: dict[str, Any], where: Path) -> None:
     _check_names(config, where)
 
 
+def check_matching(config: dict[str, Any], where: Path) -> None:
+    """Refuses patterns and names that are none, or that PEFT could try for minutes.
+
+    Raises:
+        LoraSuiteError: naming the key.
+    """
+    _check_pattern_values(config, where)
+    _check_names(config, where)
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key)
+        names = [value] if isinstance(value, str) else value if key == "layers_pattern" else None
+        check_patterns(dict.fromkeys(name for name in names or () if name.lower() != "all-linear"), key, where)
+
+
 def _check_kind(config: dict[str, Any], where: Path) -> None:
     init = config.get("init_lora_weights", True)
     if str(init).lower() not in _PLAIN_INITS:

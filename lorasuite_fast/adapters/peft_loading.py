@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import LoraSuiteError
-from .adapter_config import CONFIG, check_imports, check_patterns, cleared
+from .adapter_config import CONFIG, check_imports, check_matching, cleared
 from .readers import PREFIX, Contents, Reader
 
 _KINDS = ("LORA", "ADALORA")
@@ -33,15 +33,7 @@ def check_readable(config: Mapping[str, Any], where: Path) -> None:
         raise LoraSuiteError(f"{where}: task_type is {config['task_type']!r}; only CAUSAL_LM adapters are checked")
     if config.get("layer_replication"):
         raise LoraSuiteError(f"{where}: adapters with layer_replication are not checked; they repeat layers of a model")
-    for key in ("target_modules", "exclude_modules", "layers_pattern"):
-        value = config.get(key)
-        if isinstance(value, str) and value.lower() != "all-linear":
-            check_patterns({value: None}, key, where)
-        elif key == "layers_pattern" and isinstance(value, list):
-            check_patterns(dict.fromkeys(map(str, value)), key, where)
-    for key in ("rank_pattern", "alpha_pattern"):
-        if isinstance(config.get(key), dict) and config["peft_type"] == "LORA":
-            check_patterns(config[key], key, where)
+    check_matching(dict(config), where)
 
 
 def peft(contents: Contents, model: nn.Module) -> Reader:

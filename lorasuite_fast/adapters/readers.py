@@ -180,6 +180,11 @@ def vllm(contents: Contents, paths: Collection[str]) -> Reader:
         notes.append("experts depend on the model's class and are not counted here")
     if any(module.endswith(("embed_tokens", "lm_head")) for module in dense):
         notes.append("reads embed_tokens and lm_head only where the model's class lists them in embedding_modules")
+    texts = {_as_text(path) for path in paths if _as_text(path) != path}
+    if any(module not in paths and _as_text(module) in texts for module in dense):
+        notes.append(
+            "maps names of multimodal classes by tables of its own; transformers' names alone are counted here"
+        )
     return reader("vLLM", contents, [module for module in dense if module in paths], refused, notes)
 
 
@@ -236,7 +241,12 @@ def sglang(contents: Contents, paths: Collection[str]) -> Reader:
         notes.append("scales by lora_alpha / r; use_rslora is ignored")
     if len(dense) < len(contents.modules):
         notes.append("experts depend on the model's class and are not counted here")
-    return reader("SGLang", contents, [module for module in dense if _place(module) in places], refused, notes)
+    found = reader("SGLang", contents, [module for module in dense if _place(module) in places], refused, notes)
+    if refused or not contents.others:
+        return found
+    unsure = f"what it does with tensors that are no factors of a LoRA is not known here, as {contents.others[0]}"
+    lost = tuple(key for key in found.lost_keys if key not in contents.others)
+    return replace(found, lost=len(lost), lost_keys=lost, notes=(*found.notes, unsure))
 
 
 def _as_text(module: str) -> str:
