@@ -31,7 +31,6 @@ DOORS = {"__init__", "__main__"}
 MOST_MODULES, MOST_LINES, MOST_FUNCTION, MOST_PARAMETERS = 14, 450, 80, 10
 LONG = {
     "distillation.distill.distill",
-    "pipeline.verify.verify",
     "training.refinement.train_on_targets",
     "training.teacher.write_targets",
 }
