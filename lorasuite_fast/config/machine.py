@@ -24,12 +24,14 @@ class Machine:
     Attributes:
         dtype: Of the models and their products.
         half: The device is a GPU that computes in bfloat16.
+        memory: What may be resident on the device; None sets no bound.
     """
 
     device: torch.device
     dtype: torch.dtype
     half: bool = False
     trust_remote_code: bool = False
+    memory: str | int | None = None
 
 
 def check_choice(what: str, known: Iterable[str], value: str) -> str:

@@ -82,7 +82,7 @@ class Runtime:
         device = pick_device(self.device)
         half = device.type == "cuda" and torch.cuda.is_bf16_supported()
         dtype = torch.bfloat16 if self.dtype == "auto" and half else pick_dtype(self.dtype)
-        return Machine(device, dtype, half, self.trust_remote_code)
+        return Machine(device, dtype, half, self.trust_remote_code, self.memory)
 
 
 @dataclass(frozen=True)

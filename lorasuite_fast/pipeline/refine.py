@@ -311,20 +311,15 @@ def _announce(run: _Run, targets: Targets, source: str, budget: int) -> None:
 def _train(run: _Run, folder: Path, targets: Targets, budget: int, options: dict[str, Any]) -> Course:
     return train_on_targets(
         folder,
-        run.old,
-        run.new,
+        (run.old, run.new),
         run.start,
         targets,
         run.retained.samples,
         run.clock,
         budget,
         options,
-        run.machine.device,
-        run.machine.dtype,
-        run.machine.half,
-        run.runtime.memory,
+        run.machine,
         run.config.gradient_checkpointing,
-        run.runtime.trust_remote_code,
     )
 
 
