@@ -2,7 +2,7 @@
 
 from .choices import ATTENTION, MEASURES, MLP, ROLES
 from .fields import Option, option_of, setting
-from .machine import check_choice, finite_hint, parse_memory, pick_device, pick_dtype
+from .machine import Machine, check_choice, finite_hint, parse_memory, pick_device, pick_dtype
 from .sections import (
     ApplyConfig,
     Data,
@@ -23,6 +23,7 @@ __all__ = [
     "Data",
     "DistillConfig",
     "FinetuneConfig",
+    "Machine",
     "Option",
     "PlanConfig",
     "RefineConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..errors import LoraSuiteError
@@ -14,6 +15,23 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "bfloat16", "float64")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[KMGT]I?)B?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the models of a run are computed with.
+
+    Attributes:
+        dtype: Of the models and their products.
+        half: The device is a GPU that computes in bfloat16.
+        memory: What may be resident on the device; None sets no bound.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    half: bool = False
+    trust_remote_code: bool = False
+    memory: str | int | None = None
 
 
 def check_choice(what: str, known: Iterable[str], value: str) -> str:

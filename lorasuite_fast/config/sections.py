@@ -22,7 +22,7 @@ from .choices import (
     Transfer,
 )
 from .fields import MACHINE, METHOD, OUTPUT, TEXT, TRAINING, check, setting
-from .machine import parse_memory
+from .machine import Machine, parse_memory, pick_device, pick_dtype
 
 Record = Mapping[str, Any] | str
 Data = str | os.PathLike[str] | Sequence[Record]
@@ -70,6 +70,19 @@ class Runtime:
     def budget(self) -> int | None:
         """Bytes that `memory` names."""
         return None if self.memory is None else parse_memory(self.memory)
+
+    def training_machine(self) -> Machine:
+        """The machine of a training, where an automatic dtype is bfloat16 on a GPU that has it.
+
+        Raises:
+            LoraSuiteError: There is no such device or dtype.
+        """
+        import torch
+
+        device = pick_device(self.device)
+        half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = torch.bfloat16 if self.dtype == "auto" and half else pick_dtype(self.dtype)
+        return Machine(device, dtype, half, self.trust_remote_code, self.memory)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Verification(Rendered):
 
 
 @dataclass(frozen=True)
-class _Side:
+class ReadSide:
     """What is kept of one model once it is dropped.
 
     Attributes:
@@ -128,7 +128,7 @@ class Reading:
         layers: list[int],
         sample: Tensor,
         ends: TokenEnds,
-    ) -> _Side:
+    ) -> ReadSide:
         name = what.lower()
         with self.clock.phase(f"load {name}", 1) as report:
             model = LoadedModel(
@@ -148,8 +148,8 @@ class Reading:
                     found, counted = model.nats(self.answers, ends, self.max_tokens, report)
                     nats.append(found)
         if adapter is None:
-            return _Side(read[0], None, {}, token_rows(model, tokens), nats, counted)
-        return _Side(read[0], read[1], model.update_sizes(), None, nats, counted)
+            return ReadSide(read[0], None, {}, token_rows(model, tokens), nats, counted)
+        return ReadSide(read[0], read[1], model.update_sizes(), None, nats, counted)
 
 
 def compared_bases(
@@ -302,7 +302,7 @@ def verdict(effect: Effect) -> tuple[str, str]:
     )
 
 
-def layer_effects(o: _Side, n: _Side) -> list[LayerEffect]:
+def layer_effects(o: ReadSide, n: ReadSide) -> list[LayerEffect]:
     """The layer table: every new layer with the old one it is mapped to by the CKA of their changes."""
     assert o.after is not None
     assert n.after is not None
@@ -335,7 +335,7 @@ def _relative(delta: Tensor, stream: Tensor) -> list[float]:
     return [float(value) for value in ratio]
 
 
-def bits_per_byte(o: _Side, n: _Side, draws: Tensor) -> BitsPerByte:
+def bits_per_byte(o: ReadSide, n: ReadSide, draws: Tensor) -> BitsPerByte:
     """Bits per byte of all examples together, and intervals over the examples."""
     every = torch.ones(1, draws.shape[1], dtype=draws.dtype)
     figures: list[tuple[Tensor, Tensor] | None] = []

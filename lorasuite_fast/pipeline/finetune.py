@@ -5,17 +5,17 @@ from __future__ import annotations
 import math
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..adapters.adapter import CONFIG, WEIGHTS, trained_config
 from ..adapters.adapter_folder import adapter_digest
 from ..adapters.aligned_states import LoadedModel, load_tokenizer
 from ..adapters.peft_check import check_loads, empty_model
-from ..config import FinetuneConfig, Runtime, pick_device, pick_dtype
+from ..config import FinetuneConfig, Machine, Runtime
 from ..config.flat import takes_flat_keywords
 from ..errors import LoraSuiteError
 from ..io.hub_ids import shown
@@ -30,7 +30,7 @@ from ..models.families import ATTENTION, ROLES
 from ..reporting.html_report import write_report
 from ..reporting.model_card import card_files
 from ..reporting.provenance import Step, without_machine
-from ..text.samples import Data
+from ..text.samples import Data, Samples
 from ..training.finetuning import (
     RANK,
     SAVE_STEPS,
@@ -87,143 +87,239 @@ def finetune(
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     config, runtime = config or FinetuneConfig(), runtime or Runtime()
-    seed = config.seed or 0
-    begin = time.perf_counter()
-    inputs = {
-        "MODEL": model,
-        "ADAPTER": adapter,
-        "DATA": data,
-        "`validation`": config.validation,
-        "`retain`": config.retain,
-    }
-    check_report(runtime.report, out, inputs)
-    ranks = Ranks.join()
-    if ranks.first:
-        clean_up(out, finetuning_folder(out), TRAINING)
-    path = check_output(out, overwrite=overwrite, inputs=inputs)
-    if adapter is not None and (config.rank, config.alpha, config.dropout, config.roles) != (None,) * 4:
-        raise LoraSuiteError("rank, alpha, dropout and roles are those of a new adapter; ADAPTER has its own")
-    run_device = pick_device(runtime.device)
-    half = run_device.type == "cuda" and torch.cuda.is_bf16_supported()
-    run_dtype = torch.bfloat16 if runtime.dtype == "auto" and half else pick_dtype(runtime.dtype)
-    clock = PhaseClock(runtime.progress, run_device)
-    checkpoint = Checkpoint(model, "model")
-    start = None if adapter is None else resolve_folder(adapter, what="ADAPTER")
-    with clock.phase("read data", 1):
-        tokenizer = load_tokenizer(model, "MODEL", trust_remote_code=runtime.trust_remote_code)
-        wording: dict[str, Any] = {
-            "template": config.template,
-            "max_tokens": config.max_tokens,
-            "completion_only": config.completion_only,
-        }
-        training, held_out = split_samples(data, config.validation, tokenizer, wording, seed)
-        kept = kept_samples(config.retain, tokenizer, config.max_tokens, seed)
-    epoch = math.ceil(len(training.samples) / config.batch)
-    budget = config.epochs * epoch if config.steps is None else config.steps
-    new: dict[str, Any] = {}
-    if start is None:
-        new = {
-            "rank": config.rank or RANK,
-            "alpha": config.alpha or config.rank or RANK,
-            "dropout": config.dropout or 0.0,
-        }
-        new["roles"] = sorted(config.roles or ATTENTION, key=ROLES.index)
-    options: dict[str, Any] = {
-        "steps": budget,
-        "batch": config.batch,
-        "micro_batch": min(config.micro_batch or config.batch, config.batch),
-        "learning_rate": config.learning_rate,
-        "save_every": config.save_every or min(epoch, SAVE_STEPS),
-        "seed": seed,
-        "dtype": str(run_dtype).removeprefix("torch."),
-        **({"retain_weight": config.retain_weight} if kept.samples else {}),
-        **new,
-    }
-    with clock.phase("load", 1):
-        loaded = LoadedModel(
-            checkpoint.folder, "MODEL", device=run_device, dtype=run_dtype, trust_remote_code=runtime.trust_remote_code
-        )
-        checkpoint.tensors.check_same()
-        loaded.check_ids([sample.ids for part in (training, held_out, kept) for sample in part.samples])
-        if start is None:
-            new_adapter(loaded, checkpoint.family, new, seed)
-        else:
-            loaded.attach(start, trainable=True)
-        # A name of the hub would be looked up there at every checkpoint.
-        loaded.peft.peft_config["default"].base_model_name_or_path = checkpoint.name
-    identity = options | {
-        "model": checkpoint.fingerprint(),
-        "adapter": None if start is None else adapter_digest(start),
-        "data": training.digest(),
-        "validation": held_out.digest(),
-        **({"retain": kept.digest()} if kept.samples else {}),
-        **({"processes": ranks.size} if ranks.size > 1 else {}),
-    }
-    folder = finetuning_folder(path)
+    run = _open(_Named(model, adapter, data, out), config, runtime, overwrite=overwrite)
+    read = _read(run)
+    options = _options(run, read)
+    loaded = _load(run, read, options)
+    identity = _identity(run, read, options)
+    folder = finetuning_folder(run.path)
     folder.mkdir(exist_ok=True)
-    with ranks.in_turn():
-        work = Work(folder / TRAINING, identity, owner=ranks.first)
+    with run.ranks.in_turn():
+        work = Work(folder / TRAINING, identity, owner=run.ranks.first)
         work.start()
     try:
-        if runtime.say and ranks.first:
-            tokens = sum(sample.tokens for sample in training.samples)
-            runtime.say(
-                f"fine-tuning: {budget} steps of {config.batch} samples, from {len(training.samples):,} samples with "
-                f"{tokens:,} tokens to learn"
-            )
+        _announce(run, read, options["steps"])
         with unless_unusable(work, folder), writing(work.folder):
             course = train_on_samples(
                 work.folder,
                 loaded,
-                start,
-                training.samples,
-                held_out.samples,
-                kept.samples,
-                clock,
+                run.start,
+                read.training.samples,
+                read.held_out.samples,
+                read.retained.samples,
+                run.clock,
                 options,
                 config.gradient_checkpointing,
             )
-        summary = _summary(course, budget, len(training.samples))
-        taken = Step(
-            "fine-tuning",
-            summary,
-            without_machine(options) | {"max_tokens": config.max_tokens, "completion_only": config.completion_only},
-            {"model": identity["model"]},
-            {
-                "started from": "a new adapter" if adapter is None else shown(adapter),
-                "samples": f"{len(training.samples):,}, and {len(held_out.samples):,} for validation",
-                "steps": f"{len(course.losses)} of {budget}, batches of {config.batch}",
-                "learning rate": f"{config.learning_rate:g}",
-                "prompts": config.template if config.template in ("alpaca", "chat") else "a template of one's own",
-                "tokens trained on": f"{course.tokens:,}",
-                **(
-                    {"retained": f"{named_text(config.retain)}, weight {config.retain_weight:g}"}
-                    if config.retain is not None
-                    else {}
-                ),
-            },
-        )
-        told = card_files(checkpoint.name, taken, start, wrapped=checkpoint.family.wrapper is not None)
-        config_of = course.source if start is None else start
-        ranks.wait()
-        if ranks.first:
+        told = _card(run, read, course, options, identity["model"])
+        config_of = course.source if run.start is None else run.start
+        run.ranks.wait()
+        if run.ranks.first:
             work.complete()
-            place = empty_model(checkpoint.folder, trust_remote_code=runtime.trust_remote_code)
-            _write(path, course.source, config_of, checkpoint.name, told, place, overwrite)
+            place = empty_model(run.checkpoint.folder, trust_remote_code=runtime.trust_remote_code)
+            _write(run.path, course.source, config_of, run.checkpoint.name, told, place, overwrite)
             remove_work(folder)
-        ranks.wait()
+        run.ranks.wait()
     finally:
         work.close()
-    result = Finetuning(
-        model=os.fspath(model),
-        adapter=None if adapter is None else os.fspath(adapter),
-        out=os.fspath(out),
+    result = _result(run, read, course, loaded, options, identity["model"])
+    if run.ranks.first:
+        write_report(result, runtime.report)
+    return result
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The model, the adapter, the data and the output as the caller names them."""
+
+    model: str | os.PathLike[str]
+    adapter: str | os.PathLike[str] | None
+    data: Data
+    out: str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A fine-tuning whose arguments have been found usable; `start` is the adapter to start from."""
+
+    named: _Named
+    config: FinetuneConfig
+    runtime: Runtime
+    began: float
+    ranks: Ranks
+    path: Path
+    machine: Machine
+    clock: PhaseClock
+    checkpoint: Checkpoint
+    start: Path | None
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed or 0
+
+    @property
+    def wording(self) -> dict[str, Any]:
+        """How a record becomes a sample."""
+        return {
+            "template": self.config.template,
+            "max_tokens": self.config.max_tokens,
+            "completion_only": self.config.completion_only,
+        }
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The samples to learn, those held out and those of the text to retain."""
+
+    training: Samples
+    held_out: Samples
+    retained: Samples
+
+    def epoch(self, batch: int) -> int:
+        """Steps that read every sample to learn once."""
+        return math.ceil(len(self.training.samples) / batch)
+
+
+def _open(named: _Named, config: FinetuneConfig, runtime: Runtime, *, overwrite: bool) -> _Run:
+    """Checks the arguments before anything is read or loaded."""
+    began = time.perf_counter()
+    inputs = {
+        "MODEL": named.model,
+        "ADAPTER": named.adapter,
+        "DATA": named.data,
+        "`validation`": config.validation,
+        "`retain`": config.retain,
+    }
+    check_report(runtime.report, named.out, inputs)
+    ranks = Ranks.join()
+    if ranks.first:
+        clean_up(named.out, finetuning_folder(named.out), TRAINING)
+    path = check_output(named.out, overwrite=overwrite, inputs=inputs)
+    if named.adapter is not None and (config.rank, config.alpha, config.dropout, config.roles) != (None,) * 4:
+        raise LoraSuiteError("rank, alpha, dropout and roles are those of a new adapter; ADAPTER has its own")
+    machine = runtime.training_machine()
+    clock = PhaseClock(runtime.progress, machine.device)
+    checkpoint = Checkpoint(named.model, "model")
+    start = None if named.adapter is None else resolve_folder(named.adapter, what="ADAPTER")
+    return _Run(named, config, runtime, began, ranks, path, machine, clock, checkpoint, start)
+
+
+def _read(run: _Run) -> _Read:
+    config = run.config
+    with run.clock.phase("read data", 1):
+        tokenizer = load_tokenizer(run.named.model, "MODEL", trust_remote_code=run.runtime.trust_remote_code)
+        training, held_out = split_samples(run.named.data, config.validation, tokenizer, run.wording, run.seed)
+        retained = kept_samples(config.retain, tokenizer, config.max_tokens, run.seed)
+    return _Read(training, held_out, retained)
+
+
+def _options(run: _Run, read: _Read) -> dict[str, Any]:
+    """Everything the training depends on but for the model, the adapter and the data."""
+    config, epoch = run.config, read.epoch(run.config.batch)
+    options: dict[str, Any] = {
+        "steps": config.epochs * epoch if config.steps is None else config.steps,
+        "batch": config.batch,
+        "micro_batch": min(config.micro_batch or config.batch, config.batch),
+        "learning_rate": config.learning_rate,
+        "save_every": config.save_every or min(epoch, SAVE_STEPS),
+        "seed": run.seed,
+        "dtype": str(run.machine.dtype).removeprefix("torch."),
+    }
+    if read.retained.samples:
+        options["retain_weight"] = config.retain_weight
+    if run.start is None:
+        options |= {
+            "rank": config.rank or RANK,
+            "alpha": config.alpha or config.rank or RANK,
+            "dropout": config.dropout or 0.0,
+            "roles": sorted(config.roles or ATTENTION, key=ROLES.index),
+        }
+    return options
+
+
+def _load(run: _Run, read: _Read, options: dict[str, Any]) -> LoadedModel:
+    """The model with the adapter to train."""
+    checkpoint, machine = run.checkpoint, run.machine
+    with run.clock.phase("load", 1):
+        loaded = LoadedModel(
+            checkpoint.folder,
+            "MODEL",
+            device=machine.device,
+            dtype=machine.dtype,
+            trust_remote_code=run.runtime.trust_remote_code,
+        )
+        checkpoint.tensors.check_same()
+        parts = read.training, read.held_out, read.retained
+        loaded.check_ids([sample.ids for part in parts for sample in part.samples])
+        if run.start is None:
+            new_adapter(loaded, checkpoint.family, options, run.seed)
+        else:
+            loaded.attach(run.start, trainable=True)
+        # A name of the hub would be looked up there at every checkpoint.
+        loaded.peft.peft_config["default"].base_model_name_or_path = checkpoint.name
+    return loaded
+
+
+def _identity(run: _Run, read: _Read, options: dict[str, Any]) -> dict[str, Any]:
+    """Everything the adapter's bits depend on."""
+    return options | {
+        "model": run.checkpoint.fingerprint(),
+        "adapter": None if run.start is None else adapter_digest(run.start),
+        "data": read.training.digest(),
+        "validation": read.held_out.digest(),
+        **({"retain": read.retained.digest()} if read.retained.samples else {}),
+        **({"processes": run.ranks.size} if run.ranks.size > 1 else {}),
+    }
+
+
+def _announce(run: _Run, read: _Read, budget: int) -> None:
+    if run.runtime.say and run.ranks.first:
+        samples = read.training.samples
+        run.runtime.say(
+            f"fine-tuning: {budget} steps of {run.config.batch} samples, from {len(samples):,} samples with "
+            f"{sum(sample.tokens for sample in samples):,} tokens to learn"
+        )
+
+
+def _card(run: _Run, read: _Read, course: Course, options: dict[str, Any], fingerprint: str) -> dict[str, bytes]:
+    """The files that say how the adapter came about."""
+    config, adapter, budget = run.config, run.named.adapter, options["steps"]
+    taken = Step(
+        "fine-tuning",
+        _summary(course, budget, len(read.training.samples)),
+        without_machine(options) | {"max_tokens": config.max_tokens, "completion_only": config.completion_only},
+        {"model": fingerprint},
+        {
+            "started from": "a new adapter" if adapter is None else shown(adapter),
+            "samples": f"{len(read.training.samples):,}, and {len(read.held_out.samples):,} for validation",
+            "steps": f"{len(course.losses)} of {budget}, batches of {config.batch}",
+            "learning rate": f"{config.learning_rate:g}",
+            "prompts": config.template if config.template in ("alpaca", "chat") else "a template of one's own",
+            "tokens trained on": f"{course.tokens:,}",
+            **(
+                {"retained": f"{named_text(config.retain)}, weight {config.retain_weight:g}"}
+                if config.retain is not None
+                else {}
+            ),
+        },
+    )
+    return card_files(run.checkpoint.name, taken, run.start, wrapped=run.checkpoint.family.wrapper is not None)
+
+
+def _result(
+    run: _Run, read: _Read, course: Course, loaded: LoadedModel, options: dict[str, Any], fingerprint: str
+) -> Finetuning:
+    named, config, training, held_out = run.named, run.config, read.training, read.held_out
+    return Finetuning(
+        model=os.fspath(named.model),
+        adapter=None if named.adapter is None else os.fspath(named.adapter),
+        out=os.fspath(named.out),
         steps=len(course.losses),
-        budget=budget,
+        budget=options["steps"],
         chosen_step=course.chosen,
         diverged=course.diverged is not None,
         kept_start=course.chosen == 0,
-        summary=summary,
+        summary=_summary(course, options["steps"], len(training.samples)),
         start_loss=course.start_loss,
         end_loss=course.end_loss,
         losses=course.losses,
@@ -237,20 +333,17 @@ def finetune(
         trained_tokens=course.tokens,
         trainable_parameters=sum(p.numel() for p in loaded.peft.parameters() if p.requires_grad),
         options=options
-        | wording
+        | run.wording
         | ({} if config.retain is None else {"retain": os.fspath(config.retain)})
         | {
-            "device": run_device.type,
-            "epochs": budget / epoch,
+            "device": run.machine.device.type,
+            "epochs": options["steps"] / read.epoch(config.batch),
             "gradient_checkpointing": config.gradient_checkpointing,
         },
-        phases=clock.phases,
-        seconds=time.perf_counter() - begin,
-        fingerprints={"model": identity["model"]},
+        phases=run.clock.phases,
+        seconds=time.perf_counter() - run.began,
+        fingerprints={"model": fingerprint},
     )
-    if ranks.first:
-        write_report(result, runtime.report)
-    return result
 
 
 def _write(

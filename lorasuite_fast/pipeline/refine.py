@@ -7,17 +7,18 @@ import json
 import os
 import time
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..adapters.adapter import CONFIG, WEIGHTS, broken_tensor, trained_config
 from ..adapters.adapter_folder import adapter_digest
 from ..adapters.aligned_states import load_tokenizer
 from ..adapters.peft_check import check_loads, empty_model
-from ..config import RefineConfig, Runtime, pick_device, pick_dtype
+from ..config import Machine, RefineConfig, Runtime
 from ..config.flat import takes_flat_keywords
 from ..errors import LoraSuiteError
 from ..io.hub_ids import shown
@@ -44,7 +45,7 @@ from ..training.refinement import (
     train_on_targets,
 )
 from ..training.retention import kept_samples, named_text
-from ..training.teacher import write_targets
+from ..training.teacher import Targets, write_targets
 
 
 def refinement_folder(out: str | os.PathLike[str]) -> Path:
@@ -88,73 +89,171 @@ def refine(
         LoraSuiteError: for input that cannot be used; OUT is then untouched.
     """
     config, runtime = config or RefineConfig(), runtime or Runtime()
-    begin = time.perf_counter()
+    run = _open(_Named(old, old_adapter, new, adapter, out), config, runtime, overwrite=overwrite)
+    texts, source = _read_or_write_texts(run)
+    teaching, options = _teaching(run, texts), _options(run)
+    works: list[Work] = []
+    try:
+        with run.ranks.in_turn():
+            key = hashlib.sha256(json.dumps(teaching).encode()).hexdigest()[:16]
+            works.append(Work(run.cache / f"targets-{key}", teaching, owner=run.ranks.first))
+            targets = _teach(run, works[0], texts)
+        release_memory()
+        budget = step_budget(targets.facts.bytes, config.batch_bytes) if config.steps == "auto" else int(config.steps)
+        started = {"start": run.digests[1], "steps": budget}
+        with run.ranks.in_turn():
+            works.append(Work(run.folder / TRAINING, teaching | options | started, owner=run.ranks.first))
+            resumed = works[1].resumed
+            works[1].start()
+        _announce(run, targets, source, budget)
+        # What an interrupted run has trained stays, whatever this one was asked besides.
+        with nullcontext() if resumed else unless_unusable(works[1], run.folder), writing(works[1].folder):
+            course = _train(run, works[1].folder, targets, budget, options)
+        told = _card(run, course, source, budget, options)
+        run.ranks.wait()
+        if run.ranks.first:
+            works[1].complete()
+            empty = empty_model(run.new.folder, trust_remote_code=runtime.trust_remote_code)
+            _write(run.path, course.source, run.new.name, told, empty, overwrite)
+            if config.cache is None:
+                works[0].discard()
+            remove_work(run.folder)
+        run.ranks.wait()
+    finally:
+        for work in works:
+            work.close()
+    result = _result(run, course, targets, source, budget, options)
+    if run.ranks.first:
+        write_report(result, runtime.report)
+    return result
+
+
+@dataclass(frozen=True)
+class _Named:
+    """The models, the adapters and the output as the caller names them."""
+
+    old: str | os.PathLike[str]
+    old_adapter: str | os.PathLike[str]
+    new: str | os.PathLike[str]
+    adapter: str | os.PathLike[str] | None
+    out: str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A refinement whose input has been found usable.
+
+    Attributes:
+        start: The adapter to start from. digests: Of the old adapter and of the start.
+        retained: Samples of the text to retain.
+        folder: Of the work. cache: Of the targets.
+    """
+
+    named: _Named
+    config: RefineConfig
+    runtime: Runtime
+    began: float
+    ranks: Ranks
+    path: Path
+    machine: Machine
+    clock: PhaseClock
+    old: Checkpoint
+    new: Checkpoint
+    start: Path | None
+    digests: tuple[str, str | None]
+    retained: Samples
+    folder: Path
+    cache: Path
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed or 0
+
+    @cached_property
+    def fingerprints(self) -> dict[str, str]:
+        return {"old": self.old.fingerprint(), "new": self.new.fingerprint()}
+
+
+def _open(named: _Named, config: RefineConfig, runtime: Runtime, *, overwrite: bool) -> _Run:
+    """Checks everything that can be checked before a model is loaded, and makes the folders of the work."""
+    began = time.perf_counter()
     inputs: dict[str, object] = {
-        "OLD": old,
-        "OLD_ADAPTER": old_adapter,
-        "NEW": new,
-        "ADAPTER": adapter,
+        "OLD": named.old,
+        "OLD_ADAPTER": named.old_adapter,
+        "NEW": named.new,
+        "ADAPTER": named.adapter,
         "`text`": config.text,
+        "`retain`": config.retain,
+        "`cache`": config.cache,
     }
-    inputs |= {"`retain`": config.retain, "`cache`": config.cache}
-    check_report(runtime.report, out, inputs)
+    check_report(runtime.report, named.out, inputs)
     ranks = Ranks.join()
+    folder = refinement_folder(named.out)
     if ranks.first:
-        clean_up(out, refinement_folder(out), TRAINING)
-    path = check_output(out, overwrite=overwrite, inputs=inputs)
-    seed = config.seed or 0
-    run_device = pick_device(runtime.device)
-    half = run_device.type == "cuda" and torch.cuda.is_bf16_supported()
-    run_dtype = torch.bfloat16 if runtime.dtype == "auto" and half else pick_dtype(runtime.dtype)
-    clock = PhaseClock(runtime.progress, run_device)
-    checkpoint_o, checkpoint_n = Checkpoint(old, "old"), Checkpoint(new, "new")
-    start = None if adapter is None else Path(adapter).expanduser()
-    # Read before anything that takes long, so that what is missing is missed.
-    digests = adapter_digest(old_adapter), None if start is None else adapter_digest(start)
+        clean_up(named.out, folder, TRAINING)
+    path = check_output(named.out, overwrite=overwrite, inputs=inputs)
+    machine = runtime.training_machine()
+    clock = PhaseClock(runtime.progress, machine.device)
+    old, new = Checkpoint(named.old, "old"), Checkpoint(named.new, "new")
+    start = None if named.adapter is None else Path(named.adapter).expanduser()
+    digests = adapter_digest(named.old_adapter), None if start is None else adapter_digest(start)
     if start is not None and (broken := broken_tensor(start / WEIGHTS)) is not None:
         raise LoraSuiteError(f"{start / WEIGHTS}: {broken} holds NaN or infinity; train or save it again")
-    kept_text = Samples([], 0, 0)
+    retained = Samples([], 0, 0)
     if config.retain is not None:
-        tokenizer = load_tokenizer(new, "NEW", trust_remote_code=runtime.trust_remote_code)
-        kept_text = kept_samples(config.retain, tokenizer, config.max_tokens, seed)
-    folder = refinement_folder(out)
-    kept = folder if config.cache is None else Path(config.cache).expanduser()
-    for place in {folder, kept}:
+        tokenizer = load_tokenizer(named.new, "NEW", trust_remote_code=runtime.trust_remote_code)
+        retained = kept_samples(config.retain, tokenizer, config.max_tokens, config.seed or 0)
+    cache = folder if config.cache is None else Path(config.cache).expanduser()
+    for place in {folder, cache}:
         place.mkdir(parents=True, exist_ok=True)
+    return _Run(
+        named, config, runtime, began, ranks, path, machine, clock, old, new, start, digests, retained, folder, cache
+    )
 
-    if config.text is None or (isinstance(config.text, str | os.PathLike) and os.fspath(config.text) == "self"):
-        source = "self"
-        with ranks.in_turn(), clock.phase("write text", config.text_bytes) as step:
-            texts = self_written(
-                checkpoint_o,
-                old_adapter,
-                size=config.text_bytes,
-                seed=seed,
-                tokens=config.max_tokens,
-                device=run_device,
-                dtype=run_dtype,
-                trust_remote_code=runtime.trust_remote_code,
-                report=step,
-            )
-            texts = different(texts)
-        texts = ranks.share(texts)
-        release_memory()
-    else:
-        source = os.fspath(config.text) if isinstance(config.text, str | os.PathLike) else f"{len(config.text)} texts"
-        texts = texts_of(config.text, seed)
 
-    teaching: dict[str, Any] = {
-        "old": checkpoint_o.fingerprint(),
-        "old_adapter": digests[0],
-        "new": checkpoint_n.fingerprint(),
+def _read_or_write_texts(run: _Run) -> tuple[list[str], str]:
+    """The texts to learn from, each once, and where they come from; the old model writes them unless some are given."""
+    text = run.config.text
+    if text is not None and not (isinstance(text, str | os.PathLike) and os.fspath(text) == "self"):
+        source = os.fspath(text) if isinstance(text, str | os.PathLike) else f"{len(text)} texts"
+        return texts_of(text, run.seed), source
+    with run.ranks.in_turn(), run.clock.phase("write text", run.config.text_bytes) as step:
+        texts = self_written(
+            run.old,
+            run.named.old_adapter,
+            size=run.config.text_bytes,
+            seed=run.seed,
+            tokens=run.config.max_tokens,
+            device=run.machine.device,
+            dtype=run.machine.dtype,
+            trust_remote_code=run.runtime.trust_remote_code,
+            report=step,
+        )
+        texts = different(texts)
+    texts = run.ranks.share(texts)
+    release_memory()
+    return texts, "self"
+
+
+def _teaching(run: _Run, texts: list[str]) -> dict[str, Any]:
+    """Everything the targets depend on."""
+    config, prints = run.config, run.fingerprints
+    return {
+        "old": prints["old"],
+        "old_adapter": run.digests[0],
+        "new": prints["new"],
         "text": hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:32],
         "imitation": config.imitation,
         "top_k": config.top_k,
         "max_tokens": config.max_tokens,
-        "dtype": str(run_dtype),
-        "shuffled": seed if config.control != "none" else None,
+        "dtype": str(run.machine.dtype),
+        "shuffled": run.seed if config.control != "none" else None,
     }
-    key = hashlib.sha256(json.dumps(teaching).encode()).hexdigest()[:16]
+
+
+def _options(run: _Run) -> dict[str, Any]:
+    """Everything the training depends on besides, but for the number of steps."""
+    config = run.config
     options: dict[str, Any] = {
         "learning_rate": config.learning_rate or RATE,
         "rank": config.rank,
@@ -165,117 +264,109 @@ def refine(
         "batch_bytes": config.batch_bytes,
         "eval_every": config.eval_every,
         "patience": config.patience,
-        "seed": seed,
+        "seed": run.seed,
         "control": config.control,
     }
     if config.retain is not None:
-        options |= {"retain": kept_text.digest(), "retain_weight": config.retain_weight}
-    if ranks.size > 1:
-        options |= {"processes": ranks.size}
-    works: list[Work] = []
-    try:
-        with ranks.in_turn():
-            works.append(Work(kept / f"targets-{key}", teaching, owner=ranks.first))
-            with unless_unusable(works[0], folder):
-                targets = write_targets(
-                    works[0],
-                    old,
-                    old_adapter,
-                    new,
-                    texts,
-                    clock,
-                    top_k=config.top_k,
-                    max_tokens=config.max_tokens,
-                    device=run_device,
-                    dtype=run_dtype,
-                    imitation=config.imitation,
-                    shuffled=config.control != "none",
-                    seed=seed,
-                    trust_remote_code=runtime.trust_remote_code,
-                )
-                # Each model is opened more than once, and must be the same one every time.
-                for model in (checkpoint_o, checkpoint_n):
-                    model.tensors.check_same()
-        release_memory()
-        budget = step_budget(targets.facts.bytes, config.batch_bytes) if config.steps == "auto" else int(config.steps)
-        started = {"start": digests[1], "steps": budget}
-        with ranks.in_turn():
-            works.append(Work(folder / TRAINING, teaching | options | started, owner=ranks.first))
-            resumed = works[1].resumed
-            works[1].start()
-        if runtime.say and ranks.first:
-            facts = targets.facts
-            runtime.say(
-                f"refining: {budget} steps of about {config.batch_bytes:,} bytes, from {facts.bytes / 1000:,.0f} KB of "
-                f"{'text the old model wrote' if source == 'self' else 'text'} with {facts.positions:,} positions"
-            )
-        # What an interrupted run has trained stays, whatever this one was asked besides.
-        with nullcontext() if resumed else unless_unusable(works[1], folder), writing(works[1].folder):
-            course = train_on_targets(
-                works[1].folder,
-                checkpoint_o,
-                checkpoint_n,
-                start,
-                targets,
-                kept_text.samples,
-                clock,
-                budget,
-                options,
-                run_device,
-                run_dtype,
-                half,
-                runtime.memory,
-                config.gradient_checkpointing,
-                runtime.trust_remote_code,
-            )
-        summary = _summary(course, budget)
-        taken = Step(
-            "refinement",
-            summary,
-            without_machine(options)
-            | {"imitation": config.imitation, "top_k": config.top_k, "max_tokens": config.max_tokens},
-            {"old": teaching["old"], "new": teaching["new"]},
-            {
-                "from": f"{shown(old_adapter)} on {shown(checkpoint_o.name)}",
-                "text": shown(source),
-                "targets": "NEW's predictions changed as OLD's were"
-                + (f", and to {config.imitation:.0%} OLD's own with its adapter" if config.imitation else ""),
-                "started from": "a new adapter" if adapter is None else shown(adapter),
-                "steps": f"{course.steps} of {budget}, of which {course.chosen} are in what was written",
-                "tokens trained on": f"{course.tokens:,}",
-                "learning rate": f"{options['learning_rate']:g}",
-                **(
-                    {"retained": f"{named_text(config.retain)}, weight {config.retain_weight:g}"}
-                    if config.retain is not None
-                    else {}
-                ),
-            },
+        options |= {"retain": run.retained.digest(), "retain_weight": config.retain_weight}
+    if run.ranks.size > 1:
+        options |= {"processes": run.ranks.size}
+    return options
+
+
+def _teach(run: _Run, work: Work, texts: list[str]) -> Targets:
+    config = run.config
+    with unless_unusable(work, run.folder):
+        targets = write_targets(
+            work,
+            run.named.old,
+            run.named.old_adapter,
+            run.named.new,
+            texts,
+            run.clock,
+            top_k=config.top_k,
+            max_tokens=config.max_tokens,
+            device=run.machine.device,
+            dtype=run.machine.dtype,
+            imitation=config.imitation,
+            shuffled=config.control != "none",
+            seed=run.seed,
+            trust_remote_code=run.runtime.trust_remote_code,
         )
-        told = card_files(checkpoint_n.name, taken, start, wrapped=checkpoint_n.family.wrapper is not None)
-        ranks.wait()
-        if ranks.first:
-            works[1].complete()
-            empty = empty_model(checkpoint_n.folder, trust_remote_code=runtime.trust_remote_code)
-            _write(path, course.source, checkpoint_n.name, told, empty, overwrite)
-            if config.cache is None:
-                works[0].discard()
-            remove_work(folder)
-        ranks.wait()
-    finally:
-        for work in works:
-            work.close()
-    result = Refinement(
-        old=os.fspath(old),
-        old_adapter=os.fspath(old_adapter),
-        new=os.fspath(new),
-        start=None if adapter is None else os.fspath(adapter),
-        out=os.fspath(out),
+        # Each model is opened more than once, and must be the same one every time.
+        for model in (run.old, run.new):
+            model.tensors.check_same()
+    return targets
+
+
+def _announce(run: _Run, targets: Targets, source: str, budget: int) -> None:
+    if run.runtime.say and run.ranks.first:
+        facts = targets.facts
+        run.runtime.say(
+            f"refining: {budget} steps of about {run.config.batch_bytes:,} bytes, from {facts.bytes / 1000:,.0f} KB of "
+            f"{'text the old model wrote' if source == 'self' else 'text'} with {facts.positions:,} positions"
+        )
+
+
+def _train(run: _Run, folder: Path, targets: Targets, budget: int, options: dict[str, Any]) -> Course:
+    return train_on_targets(
+        folder,
+        (run.old, run.new),
+        run.start,
+        targets,
+        run.retained.samples,
+        run.clock,
+        budget,
+        options,
+        run.machine,
+        run.config.gradient_checkpointing,
+    )
+
+
+def _card(run: _Run, course: Course, source: str, budget: int, options: dict[str, Any]) -> dict[str, bytes]:
+    """The files that say how the adapter came about."""
+    config, adapter = run.config, run.named.adapter
+    taken = Step(
+        "refinement",
+        _summary(course, budget),
+        without_machine(options)
+        | {"imitation": config.imitation, "top_k": config.top_k, "max_tokens": config.max_tokens},
+        run.fingerprints,
+        {
+            "from": f"{shown(run.named.old_adapter)} on {shown(run.old.name)}",
+            "text": shown(source),
+            "targets": "NEW's predictions changed as OLD's were"
+            + (f", and to {config.imitation:.0%} OLD's own with its adapter" if config.imitation else ""),
+            "started from": "a new adapter" if adapter is None else shown(adapter),
+            "steps": f"{course.steps} of {budget}, of which {course.chosen} are in what was written",
+            "tokens trained on": f"{course.tokens:,}",
+            "learning rate": f"{options['learning_rate']:g}",
+            **(
+                {"retained": f"{named_text(config.retain)}, weight {config.retain_weight:g}"}
+                if config.retain is not None
+                else {}
+            ),
+        },
+    )
+    return card_files(run.new.name, taken, run.start, wrapped=run.new.family.wrapper is not None)
+
+
+def _result(
+    run: _Run, course: Course, targets: Targets, source: str, budget: int, options: dict[str, Any]
+) -> Refinement:
+    named, config = run.named, run.config
+    return Refinement(
+        old=os.fspath(named.old),
+        old_adapter=os.fspath(named.old_adapter),
+        new=os.fspath(named.new),
+        start=None if named.adapter is None else os.fspath(named.adapter),
+        out=os.fspath(named.out),
         steps=course.steps,
         budget=budget,
         chosen_step=course.chosen,
         kept_start=course.chosen == 0,
         stopped=course.stopped,
-        summary=summary,
+        summary=_summary(course, budget),
         start_agreement=course.evaluations[0].agreement,
         agreement=next(e.agreement for e in course.evaluations if e.step == course.chosen),
         evaluations=course.evaluations,
@@ -289,17 +380,14 @@ def refine(
             "imitation": config.imitation,
             "top_k": config.top_k,
             "max_tokens": config.max_tokens,
-            "device": run_device.type,
-            "dtype": str(run_dtype).removeprefix("torch."),
+            "device": run.machine.device.type,
+            "dtype": str(run.machine.dtype).removeprefix("torch."),
             "gradient_checkpointing": course.checkpointing,
         },
-        phases=clock.phases,
-        seconds=time.perf_counter() - begin,
-        fingerprints={"old": teaching["old"], "new": teaching["new"]},
+        phases=run.clock.phases,
+        seconds=time.perf_counter() - run.began,
+        fingerprints=run.fingerprints,
     )
-    if ranks.first:
-        write_report(result, runtime.report)
-    return result
 
 
 def _write(path: Path, source: Path, base: str, told: dict[str, bytes], place: nn.Module, overwrite: bool) -> None:

@@ -23,7 +23,7 @@ import torch
 
 from ..adapters.adapter import by_module, read_adapter
 from ..adapters.aligned_states import LoadedModel
-from ..config import finite_hint, parse_memory
+from ..config import Machine, finite_hint, parse_memory
 from ..errors import LoraSuiteError
 from ..io.json_files import finite
 from ..io.notebook import Rendered
@@ -249,24 +249,24 @@ def _split(targets: Targets, seed: int) -> tuple[list[int], list[int]]:
     return sorted(held), sorted(order)
 
 
-def train_on_targets(
-    folder: Path,
-    old: Checkpoint,
-    new: Checkpoint,
-    start: Path | None,
-    targets: Targets,
-    retained: list[Sample],
-    clock: PhaseClock,
-    steps: int,
-    options: dict[str, Any],
-    device: torch.device,
-    dtype: torch.dtype,
-    half: bool,
-    memory: str | int | None,
-    checkpointing: bool,
-    trust_remote_code: bool,
-) -> Course:
-    held, others = _split(targets, options["seed"])
+@dataclass(frozen=True)
+class _Batches:
+    """What the steps read.
+
+    Attributes:
+        texts: Indices of texts, by step. retained: Samples of the text to retain and their indices by step, if any.
+        lengths: Tokens of each text. widest: Tokens of the largest batch, padding included.
+    """
+
+    texts: list[list[int]]
+    retained: tuple[list[Sample], list[list[int]]] | None
+    lengths: list[int]
+    widest: int
+
+
+def _batches(
+    targets: Targets, others: list[int], retained: list[Sample], steps: int, options: dict[str, Any]
+) -> _Batches:
     sizes = [int(targets.aligned[i].ends[-1]) for i in range(len(targets))]
     batches = [
         [others[i] for i in batch]
@@ -274,26 +274,48 @@ def train_on_targets(
     ]
     lengths = [len(a.ids_n) for a in targets.aligned]
     widest = max(len(b) * max(lengths[i] for i in b) for b in batches)
-    kept_rows = None
-    if retained:
-        wanted = sum(lengths[i] for b in batches for i in b) // len(batches)
-        rows = [len(sample.ids) for sample in retained]
-        kept_rows = retained, step_batches(rows, max(1, wanted), steps, options["seed"])
-        # Both graphs are there until the one backward pass.
-        widest += max(len(b) * max(rows[i] for i in b) for b in kept_rows[1])
-    checkpointing = _checkpointing(old, new, dtype, widest, memory, checkpointing)
+    if not retained:
+        return _Batches(batches, None, lengths, widest)
+    wanted = sum(lengths[i] for b in batches for i in b) // len(batches)
+    rows = [len(sample.ids) for sample in retained]
+    kept = step_batches(rows, max(1, wanted), steps, options["seed"])
+    # Both graphs are there until the one backward pass.
+    widest += max(len(b) * max(rows[i] for i in b) for b in kept)
+    return _Batches(batches, (retained, kept), lengths, widest)
+
+
+def train_on_targets(
+    folder: Path,
+    models: tuple[Checkpoint, Checkpoint],
+    start: Path | None,
+    targets: Targets,
+    retained: list[Sample],
+    clock: PhaseClock,
+    steps: int,
+    options: dict[str, Any],
+    machine: Machine,
+    checkpointing: bool,
+) -> Course:
+    """Trains an adapter of the new model on the targets; goes on from the last checkpoint in the folder.
+
+    Args:
+        models: Old and new.
+        start: The adapter to start from; None for a new one.
+        retained: Samples of the text to retain, if any.
+        options: Of the training, as the unfinished work records them.
+        checkpointing: Recompute activations even where the memory budget does not ask for it.
+
+    Raises:
+        LoraSuiteError: The memory budget is too small, or the start gives NaN or infinity.
+    """
+    new = models[1]
+    held, others = _split(targets, options["seed"])
+    batches = _batches(targets, others, retained, steps, options)
+    checkpointing = _checkpointing(*models, machine.dtype, batches.widest, machine.memory, checkpointing)
     held_out = _held_out_batches(targets, held, options)
     labels = options["seed"] if options["control"] == CONTROLS[2] else None
     with clock.phase("train", steps) as report:
-        loaded = LoadedModel(new.folder, "NEW", device=device, dtype=dtype, trust_remote_code=trust_remote_code)
-        model = _new_peft(loaded, new, start, options["roles"], options["rank"], options["alpha"], options["seed"]).to(
-            device
-        )
-        new.tensors.check_same()
-        # Another name would be looked up at every checkpoint, and the embeddings saved besides if it is unlike NEW.
-        model.peft_config["default"].base_model_name_or_path = new.name
-        if retained:
-            loaded.check_ids([sample.ids for sample in retained])
+        model = _loaded(new, start, retained, options, machine)
         beginning = folder / "start"
         if Ranks.join().first:
             model.save_pretrained(beginning)
@@ -303,8 +325,8 @@ def train_on_targets(
             Schedule(
                 steps, options["learning_rate"], options["eval_every"], options["seed"], patience=options["patience"]
             ),
-            device=device,
-            autocast=half and dtype == torch.bfloat16,
+            device=machine.device,
+            autocast=machine.half and machine.dtype == torch.bfloat16,
             checkpointing=checkpointing,
         )
         weights = options["kl_weight"], options["next_token_weight"], options.get("retain_weight", 0.0)
@@ -315,25 +337,44 @@ def train_on_targets(
                 f"{new.name} with {start or 'a new adapter'} gives NaN or infinity on the text in {model.dtype}; "
                 f"{finite_hint(model.dtype)}"
             )
-        progress = training.run(RefinementBatches(targets, batches, labels, kept_rows), loss, loss.agreement, report)
+        read = RefinementBatches(targets, batches.texts, labels, batches.retained)
+        progress = training.run(read, loss, loss.agreement, report)
     evaluations = _evaluations(first, progress)
     best = max(evaluations, key=lambda e: e.agreement)
-    chosen, source = 0, beginning
-    if best.step and best.agreement > max(first, 0.0):
-        chosen, source = best.step, training.checkpoint(best.step)
-    stopped = "diverged" if progress.diverged else "budget" if progress.step >= steps else "patience"
-    taken = batches[: progress.step]
+    better = bool(best.step) and best.agreement > max(first, 0.0)
     return Course(
-        source,
+        training.checkpoint(best.step) if better else beginning,
         progress.step,
-        chosen,
-        stopped,
+        best.step if better else 0,
+        "diverged" if progress.diverged else "budget" if progress.step >= steps else "patience",
         evaluations,
         len(held),
-        sum(lengths[i] for batch in taken for i in batch),
+        sum(batches.lengths[i] for batch in batches.texts[: progress.step] for i in batch),
         sum(p.numel() for p in training.trained),
         checkpointing,
     )
+
+
+def _loaded(
+    new: Checkpoint, start: Path | None, retained: list[Sample], options: dict[str, Any], machine: Machine
+) -> Any:
+    """The new model with the adapter to train."""
+    loaded = LoadedModel(
+        new.folder,
+        "NEW",
+        device=machine.device,
+        dtype=machine.dtype,
+        trust_remote_code=machine.trust_remote_code,
+    )
+    model = _new_peft(loaded, new, start, options["roles"], options["rank"], options["alpha"], options["seed"]).to(
+        machine.device
+    )
+    new.tensors.check_same()
+    # Another name would be looked up at every checkpoint, and the embeddings saved besides if it is unlike NEW.
+    model.peft_config["default"].base_model_name_or_path = new.name
+    if retained:
+        loaded.check_ids([sample.ids for sample in retained])
+    return model
 
 
 def _held_out_batches(targets: Targets, held: list[int], options: dict[str, Any]) -> list[dict[str, Any]]:
