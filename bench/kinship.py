@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from demo_pair import LENGTH, Recipe, bits_per_byte, packed, train
@@ -29,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from lorasuite_fast import LoraSuiteError, Migration, PlanConfig, TransferPlan, migrate
-from lorasuite_fast.distillation.choice import FIGURE, WHOLE
+from lorasuite_fast.distillation.choice import FIGURE, REST, WHOLE
 from lorasuite_fast.models.families import ROLES
 from lorasuite_fast.models.family_table import FAMILIES
 from lorasuite_fast.transfer.copying import applicable
@@ -138,6 +139,12 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     rows["auto"] = score(new, work / name / "auto") | {"seconds": seconds, "method": auto.plan.options["method"]}
     choice = auto.choice or judged(plan, adapter, work / name / "judged").choice
     assert choice is not None
+    rows["auto"]["method"] = choice.chosen if auto.choice else auto.plan.options["method"]
+    for candidate in filter(lambda name: name.endswith(REST), choice.agreement):
+        out, forced = work / name / "rest", replace(choice, chosen=candidate)
+        with patch("lorasuite_fast.pipeline.plan.choose", lambda *_, forced=forced: forced):
+            _, seconds = timed(lambda out=out: judged(plan, adapter, out))
+        rows["rest"] = score(new, out) | {"seconds": seconds, "on": candidate.removesuffix(REST)}
     return {
         "rows": rows,
         "kinship": plan.facts["kinship"],
@@ -189,12 +196,15 @@ def report(found: dict[str, dict[str, Any]], own: dict[str, dict[str, float]]) -
         "Seconds on the wall, with the building of the plan. Other programs shared the machine, so that rows "
         "differ by what those did: orders of magnitude only.",
         "",
-        "| new model | copied | lstsq | paper | distill | auto |",
-        "|---|---|---|---|---|---|",
+        "| new model | copied | lstsq | paper | distill | with a rest, all judged | auto |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, figures in found.items():
         rows = figures["rows"]
-        cells = ["–" if "seconds" not in rows[row] else f"{rows[row]['seconds']:.1f}" for row in (*METHODS, "auto")]
+        cells = [
+            f"{rows[row]['seconds']:.1f}" if "seconds" in rows.get(row, {}) else "–"
+            for row in (*METHODS, "rest", "auto")
+        ]
         lines.append(f"| {RUNGS[name].title} | {' | '.join(cells)} |")
     missing = [rung.title for name, rung in RUNGS.items() if name not in found]
     lines += ["", "Not run here: " + ("; ".join(missing) + "; " if missing else "") + NOT_RUN, ""]
@@ -202,21 +212,24 @@ def report(found: dict[str, dict[str, Any]], own: dict[str, dict[str, float]]) -
 
 
 def _bits_table(found: dict[str, dict[str, Any]]) -> list[str]:
-    columns = "bare | copied | lstsq | paper | distill | **auto**"
-    lines = [f"| new model | weights apart | R² | {columns} | auto chose | best |", "|" + "---|" * 11]
+    columns = "bare | copied | lstsq | paper | distill | best of them with a rest | **auto**"
+    lines = [f"| new model | weights apart | R² | {columns} | auto chose | best |", "|" + "---|" * 12]
     for name, figures in found.items():
         rows = figures["rows"]
-        cells = [_cell(rows[row]) for row in ("bare", *METHODS)]
-        best = min((row for row in METHODS if "refused" not in rows[row]), key=lambda row: rows[row]["domain_test"])
+        cells = [_cell(rows.get(row, {})) for row in ("bare", *METHODS, "rest")]
+        best = min(
+            (row for row in rows if row not in ("bare", "auto") and "refused" not in rows[row]),
+            key=lambda row: rows[row]["domain_test"],
+        )
         distances = [v for k, v in figures["kinship"].get("distances", {}).items() if k in ROLES]
         apart = f"{max(distances):.1%}" if distances else "–"
         r2 = min(value for value in figures["r2"] if value is not None)
         chosen = rows["auto"]["method"] + ("" if figures["measured"] else ", unmeasured")
         row = [RUNGS[name].title, apart, f"{r2:.4f}", *cells, f"**{_cell(rows['auto'])}**", chosen, best]
         lines.append(f"| {' | '.join(row)} |")
-    lines += ["", "General text, bits per byte:", "", f"| new model | {columns} |", "|" + "---|" * 7]
+    lines += ["", "General text, bits per byte:", "", f"| new model | {columns} |", "|" + "---|" * 8]
     for name, figures in found.items():
-        cells = [_cell(figures["rows"][row], "general_test") for row in ("bare", *METHODS, "auto")]
+        cells = [_cell(figures["rows"].get(row, {}), "general_test") for row in ("bare", *METHODS, "rest", "auto")]
         lines.append(f"| {RUNGS[name].title} | {' | '.join(cells)} |")
     return lines
 
@@ -232,7 +245,8 @@ def _agreement_table(found: dict[str, dict[str, Any]], adapter_gain: float) -> l
     points: list[tuple[float, float, float]] = []
     behind: list[float] = []
     for name, figures in found.items():
-        shares = {row: gain(figures["rows"], row, adapter_gain) for row in figures["agreement"]}
+        rows = {candidate: "rest" if candidate.endswith(REST) else candidate for candidate in figures["agreement"]}
+        shares = {candidate: gain(figures["rows"], row, adapter_gain) for candidate, row in rows.items()}
         behind.append(max(shares.values()) - gain(figures["rows"], "auto", adapter_gain))
         for row, agreement in figures["agreement"].items():
             points.append((agreement[FIGURE], agreement[WHOLE], shares[row]))

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from lorasuite_fast import ApplyConfig, LoraSuiteError, PlanConfig, Runtime, TransferPlan, VerifyConfig, migrate, verify
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.distillation import distill as distillation
-from lorasuite_fast.distillation.choice import choose
+from lorasuite_fast.distillation.choice import MARGIN, Choice, choose
 from lorasuite_fast.distillation.distilled_adapter import TEXTS
 from lorasuite_fast.distillation.settings import Settings
 from lorasuite_fast.evaluation.identical import same_tensors
@@ -222,10 +222,12 @@ def test_auto_writes_the_candidate_that_agrees_best(root: Path, tmp_path: Path) 
     )
     choice = result.choice
     assert choice is not None
-    assert list(choice.agreement) == ["copy", "lstsq", "paper", "distill"]
+    assert list(choice.agreement)[:4] == ["copy", "lstsq", "paper", "distill"]
     assert result.plan.options["method"] == choice.chosen == "copy"
     figures = {name: found["content_kl_share"][0] for name, found in choice.agreement.items()}
+    rest = figures.pop("copy + rest", 0.0)
     assert max(figures, key=figures.__getitem__) == "copy"
+    assert rest < figures["copy"] + MARGIN
     before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert result.warning is None
@@ -267,6 +269,44 @@ def test_auto_judges_what_is_written_as_verify_does(root: Path, tmp_path: Path) 
         assert found.effect.carried.kl_share.value == pytest.approx(
             result.choice.agreement[name]["kl_share"][0], abs=1e-4
         )
+
+
+def with_copy_and_rest(patch: pytest.MonkeyPatch) -> None:
+    """Writes the copied adapter with its rest, whatever the figures, and every text judged with a gain of 1."""
+    patch.setattr("lorasuite_fast.distillation.correction.best_gain", lambda _: 1.0)
+    patch.setattr("lorasuite_fast.distillation.correction.gains_by_others", lambda found: torch.ones(len(found[0.0])))
+    patch.setattr(
+        "lorasuite_fast.pipeline.plan.choose", lambda judged, out: Choice(dict(judged), dict(out), "copy + rest")
+    )
+
+
+def test_a_rest_is_fitted_beside_a_copy_and_judged_as_verify_does(root: Path, tmp_path: Path) -> None:
+    new, text = moved(tmp_path / "new", 0.1), held_out(tmp_path / "text.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        with_copy_and_rest(patch)
+        result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
+    assert result.choice is not None
+    before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    added = {name.split("layers.")[1].split(".lora")[0] for name in after.keys() - before.keys()}
+    assert added == {"2.mlp.down_proj"}
+    found = verify(
+        root / "old", root / "adapter", new, tmp_path / "out", text=text, max_tokens=32, examples=TEXTS, bootstrap=1
+    )
+    assert found.effect is not None
+    share = result.choice.agreement["copy + rest"]["kl_share"][0]
+    assert found.effect.carried.kl_share.value == pytest.approx(share, abs=1e-4)
+    assert share != pytest.approx(result.choice.agreement["copy"]["kl_share"][0], abs=1e-3)
+
+
+def test_a_plan_that_chose_a_rest_can_be_saved_and_applied(root: Path, tmp_path: Path) -> None:
+    new = moved(tmp_path / "new", 0.1)
+    with pytest.MonkeyPatch.context() as patch:
+        with_copy_and_rest(patch)
+        result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
+        result.plan.save(tmp_path / "plan")
+        TransferPlan.load(tmp_path / "plan").apply(root / "adapter", tmp_path / "again", settings=QUICK)
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 
 def test_a_saved_plan_of_auto_chooses_for_each_adapter(root: Path, tmp_path: Path) -> None:
@@ -367,8 +407,21 @@ def figures(content: float, whole: float | None = None, spread: float = 0.01) ->
         ({"copy": figures(0.02), "distill": figures(0.0, spread=0.0)}, "copy"),
         ({"copy": figures(-0.1, 0.2), "paper": figures(-0.2, 0.1), "distill": figures(0.0, spread=0.0)}, "copy"),
         ({"copy": figures(-0.1), "paper": figures(-0.2), "distill": figures(-0.001)}, "distill"),
+        ({"copy": figures(0.5), "copy + rest": figures(0.52), "distill": figures(0.4)}, "copy"),
+        ({"lstsq": figures(0.4), "lstsq + rest": figures(0.54), "distill": figures(0.5)}, "lstsq + rest"),
+        ({"lstsq": figures(0.4), "lstsq + rest": figures(0.52), "distill": figures(0.5)}, "distill"),
     ],
-    ids=["best", "tie", "chance", "nothing beside something", "constant", "all harm"],
+    ids=[
+        "best",
+        "tie",
+        "chance",
+        "nothing beside something",
+        "constant",
+        "all harm",
+        "little rest",
+        "rest",
+        "rest beside distill",
+    ],
 )
 def test_the_choice_is_the_best_then_the_simplest(judged: Any, chosen: str) -> None:
     assert choose(judged, {}).chosen == chosen

@@ -9,18 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..adapters.adapter import Adapter, Update, adapter_files, by_role
+from ..adapters.adapter import Adapter, Update, adapter_files, by_module, by_role
+from ..adapters.factors import Factors, update_norm
 from ..errors import LoraSuiteError
 from ..io.phases import memory as process_memory
 from ..models.checkpoint import Checkpoint
 from ..models.families import ATTENTION, MLP
-from ..models.loader import stream_layers
+from ..models.loader import Layer, stream_layers
 from ..transfer.copying import applicable
 from ..transfer.memory import Demand
 from ..transfer.projection import METHODS, LayerResult, Pair
 
 if TYPE_CHECKING:
     from ..transfer.plan import Plan
+    from .settings import Rest
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,14 @@ class Candidate:
 
     Attributes:
         plan: with what the method stores. files: of a PEFT LoRA folder. updates: the same by (new layer, role).
+        modules: the same by (new layer, module), as they are written.
     """
 
     plan: Plan
     files: dict[str, bytes]
     updates: dict[tuple[int, str], Update]
     layers: list[LayerResult]
+    modules: dict[tuple[int, str], Update]
 
 
 def without_candidates(plan: Plan) -> dict[str, Any]:
@@ -90,7 +94,24 @@ def _candidate(
     updates, layers = plan._project(source, lambda: models, *fill, lambda _: None)
     new = models[1]
     files = adapter_files(updates, source, new.family.model_type, new.shape, new.name)
-    return Candidate(plan, files, by_role(updates, new.family, new.shape), layers)
+    return Candidate(plan, files, by_role(updates, new.family, new.shape), layers, updates)
+
+
+def with_rest(plan: Plan, carried: Candidate, rest: Rest, source: Adapter, new: Checkpoint) -> Candidate:
+    """A candidate with a rest fitted on top of it. Its plan is the one given, which judges again when it is applied."""
+    like = next(iter(carried.updates.values()))
+    rank = max(update.rank for update in carried.updates.values())
+    updates: dict[tuple[int, str], Update] = {}
+    sizes: dict[int, dict[str, float]] = {}
+    for (j, role), (b, a) in sorted(rest.updates.items()):
+        plain = Update(Factors(b, a), like.alpha * len(a) / rank, like.rslora)
+        updates[j, role] = replace(plain, factors=Factors(b / plain.scale, a))
+        weight = Layer.of(new, j, (role,)).weight(role, torch.float32)
+        sizes.setdefault(j, {})[role] = update_norm(rest.updates[j, role]) / max(float(weight.norm()), 1e-30)
+    modules = carried.modules | by_module(updates, new.family, new.shape, like.factors.a.dtype)
+    files = adapter_files(modules, source, new.family.model_type, new.shape, new.name)
+    layers = [replace(layer, update=layer.update | sizes.get(layer.new_layer, {})) for layer in carried.layers]
+    return Candidate(plan, files, carried.updates | updates, layers, modules)
 
 
 def _kept(name: str, tensor: Tensor) -> Tensor:

@@ -16,6 +16,10 @@ TIE = 0.005
 """Candidates whose figures differ by less are equally good."""
 ORDER = ("copy", "lstsq", "paper", "distill")
 """The simplest first."""
+REST = " + rest"
+"""Ends the name of a candidate with what it leaves undone fitted on top of it."""
+MARGIN = 0.03
+"""By which such a candidate has to be better than the best of the others."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,16 @@ def choose(agreement: Mapping[str, Figures], left_out: Mapping[str, str]) -> Cho
     """The candidate of the best content figure; of candidates that tie, the simplest.
 
     A figure counts where its whole interval is above 0. Where no candidate's content does, the whole agreement decides;
-    where that does not either, it is distill, which scales its update to nothing rather than do harm.
+    where that does not either, it is distill, which scales its update to nothing rather than do harm. A
+    candidate with a rest is chosen where it is better than all others by a margin.
     """
     judged = {name: agreement[name] for name in ORDER if name in agreement}
     chosen = _best(judged, FIGURE) or _best(judged, WHOLE) or "distill"
+    most = max((figures[FIGURE][0] for figures in judged.values()), default=0.0)
+    for name in agreement.keys() - judged.keys():
+        judged[name] = agreement[name]
+        if name.endswith(REST) and agreement[name][FIGURE][1] > 0 and agreement[name][FIGURE][0] >= most + MARGIN:
+            chosen = name
     return Choice(judged, dict(left_out), chosen)
 
 

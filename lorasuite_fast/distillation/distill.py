@@ -30,6 +30,7 @@ from ..io.phases import memory as process_memory
 from ..io.work import Work
 from ..models.checkpoint import Checkpoint
 from ..text.alignment import AlignedText, Alignment
+from .correction import HeldOut, best_start, fit_rest
 from .layer_fit import Fit, new_states, states_with, targets
 from .memory import DistillDemand, DistillLimits, Scratch
 from .output_map import chosen_rows, fit_output_map, token_weights
@@ -81,7 +82,9 @@ def distill(
     start = new.shape.L - (settings.layers or max(1, new.shape.L // 2))
     if not 0 <= start < new.shape.L:
         raise LoraSuiteError(f"{settings.layers} layers are to be fitted, the new model has {new.shape.L}")
-    limits = _limits(old, new, aligned, len(shared[0]), held_texts, settings, device, dtype, memory, work)
+    limits = _limits(
+        (old, new), aligned, len(shared[0]), held_texts, settings, device, dtype, memory, work, bool(others)
+    )
     settings = replace(settings, micro_batch=limits.micro_batch)
     on_cpu = device.type == "cpu"
     folder = work.folder / "states" if work and limits.away and on_cpu else None
@@ -108,7 +111,9 @@ def distill(
     fit = Fit(n, change, held, mapped, settings, max(u.rank for u in source.updates.values()))
     with clock.phase("fit", new.shape.L, limits.predicted["fit"]) as step:
         fit.run(start, run, work, step)
-    del change
+    if not others:
+        change = []
+        run.clear("change")
     fit.change = []
     with clock.phase("held-out agreement", new.shape.L - start, limits.predicted["held-out agreement"]) as step:
         ids = [aligned[k].ids_n for k in sorted(held_texts)]
@@ -132,6 +137,13 @@ def distill(
                     judged[name], _ = held_out_agreement(
                         heads, sides, (bare, rows), text, device, settings.seed or 0, elements
                     )
+    rest = None
+    if (best := best_start(judged, others or {}, settings.roles)) is not None:
+        held_out = HeldOut(h, heads, sides, bare, text)
+        run.clear("entering", "held", *(f"{name}-{size}" for name in ("held", "last") for size in GAINS))
+        with clock.phase("rest of the effect", 2 * new.shape.L, limits.predicted["fit"]) as step:
+            rest = fit_rest(best, (others or {})[best], n, change, held, mapped, held_out, run, settings, step)
+    run.clear("change")
     return Distilled(
         fitted=fit.updates,
         gain=gain,
@@ -146,6 +158,7 @@ def distill(
         settings=settings,
         gains=gains,
         others=judged,
+        rest=rest,
     )
 
 
@@ -157,8 +170,7 @@ def _held_texts(count: int) -> set[int]:
 
 
 def _limits(
-    old: Checkpoint,
-    new: Checkpoint,
+    models: tuple[Checkpoint, Checkpoint],
     aligned: list[AlignedText],
     shared: int,
     held: set[int],
@@ -167,11 +179,11 @@ def _limits(
     dtype: torch.dtype,
     memory: int | None,
     work: Work | None,
+    judged: bool,
 ) -> DistillLimits:
     """Sizes to work with: those the budget allows, or those of the run that goes on."""
     demand = DistillDemand(
-        old,
-        new,
+        *models,
         shared,
         len(aligned),
         len(held),
@@ -184,6 +196,7 @@ def _limits(
         device,
         torch.cuda.memory_allocated(device) if device.type == "cuda" else process_memory()[1],
         gathered=settings.control == "shuffled",
+        judged=judged,
     )
     if work is None:
         if memory is not None:

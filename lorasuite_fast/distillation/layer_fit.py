@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class Fit:
     Attributes:
         updates: (layer, role) -> factors on the CPU. explained: see `Distilled`. entering: the held-out examples'
             hidden states in front of the first fitted layer.
+
+    With a carried adapter the new model is the one with it, of which every layer has it on.
     """
 
     def __init__(
@@ -53,8 +56,10 @@ class Fit:
         mapped: OutputMap,
         settings: Settings,
         rank: int,
+        carried: Mapping[tuple[int, str], Update] | None = None,
     ) -> None:
         self.side, self.settings, self.rank = side, settings, settings.rank or rank
+        self.carried = carried or {}
         sizes = [len(row) for row, _ in side.at]
         self.change, self.held = change, held.split(sizes)
         self.metric = mapped.metric
@@ -70,13 +75,21 @@ class Fit:
             if layer.index == start:
                 adapted = run.shelf("new-adapted", base)
                 self.entering = run.shelf("entering", (self._held_examples(n, h) for n, h in enumerate(base)))
-            run_layer(layer, base)
-            if layer.index >= start:
-                self._layer(layer, base, adapted, work)
+            with self.under(layer):
+                run_layer(layer, base)
+                if layer.index >= start:
+                    self._layer(layer, base, adapted, work)
             step(layer.index + 1)
         for n, hidden in enumerate(base):
             check_finite(self.side.model, self.side.take(n, hidden), hidden.dtype)
-        run.clear("new", "new-adapted", "change")
+        run.clear("new", "new-adapted")
+
+    @contextmanager
+    def under(self, layer: StreamedLayer) -> Iterator[None]:
+        """The layer with the carried adapter on it while the context lasts."""
+        factors, scales = on_layer(self.side, layer.index, self.carried)
+        with updated(layer.module, self.side.model, factors, scales):
+            yield
 
     def _held_examples(self, n: int, hidden: Tensor) -> Tensor:
         row, _ = self.side.at[n]
@@ -181,7 +194,7 @@ def new_states(side: Side, fit: Fit, start: int, run: Run, step: Any) -> dict[fl
         found = {role: f for (j, role), f in fit.updates.items() if j == layer.index}
         for gain in GAINS:
             factors = {role: Factors(gain * f.b.to(device), f.a.to(device)) for role, f in found.items()}
-            with updated(layer.module, side.model, factors if gain else {}):
+            with fit.under(layer), updated(layer.module, side.model, factors if gain else {}):
                 run_layer(layer, hidden[gain])
         step(done)
     return {

@@ -61,7 +61,8 @@ class DistillDemand:
         shared: tokens both vocabularies have. examples, held: texts in all, and held out. tokens: of the longest text,
             for each model. positions, held_positions: aligned ones. roles: the projections that are fitted. sizes: how
             many factors on the updates are tried. base: bytes resident before the work starts. gathered: whether all
-            targets have to be in memory at once.
+            targets have to be in memory at once. judged: whether other adapters are judged, and the
+            targets kept for them.
     """
 
     old: Checkpoint
@@ -78,6 +79,7 @@ class DistillDemand:
     device: torch.device
     base: int
     gathered: bool = False
+    judged: bool = False
 
     def predict(self, micro_batch: int, scratch: Scratch, *, away: bool) -> dict[str, int]:
         """Peak bytes by phase."""
@@ -110,6 +112,8 @@ class DistillDemand:
         agreement += passing + metric + entering + self._heads() + cast
         agreement += max(compared, self._logits(self.held_positions, scratch))
         agreement += 2 * held_rows * (d_o + d_n) + (0 if away else held_rows * self.sizes * d_n)
+        agreement += rows * d_n if self.judged else 0
+        fit += rows * d_n if self.judged else 0
         # Of lists of many tensors that come and go the allocator wastes some.
         wasted = 0 if away else _WASTE * (copies * self.examples * self.tokens[1] * self.dtype.itemsize + rows) * d_n
         return {

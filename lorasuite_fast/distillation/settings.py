@@ -20,6 +20,21 @@ CONTROLS: tuple[str, ...] = get_args(DistillControl)
 
 
 @dataclass(frozen=True)
+class Rest:
+    """What is fitted on top of a carried adapter.
+
+    Attributes:
+        on: name of the carried candidate. updates: (layer, role) -> factors (scale 1), the gain in B. gain: on the
+            fitted updates, chosen by held-out texts. agreement: of both together; see `Distilled.agreement`.
+    """
+
+    on: str
+    updates: dict[tuple[int, str], Factors]
+    gain: float
+    agreement: dict[str, tuple[float, float, float]]
+
+
+@dataclass(frozen=True)
 class Distilled:
     """Updates (scale 1) by (new layer, role), and how well they do on texts held out from the fit.
 
@@ -54,6 +69,8 @@ class Distilled:
     text: str = ""
     others: dict[str, dict[str, tuple[float, float, float]]] = field(default_factory=dict)
     """Agreement of other adapters on the same held-out texts, by name; without those that give NaN or infinity."""
+    rest: Rest | None = None
+    """What is fitted on top of the best of the others, where that is worth a try."""
 
     @property
     def updates(self) -> dict[tuple[int, str], Factors]:

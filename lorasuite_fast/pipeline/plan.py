@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..distillation.candidates import without_candidates
-from ..distillation.choice import Choice, choose
+from ..distillation.choice import REST, Choice, choose
 from ..transfer.build_options import AUTO
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ from ..adapters.adapter import Adapter, adapter_files, read_adapter
 from ..adapters.base_match import check_base
 from ..config import ApplyConfig, PlanConfig, Runtime
 from ..config.flat import takes_flat_keywords
-from ..distillation.candidates import Candidate, weight_candidates
+from ..distillation.candidates import Candidate, weight_candidates, with_rest
 from ..errors import LoraSuiteError, WriteError
 from ..io.artifacts import Given
 from ..io.number_range import in_range
@@ -287,10 +287,12 @@ class TransferPlan(Plan):
             text_given=config.text is not None,
             trust_remote_code=runtime.trust_remote_code,
         )
+        if (rest := result.distilled.rest) is not None:
+            others[rest.on + REST] = with_rest(self, others[rest.on], rest, source, models[1])
         chosen, choice = _chosen(self, result, others, left_out)
         with clock.phase("write", 1), result.work:
-            distilled = None if chosen.options["method"] != "distill" else result.distilled
-            best = others.get(chosen.options["method"], result)
+            best = result if choice is None else others.get(choice.chosen, result)
+            distilled = result.distilled if best is result else None
             done = migration_step(chosen, source, best.layers, distilled, choice)
             told = card_files(self.new.name, done, wrapped="/" in self.new.family)
             result.work.complete()
@@ -373,6 +375,8 @@ def _chosen(
     if not others:
         return replace(plan, options=without_candidates(plan)), None
     judged = result.distilled.others
+    if (rest := result.distilled.rest) is not None:
+        judged = judged | {rest.on + REST: rest.agreement}
     broken = {name: "it gives NaN or infinity on the text" for name in others if name not in judged}
     choice = choose(judged | {"distill": result.distilled.agreement}, left_out | broken)
     reason = f"{plan.facts['method_reason']}; measured on held-out text: {choice.table}"

@@ -145,7 +145,7 @@ def migration_step(
         "adapter": shown(source.where),
         "from": f"{shown(plan.old.name)} ({plan.old.family}, {plan.old.shape.L} layers, width {plan.old.shape.d})",
         "to": f"{shown(plan.new.name)} ({plan.new.family}, {plan.new.shape.L} layers, width {plan.new.shape.d})",
-        "method": f"{options['method']}, {facts.get('method_reason', 'asked for')}",
+        "method": f"{plan.method}, {facts.get('method_reason', 'asked for')}",
         "text": text,
         "R² of the transfer matrix on held-out tokens": (
             f"{number(facts['r2'], 4)} old to new, {number(facts['r2_back'], 4)} new to old"
