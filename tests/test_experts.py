@@ -14,7 +14,7 @@ from planted_families import MIXTURES, config_of, plant_family, random_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorasuite_fast import LoraSuiteError, TransferPlan, migrate
+from lorasuite_fast import LoraSuiteError, PlanConfig, TransferPlan, migrate
 from lorasuite_fast.adapters.adapter import read_adapter
 from lorasuite_fast.models.checkpoint import Checkpoint
 from lorasuite_fast.models.hidden_states import LayerStream, padded
@@ -54,7 +54,7 @@ def test_a_planted_mixture_gets_the_effect_of_its_attention_adapter(family: str,
     upgraded.save(tmp_path / "new")
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=ATTENTION, rank=4, alpha=8, seed=1)
     folders = [tmp_path / name for name in ("old", "new", "adapter", "out")]
-    result = migrate(*folders, examples=24, method="auto" if family == "qwen2_moe" else "lstsq")
+    result = migrate(*folders, plan=PlanConfig(examples=24, method="auto" if family == "qwen2_moe" else "lstsq"))
     assert result.plan.options["method"] == "lstsq"
     assert result.plan.layers == {j: i for i, j in enumerate(upgraded.layer_map)}
     changes, logits = [], []
@@ -106,7 +106,9 @@ def test_the_published_projection_of_a_mixture_is_that_of_the_dense_oracle(famil
     new = planted.tiny_model("llama", 2, d=40, layers=2, heads=4, kv_heads=2, head_dim=6, intermediate=56)
     save_folder(new, tiny_tokenizer(320), tmp_path / "new")
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=ATTENTION, rank=3, alpha=6, seed=3)
-    plan = TransferPlan.build(tmp_path / "old", tmp_path / "new", method="paper", examples=8, layers="first")
+    plan = TransferPlan.build(
+        tmp_path / "old", tmp_path / "new", config=PlanConfig(method="paper", examples=8, layers="first")
+    )
     plan.apply(tmp_path / "adapter", tmp_path / "out")
     tables = [m.get_input_embeddings().weight.detach().double() for m in (model, new)]
     W_h = oracle.transfer_matrix(tables[0], tables[1])
@@ -135,7 +137,7 @@ def test_experts_are_not_needed_to_plan(tmp_path: Path) -> None:
     save_file({n: t.to(torch.uint8) if n in experts else t for n, t in held.items()}, file, metadata={"format": "pt"})
     assert experts
     random_adapter(tmp_path / "old", tmp_path / "adapter", targets=ATTENTION, rank=2, alpha=4, seed=3)
-    migrate(*(tmp_path / name for name in ("old", "new", "adapter", "out")), method="copy")
+    migrate(*(tmp_path / name for name in ("old", "new", "adapter", "out")), plan=PlanConfig(method="copy"))
     given, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "out"))
     assert set(given) == set(found)
 

@@ -196,7 +196,14 @@ def test_the_same_weights_under_another_tokenizer_are_not_the_same_model(root: P
     ids |= {first: other, second: one}
     file.write_text(json.dumps(stored))
     assert not same_tensors(Checkpoint(root / "old"), Checkpoint(tmp_path / "new"))
-    result = migrate(root / "old", tmp_path / "new", root / "adapter", tmp_path / "out", examples=8, settings=QUICK)
+    result = migrate(
+        root / "old",
+        tmp_path / "new",
+        root / "adapter",
+        tmp_path / "out",
+        plan=PlanConfig(examples=8),
+        apply=ApplyConfig(distill=QUICK),
+    )
     assert result.plan.facts["kinship"]["kind"] != kinship.SAME
     assert "weights are the old one's" not in result.plan.facts["method_reason"]
 
@@ -284,14 +291,22 @@ def test_a_rest_is_fitted_beside_a_copy_and_judged_as_verify_does(root: Path, tm
     new, text = moved(tmp_path / "new", 0.1), held_out(tmp_path / "text.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         with_copy_and_rest(patch)
-        result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
+        result = migrate(
+            root / "old",
+            new,
+            root / "adapter",
+            tmp_path / "out",
+            plan=PlanConfig(examples=16),
+            apply=ApplyConfig(distill=QUICK),
+        )
     assert result.choice is not None
     before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
     added = {name.split("layers.")[1].split(".lora")[0] for name in after.keys() - before.keys()}
     assert added == {"2.mlp.down_proj"}
     found = verify(
-        root / "old", root / "adapter", new, tmp_path / "out", text=text, max_tokens=32, examples=TEXTS, bootstrap=1
+        *(root / "old", root / "adapter", new, tmp_path / "out"),
+        config=VerifyConfig(text=text, max_tokens=32, examples=TEXTS, bootstrap=1),
     )
     assert found.effect is not None
     share = result.choice.agreement["copy + rest"]["kl_share"][0]
@@ -303,9 +318,18 @@ def test_a_plan_that_chose_a_rest_can_be_saved_and_applied(root: Path, tmp_path:
     new = moved(tmp_path / "new", 0.1)
     with pytest.MonkeyPatch.context() as patch:
         with_copy_and_rest(patch)
-        result = migrate(root / "old", new, root / "adapter", tmp_path / "out", examples=16, settings=QUICK)
+        result = migrate(
+            root / "old",
+            new,
+            root / "adapter",
+            tmp_path / "out",
+            plan=PlanConfig(examples=16),
+            apply=ApplyConfig(distill=QUICK),
+        )
         result.plan.save(tmp_path / "plan")
-        TransferPlan.load(tmp_path / "plan").apply(root / "adapter", tmp_path / "again", settings=QUICK)
+        TransferPlan.load(tmp_path / "plan").apply(
+            root / "adapter", tmp_path / "again", config=ApplyConfig(distill=QUICK)
+        )
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "out" / WEIGHTS).read_bytes()
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lorasuite_fast import LoraSuiteError, finetune, refine
+from lorasuite_fast import FinetuneConfig, LoraSuiteError, RefineConfig, Runtime, finetune, refine
 from lorasuite_fast.training.loop import refuse_sharding
 
 from planted import plant, random_adapter, save_folder, tiny_model, tiny_tokenizer
@@ -22,13 +22,14 @@ WORDS = ("the", "sea", "and", "rest", "heard", "in", "on", "her", "not", "one", 
 BOTH = """
 import json, sys
 import torch
-from lorasuite_fast import finetune, refine
+from lorasuite_fast import FinetuneConfig, RefineConfig, Runtime, finetune, refine
 from lorasuite_fast.io.ranks import Ranks
 
 torch.set_num_threads(1)
 arguments = json.loads(sys.argv[1])
-refined = refine(*arguments["refine"][0], **arguments["refine"][1])
-tuned = finetune(*arguments["finetune"][0], **arguments["finetune"][1])
+runtime = Runtime(dtype="float64", device="cpu")
+refined = refine(*arguments["refine"][0], config=RefineConfig(**arguments["refine"][1]), runtime=runtime)
+tuned = finetune(*arguments["finetune"][0], config=FinetuneConfig(**arguments["finetune"][1]), runtime=runtime)
 ranks = Ranks.join()
 if ranks.first:
     found = {"evaluations": [[e.agreement, e.kl, e.next_token, e.retained_kl] for e in refined.evaluations],
@@ -59,12 +60,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def calls(root: Path, out: Path) -> dict[str, tuple[list[str], dict[str, Any]]]:
     """Batches of an odd number of rows; the last of an epoch has one, which leaves nothing to the second process."""
-    shared: dict[str, Any] = {
-        "dtype": "float64",
-        "device": "cpu",
-        "max_tokens": 48,
-        "retain": str(root / "general.jsonl"),
-    }
+    shared: dict[str, Any] = {"max_tokens": 48, "retain": str(root / "general.jsonl")}
     records = [{"prompt": text[:20], "completion": text[20:50]} for text in texts(14)]
     where = str(out)
     out.mkdir()
@@ -92,8 +88,9 @@ def test_two_processes_train_as_one(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     two = json.loads(done.stdout.splitlines()[-1])
     one = calls(root, tmp_path / "one")
-    refined = refine(*one["refine"][0], **one["refine"][1])  # type: ignore[arg-type]
-    tuned = finetune(*one["finetune"][0], **one["finetune"][1])  # type: ignore[arg-type]
+    runtime = Runtime(dtype="float64", device="cpu")
+    refined = refine(*one["refine"][0], config=RefineConfig(**one["refine"][1]), runtime=runtime)
+    tuned = finetune(*one["finetune"][0], config=FinetuneConfig(**one["finetune"][1]), runtime=runtime)
     # Targets and their divergence are float32.
     for e, other in zip(refined.evaluations, two["evaluations"], strict=True):
         figures = (e.agreement, e.kl, e.next_token, e.retained_kl)

@@ -272,12 +272,13 @@ class TransferPlan(Plan):
         if "candidates" in self.options and config.distill.rank is config.distill.layers is None:
             with clock.phase("candidates", len(self.layers)) as step:
                 others, left_out = weight_candidates(self, models, source, fill, runtime.budget, step)
-        text = text_of(self, from_file=isinstance(self.tensors, LazyTensors))
+        from_file = isinstance(self.tensors, LazyTensors)
+        text = text_of(self, from_file=from_file) if config.text is None else os.fspath(config.text)
         result = distil_adapter(
             self,
             models,
             source,
-            text if config.text is None else os.fspath(config.text),
+            text,
             config.distill,
             clock,
             others=others,
