@@ -157,5 +157,5 @@ def test_a_sample_of_labelled_text_is_seeded_and_in_the_order_of_the_file(tmp_pa
 
 
 def test_one_token_predicts_nothing() -> None:
-    with pytest.raises(LoraSuiteError, match="max_tokens is 1 and must be at least 2"):
+    with pytest.raises(LoraSuiteError, match="max_tokens is 1; it must be at least 2"):
         verify("old", None, "new", None, config=VerifyConfig(max_tokens=1))
