@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, FrozenInstanceError, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 from typer.testing import CliRunner
@@ -125,6 +126,55 @@ def test_a_value_out_of_bounds_is_refused(config: type, field: str, value: Any, 
     assert str(refused.value).startswith(message)
 
 
+OTHER_TYPES = (True, None, 2.5, "x", b"x", [3], {"a": 1}, object, Path("x"), {3}, 10**400, float("inf"))
+
+
+@pytest.mark.parametrize("config", SECTIONS.values(), ids=lambda config: config.__name__)
+def test_a_value_of_another_type_is_one_error_and_never_kept(config: type) -> None:
+    hints, refused = get_type_hints(config), []
+    for f in settings(config):
+        for value in OTHER_TYPES:
+            try:
+                kept = getattr(config(**{f.name: value}), f.name)
+            except LoraSuiteError as error:
+                refused.append(str(error))
+            else:
+                assert any(belongs(kept, kind) for kind in parts_of(hints[f.name])), (f.name, value)
+    assert refused
+    for said in refused:
+        assert "; " in said or "is not one of" in said or "expected" in said
+        assert "\n" not in said
+
+
+def parts_of(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def belongs(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type, read plainly: a bool is no number, an int is a float, words are texts."""
+    origin = get_origin(kind) or kind
+    if isinstance(value, bool) or origin is bool:
+        return isinstance(value, bool) and origin is bool
+    if origin in (Sequence, tuple):
+        return isinstance(value, list | tuple | set)
+    if origin is Literal:
+        return value in get_args(kind)
+    return isinstance(value, (int, float) if origin is float else origin)
+
+
+@pytest.mark.parametrize("roles", [(), ("q", "q"), "q", 3, ["attention"]])
+def test_roles_are_a_list_of_different_ones(roles: Any) -> None:
+    for config in (PlanConfig, DistillConfig, RefineConfig, FinetuneConfig):
+        with pytest.raises(LoraSuiteError, match="role"):
+            config(roles=roles)
+
+
+def test_what_is_no_configuration_is_refused_by_its_parameter() -> None:
+    for given in ({"plan": {"method": "lstsq"}}, {"plan": Runtime()}, {"refine": True}):
+        with pytest.raises(LoraSuiteError, match=rf"{next(iter(given))}: is .*; pass \w+Config\("):
+            lorasuite_fast.migrate("old", "new", "adapter", "out", **given)  # type: ignore[arg-type]
+
+
 def test_values_at_their_bounds_are_taken() -> None:
     assert PlanConfig(examples=4, ridge=0.0).examples == 4
     assert RefineConfig(imitation=1.0, kl_weight=0.0, next_token_weight=1.0).imitation == 1.0
@@ -161,11 +211,11 @@ def run_file(folder: Path, text: str) -> Path:
 
 
 def test_a_file_holds_sections_of_fields(tmp_path: Path) -> None:
-    text = "plan:\n  method: lstsq\n  ridge: 1e-3\nrefine:\n  steps: 30\n  roles: [q, v]\nruntime:\n"
+    text = "plan:\n  method: lstsq\n  ridge: 1e-3\nrefine:\n  steps: 30\n  roles: [q, v]\n  patience: 0\nruntime:\n"
     found = read_run(run_file(tmp_path, text))
     assert found == {
         PlanConfig: {"method": "lstsq", "ridge": 1e-3},
-        RefineConfig: {"steps": 30, "roles": ("q", "v")},
+        RefineConfig: {"steps": 30, "roles": ("q", "v"), "patience": None},
         Runtime: {},
     }
 
@@ -179,6 +229,15 @@ def test_a_file_holds_sections_of_fields(tmp_path: Path) -> None:
         ("plan: [\n", "is not YAML"),
         ("refine:\n  steps: soon\n", "refine.steps soon: expected auto or a number of steps"),
         ("!!python/object/apply:os.getcwd []\n", "is not YAML"),
+        ("plan:\n  calibration: 2001-99-99\n", "is not YAML"),
+        (f"plan:\n  seed: {'9' * 6000}\n", "is not YAML"),
+        ("plan:\n  examples: 8\n  examples: 9\n", "examples stands twice"),
+        ("plan: {}\nrefine: {}\nplan: {}\n", "plan stands twice"),
+        ('runtime:\n  trust_remote_code: "false"\n', "runtime.trust_remote_code 'false': expected true or false"),
+        ("finetune:\n  completion_only: 1\n", "run.yaml: finetune: completion_only is 1; it must be true or false"),
+        ("plan:\n  examples: 8.5\n", "run.yaml: plan: examples is 8.5; it must be a whole number"),
+        ("plan:\n  calibration: 2020-01-01\n", "it must be a text"),
+        ("plan:\n  roles: []\n", "roles is []; name one or more of"),
     ],
 )
 def test_what_a_file_must_not_hold_is_refused_by_name(text: str, words: str, tmp_path: Path) -> None:

@@ -129,7 +129,8 @@ class Given:
     def only_for(self, fits: bool, purpose: str, *names: str) -> None:
         """Refuses options that were given and would be left unused."""
         for name in names:
-            if not fits and name in self._typed:
+            flag = self._flags[name]
+            if not fits and (name in self._typed or flag.field in self._file.get(flag.config, {})):
                 raise LoraSuiteError(f"{self._flags[name].shown} is for {purpose}")
 
 

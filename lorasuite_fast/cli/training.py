@@ -153,7 +153,9 @@ def finetune(
         if adapter != "none":
             check_folder("ADAPTER", adapter)
         check_data("DATA", data)
-        config, runtime = replace(given.make(FinetuneConfig), data=None), given.make(Runtime)
+        config, runtime = given.make(FinetuneConfig), given.make(Runtime)
+        if config.data is not None:
+            raise LoraSuiteError("finetune.data: DATA names the samples of this command; leave it out of the file")
         if isinstance(config.validation, str):
             check_data("--validation", config.validation)
         check_file("--retain", config.retain, "shipped")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
+import os
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import Field, dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -14,6 +16,8 @@ from .choices import ATTENTION, MLP, ROLES
 
 METHOD, TEXT, TRAINING, MACHINE, OUTPUT = "Method", "Text", "Training", "Machine", "Output"
 """Panels of the help."""
+_MOST = 2**63
+"""What no whole number may reach: seeds and sizes are 64-bit integers."""
 _GROUPS = {"all": ROLES, "attention": ATTENTION, "mlp": MLP}
 
 
@@ -80,31 +84,76 @@ def check(config: Any) -> None:
     """Checks every field of a configuration.
 
     Raises:
-        LoraSuiteError: A word that is no choice, or a number out of bounds.
+        LoraSuiteError: A value of another type, a word that is no choice, or a number out of bounds.
     """
     of: Any = type(config)
     for f in settings(of):
         value, option = getattr(config, f.name), f.metadata["option"]
         allowed, taken = words(of, f.name), kinds(of, f.name)
+        if not _fits(value, allowed, taken):
+            raise LoraSuiteError(f"{f.name} is {value!r:.60}; it must be {_expected(option, allowed, taken)}")
         if value is None or isinstance(value, bool):
             continue
         if f.name == "roles":
-            for role in value:
-                if role not in ROLES:
-                    raise LoraSuiteError(f"role {role!r} is not one of {', '.join(ROLES)}")
+            _check_roles(value)
         elif isinstance(value, str) and allowed and str not in taken:
             if value not in allowed and int in taken:
                 raise LoraSuiteError(f"{f.name} is {value!r}; it must be {option.expects}")
             if value not in allowed:
                 raise LoraSuiteError(f"{option.title or f.name} {value!r} is not one of {', '.join(allowed)}")
-        elif isinstance(value, int | float):
-            _check_number(f.name, value, option, allowed)
+        elif isinstance(value, numbers.Real):
+            _check_number(f.name, value, option, allowed)  # type: ignore[arg-type]
         elif taken[0] in (int, float) and str not in taken and isinstance(value, str):
             raise LoraSuiteError(f"{f.name} is {value!r}; it must be {option.expects}")
 
 
+def _fits(value: object, allowed: tuple[str, ...], taken: tuple[Any, ...]) -> bool:
+    """Whether a value has one of the types of a field; texts for choices and numbers are judged by what they say."""
+    origins = {get_origin(kind) or kind for kind in taken}
+    if value is None:
+        return types.NoneType in origins
+    if isinstance(value, bool):
+        return bool in origins
+    if isinstance(value, str):
+        return bool(allowed) or bool(origins & {str, int, float})
+    if isinstance(value, numbers.Integral):
+        return bool(origins & {int, float})
+    if isinstance(value, numbers.Real):
+        return float in origins
+    if isinstance(value, os.PathLike):
+        return os.PathLike in origins
+    listed = isinstance(value, Sized) and isinstance(value, Iterable) and not isinstance(value, bytes | Mapping)
+    return listed and bool(origins & {Sequence, tuple})
+
+
+def _expected(option: Option, allowed: tuple[str, ...], taken: tuple[Any, ...]) -> str:
+    """What a field takes, in words."""
+    if option.expects != Option.expects:
+        return option.expects
+    origins = {get_origin(kind) or kind for kind in taken}
+    parts = [
+        *(["true or false"] if bool in origins else []),
+        *(["a number"] if float in origins else ["a whole number"] if int in origins else []),
+        *(["a text"] if origins & {str, os.PathLike} else []),
+        *(["a list"] if origins & {Sequence, tuple} else []),
+    ]
+    return " or ".join([*allowed, *parts])
+
+
+def _check_roles(roles: Any) -> None:
+    for role in roles:
+        if role not in ROLES:
+            raise LoraSuiteError(f"role {role!r} is not one of {', '.join(ROLES)}")
+    if not roles or len(set(roles)) < len(roles):
+        raise LoraSuiteError(f"roles is {list(roles)}; name one or more of {', '.join(ROLES)}, each once")
+
+
 def _check_number(name: str, value: float, option: Option, allowed: tuple[str, ...]) -> None:
     least, most, above, below = option.least, option.most, option.above, option.below
+    if isinstance(value, int) and abs(value) >= _MOST:
+        raise LoraSuiteError(
+            f"{name} is a number of {len(hex(abs(value))) - 2} hexadecimal digits; it must be below 2^63"
+        )
     fine = (
         math.isfinite(value)
         and (least is None or value >= least)
@@ -114,7 +163,9 @@ def _check_number(name: str, value: float, option: Option, allowed: tuple[str, .
     )
     if fine:
         return
-    if least is not None and most is not None:
+    if math.isinf(value):
+        bounds = "finite"
+    elif least is not None and most is not None:
         bounds = f"from {least:g} to {most:g}"
     else:
         parts = [(least, "at least"), (above, "above"), (below, "below"), (most, "at most")]
@@ -144,6 +195,8 @@ def read_value(config: type, name: str, text: str, shown: str) -> Any:
         return _GROUPS.get(text) or tuple(role.strip() for role in text.split(","))
     if text in words(config, name):
         return text
+    if bool in taken:
+        raise LoraSuiteError(f"{shown} {text!r}: expected true or false, without quotation marks")
     for kind in (int, float):
         if kind in taken:
             try:

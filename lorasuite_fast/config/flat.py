@@ -9,6 +9,8 @@ from functools import wraps
 from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
+from ..errors import LoraSuiteError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Older = Callable[[dict[str, Any]], Iterator[str]]
@@ -32,6 +34,10 @@ def takes_flat_keywords(older: Older | None = None, **homes: type) -> Callable[[
         @wraps(verb)
         def call(*args: P.args, **given: P.kwargs) -> R:
             moved, told = gathered(given, known, homes, older)
+            for name, config in homes.items():
+                if not isinstance(moved.get(name), config | None):
+                    got = type(moved[name]).__name__
+                    raise LoraSuiteError(f"{name}: is a {got}; pass {config.__name__}(…)")
             for sentence in told:
                 warnings.warn(
                     f"{verb.__name__}: {sentence}; the keyword goes with the next release",
@@ -56,7 +62,11 @@ def gathered(
         names = [f.name for f in fields(config) if f.name in found and f.name not in known]
         if names:
             moved = {name: found.pop(name) for name in names}
-            found[parameter] = replace(found.get(parameter) or config(), **moved)
+            begun: Any = found.get(parameter)
+            if not isinstance(begun, config | None):
+                continue
+            started: Any = config() if begun is None else begun
+            found[parameter] = replace(started, **moved)
             told += [
                 f"{name} is {config.__name__}.{name} now, pass {parameter}={config.__name__}({name}=…)"
                 for name in names

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoraSuiteError
-from .fields import read_value, settings
+from .fields import option_of, read_value, settings
 from .sections import ApplyConfig, DistillConfig, FinetuneConfig, PlanConfig, RefineConfig, Runtime, VerifyConfig
 
 SECTIONS: dict[str, type] = {
@@ -38,9 +38,21 @@ def read_run(file: Path) -> dict[type, dict[str, Any]]:
 
     from ..io.text_files import read_text
 
+    class Once(yaml.SafeLoader):  # type: ignore[misc]
+        """Takes no key twice."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen: set[str] = set()
+            for key in (key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key} stands twice", node.start_mark)
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    text = read_text(file.expanduser(), most=_MOST_BYTES)
     try:
-        found = yaml.safe_load(read_text(file.expanduser(), most=_MOST_BYTES))
-    except (yaml.YAMLError, RecursionError) as error:
+        found = yaml.load(text, Loader=Once)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         fact = " ".join(str(error).split())
         raise LoraSuiteError(f"{file}: is not YAML ({fact}); write sections such as plan and runtime") from None
     return {
@@ -55,9 +67,17 @@ def _fields(file: Path, section: str, given: object) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, value in _mapping(file, section, given).items():
         _known(file, section, "field", name, names)
-        values[name] = read_value(config, name, value, f"{file}: {section}.{name}") if isinstance(value, str) else value
-        if isinstance(value, list) and name == "roles":
-            values[name] = tuple(value)
+        shown, absent = f"{file}: {section}.{name}", option_of(config, name).absent
+        if isinstance(value, str):
+            values[name] = read_value(config, name, value, shown)
+        elif isinstance(value, int) and not isinstance(value, bool) and str(value) == absent:
+            values[name] = None
+        else:
+            values[name] = tuple(value) if isinstance(value, list) and name == "roles" else value
+    try:
+        config(**values)
+    except LoraSuiteError as error:
+        raise LoraSuiteError(f"{file}: {section}: {error}") from None
     return values
 
 

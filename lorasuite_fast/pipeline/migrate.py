@@ -42,6 +42,8 @@ Refine = RefineConfig | Literal[False]
 def older_keywords(given: dict[str, Any]) -> Iterator[str]:
     """The keywords of 0.1 that named a part of the migration by a number, a file or a dictionary."""
     steps, text = given.get("refine"), given.pop("refine_text", None)
+    if steps is True:
+        raise LoraSuiteError("refine: is True; pass RefineConfig(), or False for none")
     if isinstance(steps, int | str) and steps is not False:
         given["refine"] = RefineConfig(steps=steps) if steps != 0 else False  # type: ignore[arg-type]
         yield f"refine={steps!r} is RefineConfig.steps now, pass refine=RefineConfig(steps=…), or False for none"
@@ -271,10 +273,13 @@ def check_options(asked: _Asked, finetune: FinetuneConfig | None) -> None:
     pick_device(asked.runtime.device)
     pick_dtype(asked.runtime.dtype)
     check_distilled(asked.plan.method, asked.apply)
+    for name, value, config in (("refine", asked.refine or None, RefineConfig), ("finetune", finetune, FinetuneConfig)):
+        if value is not None and not isinstance(value, config):
+            raise LoraSuiteError(f"{name}: is a {type(value).__name__}; pass {config.__name__}(…)")
     if asked.plan.roles is not None:
-        raise LoraSuiteError("PlanConfig.roles: a migration plans for the adapter's own projections; leave it out")
+        raise LoraSuiteError("plan.roles: a migration plans for the adapter's own projections; leave it out")
     if finetune is not None and finetune.data is None:
-        raise LoraSuiteError("FinetuneConfig.data: there is none to fine-tune on; give labelled data")
+        raise LoraSuiteError("finetune.data: there is none to fine-tune on; give labelled data")
 
 
 def _only_distill(plan: PlanConfig, apply: ApplyConfig) -> PlanConfig:
