@@ -85,7 +85,7 @@ def test_half_precision_predictions_are_compared_in_float32(model: Any) -> None:
 def test_a_weight_that_keeps_nothing_or_everything_is_refused(weight: float) -> None:
     for config in (RefineConfig, FinetuneConfig):
         config(retain_weight=1e-3)
-        with pytest.raises(LoraSuiteError, match="must be (above 0|finite)"):
+        with pytest.raises(LoraSuiteError, match=r"must be (above 0|finite)"):
             config(retain_weight=weight)
 
 
