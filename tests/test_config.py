@@ -246,6 +246,12 @@ def test_what_a_file_must_not_hold_is_refused_by_name(text: str, words: str, tmp
     assert words in str(refused.value)
 
 
+def test_no_steps_of_refinement_in_a_file_are_none(tmp_path: Path) -> None:
+    assert read_run(run_file(tmp_path, "refine:\n  steps: 0\n")) == {RefineConfig: {"steps": 0}}
+    with pytest.raises(LoraSuiteError, match=r"run\.yaml: refine: steps is -1"):
+        read_run(run_file(tmp_path, "refine:\n  steps: -1\n"))
+
+
 def test_the_command_line_wins_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: dict[str, Any] = {}
 

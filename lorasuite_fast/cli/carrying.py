@@ -82,7 +82,7 @@ def migrate(
             # A text alone goes with the refinement that is the default on a GPU.
             refine = default_refinement(runtime.device)
             if not refine:
-                raise LoraSuiteError("refine_text is for the training that refine asks for; give both")
+                raise LoraSuiteError("--refine-text is for the training that --refine asks for; give both")
             refine = given.make(RefineConfig)
         result = run(
             old,

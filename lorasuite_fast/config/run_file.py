@@ -75,7 +75,8 @@ def _fields(file: Path, section: str, given: object) -> dict[str, Any]:
         else:
             values[name] = tuple(value) if isinstance(value, list) and name == "roles" else value
     try:
-        config(**values)
+        # No steps of refinement are what `--refine 0` is: none.
+        config(**{name: value for name, value in values.items() if (config, name, value) != (RefineConfig, "steps", 0)})
     except LoraSuiteError as error:
         raise LoraSuiteError(f"{file}: {section}: {error}") from None
     return values
