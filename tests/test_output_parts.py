@@ -52,6 +52,21 @@ def test_a_link_named_like_a_leftover_stays_and_so_does_what_it_names(tmp_path: 
     assert (tmp_path / ".out.abcd_123.tmp").is_symlink()
 
 
+def test_what_a_kill_leaves_of_a_file_being_written_is_swept(tmp_path: Path) -> None:
+    """safetensors writes to a temporary file of its own name beside the one it is given; a kill leaves that."""
+    killed = os.fork()
+    if killed == 0:
+        output.write_file(
+            tmp_path / "out",
+            lambda path: (path.with_name(".tmpUqPtH5").touch(), os._exit(9)),
+            overwrite=False,
+        )
+    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    output.sweep(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_set_aside_stays_aside_where_its_place_is_taken(tmp_path: Path) -> None:
     folder = tmp_path / ".out.abcd_123.tmp"
     folder.mkdir()

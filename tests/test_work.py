@@ -82,6 +82,34 @@ def test_half_written_parts_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     assert not list((tmp_path / "work").glob("*.tmp"))
 
 
+def test_what_a_kill_leaves_inside_a_part_being_written_stops_no_later_run(tmp_path: Path) -> None:
+    """safetensors writes to a temporary file of its own name beside the one it is given; a kill leaves that."""
+    out = tmp_path / "out"
+    unfinished(work_folder(out), a=1)
+    killed = os.fork()
+    if killed == 0:
+        work = Work(work_folder(out), {"a": 1})
+        work._replace("b.safetensors", lambda path: (path.with_name(".tmpUqPtH5").touch(), os._exit(9)))
+    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
+    clean_up(out)
+    work = Work(work_folder(out), {"a": 1})
+    assert sorted(path.name for path in work.folder.iterdir()) == [".lock", "part.safetensors", "run.json"]
+    work.discard()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_part_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    unfinished(tmp_path / "work", a=1)
+
+    def write(path: Path) -> None:
+        path.with_name(".tmpUqPtH5").touch()
+        raise OSError(28, "No space left on device")
+
+    with Work(tmp_path / "work", {"a": 1}) as work, pytest.raises(WriteError, match="No space left"):
+        work._replace("b.safetensors", write)
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [".lock", "part.safetensors", "run.json"]
+
+
 def test_a_large_state_is_saved_so_seldom_that_it_takes_a_twentieth_of_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,7 +217,11 @@ def write_file(path: Path, write: Callable[[Path], object], *, overwrite: bool, 
 
     def make(new: Path) -> None:
         check_replaceable(path, kind, overwrite=overwrite)
-        write(new)
+        # In a folder of its own: safetensors writes to a temporary file beside the one it is given.
+        place = new.with_name(_WORK)
+        place.mkdir()
+        write(place / path.name)
+        (place / path.name).rename(new)
         new.chmod(0o644)
 
     _write(path, make, kind, overwrite=overwrite)

@@ -157,7 +157,7 @@ class Work:
             self.close()
             raise
         for leftover in folder.glob("*.tmp"):
-            leftover.unlink()
+            _remove(leftover)
 
     def _found(self, identity: dict[str, Any]) -> dict[str, Any] | None:
         if not self.resumed:
@@ -223,8 +223,11 @@ class Work:
         self._state_seconds = self._last_state - start
 
     def _replace(self, name: str, write: Any) -> None:
-        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+        # A folder, since safetensors writes to a temporary file of its own beside the one it is given.
+        place = self.folder / f"{name}.{os.getpid()}.tmp"
         try:
+            place.mkdir(exist_ok=True)
+            temporary = place / name
             write(temporary)
             handle = os.open(temporary, os.O_RDONLY)
             try:
@@ -232,8 +235,9 @@ class Work:
             finally:
                 os.close(handle)
             temporary.replace(self.folder / name)
+            place.rmdir()
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            _remove(place)
             reason = getattr(error, "strerror", None) or error
             raise WriteError(f"{self.folder / name}: cannot be written ({reason})") from None
 
@@ -266,6 +270,14 @@ class Work:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _remove(leftover: Path) -> None:
+    """Removes what a part was being written to: a folder, or the file earlier versions used."""
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        leftover.unlink(missing_ok=True)
 
 
 @contextmanager
