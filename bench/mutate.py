@@ -97,6 +97,8 @@ def copy_tree(target: Path) -> None:
     for name in TREES:
         shutil.copytree(ROOT / name, target / name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", target)
+    # One test compares the options with the page that lists them.
+    shutil.copytree(ROOT / "docs/reference", target / "docs/reference")
     for name in TREES[:2]:
         compileall.compile_dir(target / name, quiet=1, invalidation_mode=py_compile.PycInvalidationMode.CHECKED_HASH)
 
