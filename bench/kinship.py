@@ -2,6 +2,7 @@
 
     python bench/kinship.py                      every rung, then bench/reports/kinship.md
     python bench/kinship.py steps-20 pruned-150  only these; the report has every rung that was measured
+    python bench/kinship.py --refine             with a refinement of what auto wrote, 100 steps on 150 KB
 
 A rung whose figures are in the work folder already is not made again. Figures are bits per byte of the demo's two test
 texts, the agreement of every candidate on held-out text (what `auto` chooses by), and the rank correlation of both.
@@ -29,7 +30,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from lorasuite_fast import LoraSuiteError, Migration, PlanConfig, TransferPlan, migrate
+from lorasuite_fast import LoraSuiteError, Migration, PlanConfig, RefineConfig, TransferPlan, migrate
 from lorasuite_fast.distillation.choice import FIGURE, REST, WHOLE
 from lorasuite_fast.models.families import ROLES
 from lorasuite_fast.models.family_table import FAMILIES
@@ -51,14 +52,16 @@ class Rung:
     """One relative of the old model.
 
     Attributes:
-        shape: "same", "grown" (a planted upgrade: another width, depth, head count, the same tokens under other ids) or
-            "pruned" (without its third layer). steps, rate: of the training on general text that follows.
+        shape: "same", "grown" (a planted upgrade: another width, depth, head count, the same tokens under other ids),
+            "pruned" (without its third layer) or "extended" (64 more tokens). steps, rate, seed: of the training on
+            general text that follows.
     """
 
     title: str
     shape: str
     steps: int
     rate: float
+    seed: int = 7
 
 
 RUNGS = {
@@ -69,7 +72,17 @@ RUNGS = {
     "steps-600": Rung("600 steps at 2e-3", "same", 600, 2e-3),
     "grown-150": Rung("grown, then 150 steps at 1e-3", "grown", 150, 1e-3),
     "pruned-150": Rung("a layer pruned, then 150 steps at 1e-3", "pruned", 150, 1e-3),
+    "extended-150": Rung("64 tokens more, then 150 steps at 1e-3", "extended", 150, 1e-3),
+    "steps-300": Rung("300 steps at 2e-3", "same", 300, 2e-3),
+    "grown-600": Rung("grown, then 600 steps at 2e-3", "grown", 600, 2e-3),
+    "pruned-400": Rung("a layer pruned, then 400 steps at 2e-3", "pruned", 400, 2e-3),
+    "steps-600-8": Rung("600 steps at 2e-3, another seed", "same", 600, 2e-3, 8),
+    "steps-600-9": Rung("600 steps at 2e-3, a third seed", "same", 600, 2e-3, 9),
+    "pruned-150-8": Rung("a layer pruned, then 150 steps at 1e-3, another seed", "pruned", 150, 1e-3, 8),
+    "grown-150-8": Rung("grown, then 150 steps at 1e-3, another seed", "grown", 150, 1e-3, 8),
 }
+SEEN = ("same", "steps-20", "steps-30", "steps-150", "steps-600", "grown-150", "pruned-150")
+"""The rungs that were there when the figure that chooses, and its margins, were set."""
 
 
 def make(rung: Rung, folder: Path) -> None:
@@ -87,8 +100,12 @@ def make(rung: Rung, folder: Path) -> None:
             model.config.layer_types = model.config.layer_types[:-1]
         for index, layer in enumerate(model.model.layers):
             layer.self_attn.layer_idx = index
+    elif rung.shape == "extended":
+        tokenizer.add_tokens([f"<|extra_{n}|>" for n in range(64)])
+        torch.manual_seed(rung.seed)
+        model.resize_token_embeddings(len(tokenizer))
     if rung.steps:
-        recipe = Recipe(rate=rung.rate, steps=rung.steps, batch=4, seed=7, warm_up=min(20, rung.steps // 5))
+        recipe = Recipe(rate=rung.rate, steps=rung.steps, batch=4, seed=rung.seed, warm_up=min(20, rung.steps // 5))
         train(model, packed(documents(), tokenizer, recipe), recipe)
     model.eval().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -112,7 +129,7 @@ def timed(call: Callable[[], Migration]) -> tuple[Migration, float]:
     return call(), time.perf_counter() - start
 
 
-def measure(name: str, work: Path) -> dict[str, Any]:
+def measure(name: str, work: Path, *, refined: bool) -> dict[str, Any]:
     """Makes a rung and measures every row."""
     rung, new, adapter = RUNGS[name], work / name / "model", DEMO / "adapter"
     if not (new / "config.json").exists():
@@ -135,7 +152,9 @@ def measure(name: str, work: Path) -> dict[str, Any]:
         rows[method] = score(new, out) | {"seconds": seconds}
         if method == "distill":
             plan = migrated.plan
-    auto, seconds = timed(lambda: migrate(DEMO / "old", new, adapter, work / name / "auto", overwrite=True))
+    auto, seconds = timed(
+        lambda: migrate(DEMO / "old", new, adapter, work / name / "auto", refine=False, overwrite=True)
+    )
     rows["auto"] = score(new, work / name / "auto") | {"seconds": seconds, "method": auto.plan.options["method"]}
     choice = auto.choice or judged(plan, adapter, work / name / "judged").choice
     assert choice is not None
@@ -145,6 +164,12 @@ def measure(name: str, work: Path) -> dict[str, Any]:
         with patch("lorasuite_fast.pipeline.plan.choose", lambda *_, forced=forced: forced):
             _, seconds = timed(lambda out=out: judged(plan, adapter, out))
         rows["rest"] = score(new, out) | {"seconds": seconds, "on": candidate.removesuffix(REST)}
+    if refined:
+        options = RefineConfig(steps=100, text_bytes=150_000, seed=0)
+        _, seconds = timed(
+            lambda: migrate(DEMO / "old", new, adapter, work / name / "refined", refine=options, overwrite=True)
+        )
+        rows["refined"] = score(new, work / name / "refined") | {"seconds": seconds}
     return {
         "rows": rows,
         "kinship": plan.facts["kinship"],
@@ -185,7 +210,7 @@ def report(found: dict[str, dict[str, Any]], own: dict[str, dict[str, float]]) -
         "# Relatives: a ladder of kinship",
         "",
         f"`python bench/kinship.py`, {torch.get_num_threads()} thread(s) of a CPU that other programs used as well, "
-        f"torch {torch.__version__}; one seed. Every new model is the demo's old one, trained on with prose of "
+        f"torch {torch.__version__}. Every new model is the demo's old one, trained on with prose of "
         f"Python's standard library (windows of {LENGTH} tokens, 4 a step, AdamW). The demo's adapter takes its base "
         f"from {before:.3f} to {after:.3f} bits per byte of its domain. `auto` reads the shipped text, no labels.",
         "",
@@ -196,14 +221,14 @@ def report(found: dict[str, dict[str, Any]], own: dict[str, dict[str, float]]) -
         "Seconds on the wall, with the building of the plan. Other programs shared the machine, so that rows "
         "differ by what those did: orders of magnitude only.",
         "",
-        "| new model | copied | lstsq | paper | distill | with a rest, all judged | auto |",
-        "|---|---|---|---|---|---|---|",
+        "| new model | copied | lstsq | paper | distill | with a rest, all judged | auto | refined |",
+        "|" + "---|" * 8,
     ]
     for name, figures in found.items():
         rows = figures["rows"]
         cells = [
             f"{rows[row]['seconds']:.1f}" if "seconds" in rows.get(row, {}) else "–"
-            for row in (*METHODS, "rest", "auto")
+            for row in (*METHODS, "rest", "auto", "refined")
         ]
         lines.append(f"| {RUNGS[name].title} | {' | '.join(cells)} |")
     missing = [rung.title for name, rung in RUNGS.items() if name not in found]
@@ -212,60 +237,74 @@ def report(found: dict[str, dict[str, Any]], own: dict[str, dict[str, float]]) -
 
 
 def _bits_table(found: dict[str, dict[str, Any]]) -> list[str]:
-    columns = "bare | copied | lstsq | paper | distill | best of them with a rest | **auto**"
-    lines = [f"| new model | weights apart | R² | {columns} | auto chose | best |", "|" + "---|" * 12]
+    columns = "bare | copied | lstsq | paper | distill | best of them with a rest | **auto** | auto, refined"
+    lines = [f"| new model | weights apart | R² | {columns} | auto chose | best |", "|" + "---|" * 13]
     for name, figures in found.items():
         rows = figures["rows"]
         cells = [_cell(rows.get(row, {})) for row in ("bare", *METHODS, "rest")]
         best = min(
-            (row for row in rows if row not in ("bare", "auto") and "refused" not in rows[row]),
+            (row for row in rows if row not in ("bare", "auto", "refined") and "refused" not in rows[row]),
             key=lambda row: rows[row]["domain_test"],
         )
         distances = [v for k, v in figures["kinship"].get("distances", {}).items() if k in ROLES]
         apart = f"{max(distances):.1%}" if distances else "–"
         r2 = min(value for value in figures["r2"] if value is not None)
         chosen = rows["auto"]["method"] + ("" if figures["measured"] else ", unmeasured")
-        row = [RUNGS[name].title, apart, f"{r2:.4f}", *cells, f"**{_cell(rows['auto'])}**", chosen, best]
+        auto = [f"**{_cell(rows['auto'])}**", _cell(rows.get("refined", {}))]
+        row = [RUNGS[name].title, apart, f"{r2:.4f}", *cells, *auto, chosen, best]
         lines.append(f"| {' | '.join(row)} |")
-    lines += ["", "General text, bits per byte:", "", f"| new model | {columns} |", "|" + "---|" * 8]
+    lines += ["", "General text, bits per byte:", "", f"| new model | {columns} |", "|" + "---|" * 9]
     for name, figures in found.items():
-        cells = [_cell(figures["rows"].get(row, {}), "general_test") for row in ("bare", *METHODS, "rest", "auto")]
+        rows = ("bare", *METHODS, "rest", "auto", "refined")
+        cells = [_cell(figures["rows"].get(row, {}), "general_test") for row in rows]
         lines.append(f"| {RUNGS[name].title} | {' | '.join(cells)} |")
+    if any("refined" in figures["rows"] for figures in found.values()):
+        lines += [
+            "",
+            "Refined: without labels, 100 steps on 150 KB that the old model wrote, at the rate the trials found.",
+        ]
     return lines
 
 
 def _agreement_table(found: dict[str, dict[str, Any]], adapter_gain: float) -> list[str]:
     lines = [
-        "Agreement on held-out text, what depends on the text (in brackets with the constant shift), and the share of "
-        "the adapter's gain:",
+        "Two figures of every candidate, on held-out text without labels, and the share of the adapter's gain on the "
+        "test text. `imitated` chooses: of the log-likelihood that the old adapter adds to what the adapted old model "
+        "predicts, the share that the candidate adds, less what a constant shift adds. The other is the share of the "
+        "divergence taken away, from the new model changed as the old one was.",
         "",
-        "| new model | candidate | agreement | share of the gain |",
-        "|---|---|---|---|",
+        "| new model | candidate | imitated | divergence | share of the gain |",
+        "|---|---|---|---|---|",
     ]
-    points: list[tuple[float, float, float]] = []
-    behind: list[float] = []
+    points: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
+    behind: dict[bool, list[float]] = {True: [], False: []}
     for name, figures in found.items():
         rows = {candidate: "rest" if candidate.endswith(REST) else candidate for candidate in figures["agreement"]}
         shares = {candidate: gain(figures["rows"], row, adapter_gain) for candidate, row in rows.items()}
-        behind.append(max(shares.values()) - gain(figures["rows"], "auto", adapter_gain))
+        behind[name in SEEN].append(max(shares.values()) - gain(figures["rows"], "auto", adapter_gain))
         for row, agreement in figures["agreement"].items():
-            points.append((agreement[FIGURE], agreement[WHOLE], shares[row]))
-            figure = f"{agreement[FIGURE]:.3f} ({agreement[WHOLE]:.3f})"
-            lines.append(f"| {RUNGS[name].title} | {row} | {figure} | {shares[row]:.1%} |")
-    content, whole, true = (list(column) for column in zip(*points, strict=True))
-    return [
-        *lines,
+            points[name in SEEN].append((agreement[FIGURE], agreement[WHOLE], shares[row]))
+            cells = f"{agreement[FIGURE]:.3f} | {agreement[WHOLE]:.3f} | {shares[row]:.1%}"
+            lines.append(f"| {RUNGS[name].title} | {row} | {cells} |")
+    lines += [
         "",
-        f"Rank correlation of the agreement with the gain over all {len(points)} candidates of all rungs: "
-        f"{rank_correlation(content, true):.3f} for the content part, which chooses, "
-        f"{rank_correlation(whole, true):.3f} with the constant shift. `auto` stays behind the best candidate by at "
-        f"most {max(behind):.1%} of the adapter's gain.",
+        "Rank correlation of each figure with the gain over the candidates of all rungs, and how far `auto` stays "
+        "behind the best candidate, in the share of the adapter's gain:",
+        "",
+        "| rungs | candidates | imitated | divergence | auto behind, at most |",
+        "|---|---|---|---|---|",
     ]
+    for seen, title in ((True, "on which the figure was found"), (False, "made afterwards")):
+        if points[seen]:
+            chosen, other, true = (list(column) for column in zip(*points[seen], strict=True))
+            correlations = f"{rank_correlation(chosen, true):.3f} | {rank_correlation(other, true):.3f}"
+            lines.append(f"| {title} | {len(points[seen])} | {correlations} | {max(behind[seen]):.1%} |")
+    return lines
 
 
 NOT_RUN = (
-    "a second seed, a larger vocabulary, tuning on instructions, LoRA trained on labels on every rung, refinement from "
-    "each start, and the same ladder from SmolLM2-135M."
+    "tuning on instructions, LoRA trained on labels on every rung, refinement from each start, the shuffled control of "
+    "each refinement, and the same ladder from SmolLM2-135M."
 )
 
 
@@ -279,6 +318,7 @@ def main() -> None:
     parser.add_argument("rungs", nargs="*", metavar="RUNG", help=f"some of: {', '.join(RUNGS)} (default: all)")
     parser.add_argument("--work", type=Path, default=Path(".cache/kinship"), help="work folder")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    parser.add_argument("--refine", action="store_true", help="also refine what auto writes, without labels")
     arguments = parser.parse_args()
     unknown = set(arguments.rungs) - set(RUNGS)
     if unknown:
@@ -292,7 +332,7 @@ def main() -> None:
         path = arguments.work / f"{name}.json"
         if not path.exists():
             start = time.perf_counter()
-            figures = measure(name, arguments.work)
+            figures = measure(name, arguments.work, refined=arguments.refine)
             path.write_text(json.dumps(figures, indent=1))
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     found = {name: json.loads(path.read_text()) for name in RUNGS if (path := arguments.work / f"{name}.json").exists()}

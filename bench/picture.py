@@ -12,19 +12,29 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ROOT / "bench/reports"
 PICTURE = ROOT / "docs/pictures/arrives.svg"
-RUNG = "150 steps at 1e-3"
-"""The relative: the demo's old model, trained on by so many steps."""
+RUNGS = {
+    "150 steps at 1e-3": "A near relative: the old model trained on, share of the adapter's gain",
+    "600 steps at 2e-3": "A far relative: trained on until its weights are 54 % apart",
+}
 WIDTH, BAR, LEFT, RIGHT = 760, 20, 250, 60
 
 
-def relative_share(candidate: str) -> float:
-    """Share of the adapter's gain that a candidate keeps on the relative, in percent, from `kinship.md`."""
+def relative_share(rung: str, candidate: str) -> float:
+    """Share of the adapter's gain that a candidate keeps on a relative, in percent, from `kinship.md`."""
     found = re.search(
-        rf"^\| {re.escape(RUNG)} \| {candidate} \|[^|]*\| (-?[\d.]+)% \|$", _text("kinship.md"), re.MULTILINE
+        rf"^\| {re.escape(rung)} \| {re.escape(candidate)} \|[^|]*\|[^|]*\| (-?[\d.]+)% \|$",
+        _text("kinship.md"),
+        re.MULTILINE,
     )
     if found is None:
-        raise LookupError(f"kinship.md: no share of {candidate} on {RUNG}; run bench/kinship.py")
+        raise LookupError(f"kinship.md: no share of {candidate} on {rung}; run bench/kinship.py")
     return float(found[1])
+
+
+def chosen(rung: str) -> str:
+    """The candidate that `auto` takes on a relative."""
+    row = next(line for line in _text("kinship.md").splitlines() if line.startswith(f"| {rung} | "))
+    return row.split(" | ")[-2]
 
 
 def stranger_share(row: str) -> float:
@@ -41,12 +51,12 @@ def _text(name: str) -> str:
 
 def bars() -> list[tuple[str, list[tuple[str, float]]]]:
     """Groups of bars: a title, and labels with percentages."""
-    relative = [("new model alone", 0.0)]
-    relative += [("folder copied", relative_share("copy")), ("least squares", relative_share("lstsq"))]
-    relative += [
-        ("distilled", relative_share("distill")),
-        ("migrate (measures, takes the best)", relative_share("copy")),
-    ]
+    groups = []
+    for rung, title in RUNGS.items():
+        ways = {"folder copied": "copy", "least squares": "lstsq", "distilled": "distill"}
+        ways |= {"migrate (measures, takes the best)": chosen(rung)}
+        rows = [(label, relative_share(rung, candidate)) for label, candidate in ways.items()]
+        groups.append((title, [("new model alone", 0.0), *rows]))
     stranger = [
         ("new model alone", 0.0),
         ("Eq. (3) of LoRASuite", stranger_share("paper, Eq. (3)")),
@@ -56,10 +66,7 @@ def bars() -> list[tuple[str, list[tuple[str, float]]]]:
         ("refined, then 100 samples", stranger_share("100 samples from refined, self-written")),
         ("LoRA(full): all labelled samples", 100.0),
     ]
-    return [
-        ("A relative: the old model trained on, share of the adapter's gain", relative),
-        ("A stranger: a model trained on its own, share of LoRA(full)'s gain", stranger),
-    ]
+    return [*groups, ("A stranger: a model trained on its own, share of LoRA(full)'s gain", stranger)]
 
 
 def svg() -> str:

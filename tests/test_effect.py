@@ -114,9 +114,18 @@ def test_divergences_gains_and_best_tokens_are_those_of_the_distributions() -> N
         hits = int((changed & (reached.argmax(-1) == o_1.argmax(-1))).sum())
         assert found[f"{name}_kl_share"] == pytest.approx(share, rel=1e-4)
         assert found[f"{name}_gain_share"] == pytest.approx(gain, rel=1e-4)
+        imitated = (divergence(o_1, n_0) - divergence(o_1, reached)) / divergence(o_1, o_0)
+        assert found[f"{name}_imitated_share"] == pytest.approx(imitated, rel=1e-4)
         assert found[f"{name}_top1"] == pytest.approx(hits / count)
-    controls = [found[f"{name}_kl_share"] for name in ("shuffled", "constant")]
-    assert found["content_kl_share_gain"] == pytest.approx(found["carried_kl_share"] - max(0.0, *controls))
+    for figure in ("kl_share", "imitated_share"):
+        controls = [found[f"{name}_{figure}"] for name in ("shuffled", "constant")]
+        assert found[f"content_{figure}_gain"] == pytest.approx(found[f"carried_{figure}"] - max(0.0, *controls))
+
+
+def test_an_adapter_that_does_in_one_model_what_it_does_in_the_other_imitates_all_of_it() -> None:
+    rows = changes(5)
+    assert figures([rows[0], rows[1], rows[0], rows[1]])["carried_imitated_share"] == pytest.approx(1, rel=1e-5)
+    assert figures([rows[0], rows[1], rows[2], rows[2]])["carried_imitated_share"] == pytest.approx(0, abs=1e-6)
 
 
 def test_the_shuffled_change_is_that_of_another_position() -> None:
@@ -144,6 +153,8 @@ def test_a_divergence_below_what_float32_holds_has_no_shares_however_many_positi
     found = figures(rows)
     assert math.isnan(found["carried_kl_share"])
     assert math.isnan(found["carried_gain_share"])
+    assert math.isnan(found["carried_imitated_share"])
+    assert found["old_kl"] == pytest.approx(0, abs=5e-8)
     assert math.isfinite(figures(changes(positions, size=1e-2))["carried_kl_share"])
 
 

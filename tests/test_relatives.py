@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from lorasuite_fast import ApplyConfig, LoraSuiteError, PlanConfig, Runtime, TransferPlan, VerifyConfig, migrate, verify
 from lorasuite_fast.cli.app import app
 from lorasuite_fast.distillation import distill as distillation
-from lorasuite_fast.distillation.choice import MARGIN, Choice, choose
+from lorasuite_fast.distillation.choice import MARGIN, TIE, Choice, choose
 from lorasuite_fast.distillation.distilled_adapter import TEXTS
 from lorasuite_fast.distillation.settings import Settings
 from lorasuite_fast.evaluation.identical import same_tensors
@@ -231,9 +231,9 @@ def test_auto_writes_the_candidate_that_agrees_best(root: Path, tmp_path: Path) 
     assert choice is not None
     assert list(choice.agreement)[:4] == ["copy", "lstsq", "paper", "distill"]
     assert result.plan.options["method"] == choice.chosen == "copy"
-    figures = {name: found["content_kl_share"][0] for name, found in choice.agreement.items()}
+    figures = {name: found["content_imitated_share"][0] for name, found in choice.agreement.items()}
     rest = figures.pop("copy + rest", 0.0)
-    assert max(figures, key=figures.__getitem__) == "copy"
+    assert figures["copy"] >= max(figures.values()) - TIE
     assert rest < figures["copy"] + MARGIN
     before, after = tensors(root / "adapter"), tensors(tmp_path / "out")
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -414,11 +414,13 @@ def test_a_rank_asked_for_leaves_only_distill(root: Path, tmp_path: Path) -> Non
     assert result.plan.options["method"] == "distill"
 
 
-def figures(content: float, whole: float | None = None, spread: float = 0.01) -> dict[str, tuple[float, float, float]]:
-    whole = content if whole is None else whole
+def figures(
+    content: float, whole: float | None = None, spread: float = 0.01, direction: float | None = None
+) -> dict[str, tuple[float, float, float]]:
+    whole, direction = (content if value is None else value for value in (whole, direction))
     return {
         name: (value, value - spread, value + spread)
-        for name, value in (("content_kl_share", content), ("kl_share", whole))
+        for name, value in (("content_imitated_share", content), ("content_cosine", direction), ("kl_share", whole))
     }
 
 
@@ -434,6 +436,9 @@ def figures(content: float, whole: float | None = None, spread: float = 0.01) ->
         ({"copy": figures(0.5), "copy + rest": figures(0.52), "distill": figures(0.4)}, "copy"),
         ({"lstsq": figures(0.4), "lstsq + rest": figures(0.54), "distill": figures(0.5)}, "lstsq + rest"),
         ({"lstsq": figures(0.4), "lstsq + rest": figures(0.52), "distill": figures(0.5)}, "distill"),
+        ({"lstsq": figures(0.2, -0.1, direction=0.0), "distill": figures(0.1)}, "distill"),
+        ({"copy": figures(0.6, -0.1), "distill": figures(0.5)}, "copy"),
+        ({"copy": figures(0.5), "copy + rest": figures(0.7, direction=0.0), "distill": figures(0.4)}, "copy"),
     ],
     ids=[
         "best",
@@ -445,6 +450,9 @@ def figures(content: float, whole: float | None = None, spread: float = 0.01) ->
         "little rest",
         "rest",
         "rest beside distill",
+        "flattened",
+        "too large",
+        "a rest without direction",
     ],
 )
 def test_the_choice_is_the_best_then_the_simplest(judged: Any, chosen: str) -> None:
@@ -463,6 +471,10 @@ def test_a_choice_that_only_shifts_by_a_constant_is_warned_of() -> None:
     assert choice.warning is not None
     assert "constant" in choice.warning
     assert choose({"copy": figures(0.2)}, {}).warning is None
+    assert choose({"copy": figures(0.2, -0.1)}, {}).warning is None
+    harmful = choose({"copy": figures(0.2, -0.1, direction=0.0), "distill": figures(0.0, spread=0.0)}, {})
+    assert harmful.chosen == "distill"
+    assert "no better than no adapter" in str(harmful.warning)
 
 
 @pytest.mark.parametrize("share", [0.001, 0.05, 0.5])

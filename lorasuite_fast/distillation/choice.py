@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 Figures = dict[str, tuple[float, float, float]]
 """`Distilled.agreement`: each figure with its 95 % interval."""
 
-FIGURE = "content_kl_share"
-"""What candidates are compared by: what depends on the text in the share of the divergence that is taken away."""
+FIGURE = "content_imitated_share"
+"""What candidates are ranked by: what depends on the text in the share of the old adapter's gain in log-likelihood, on
+what the adapted old model predicts. Unlike the divergence from the new model changed as the old one was, it forgives a
+change of the right direction that is too large, and so does the adapter's own domain."""
+DIRECTION = "content_cosine"
+"""What must be above 0 for the rank to count: a change without direction flattens the new model's predictions, which
+brings two models that have nothing in common nearer to each other."""
 WHOLE = "kl_share"
+"""What decides where no candidate's content counts."""
 TIE = 0.005
 """Candidates whose figures differ by less are equally good."""
 ORDER = ("copy", "lstsq", "paper", "distill")
@@ -45,12 +51,12 @@ class Choice:
     def warning(self) -> str | None:
         """A sentence for the user where the chosen candidate cannot be trusted."""
         figures = self.agreement[self.chosen]
-        if not figures[WHOLE][1] > 0:
+        if not (figures[WHOLE][1] > 0 or counts(figures)):
             return (
                 "on held-out text the migrated adapter agrees with the old one no better than no adapter at all; do "
                 "not use it without measuring"
             )
-        if not figures[FIGURE][1] > 0:
+        if not counts(figures):
             return (
                 "on held-out text the migrated adapter only shifts the new model's predictions by a constant; what the "
                 "old adapter does depending on the text was not carried"
@@ -62,24 +68,34 @@ class Choice:
         return asdict(self) | {"table": self.table}
 
 
-def choose(agreement: Mapping[str, Figures], left_out: Mapping[str, str]) -> Choice:
-    """The candidate of the best content figure; of candidates that tie, the simplest.
+def counts(figures: Figures) -> bool:
+    """Whether what an adapter does depending on the text is carried, beyond chance."""
+    return figures[FIGURE][1] > 0 and figures[DIRECTION][1] > 0
 
-    A figure counts where its whole interval is above 0. Where no candidate's content does, the whole agreement decides;
-    where that does not either, it is distill, which scales its update to nothing rather than do harm. A
-    candidate with a rest is chosen where it is better than all others by a margin.
+
+def choose(agreement: Mapping[str, Figures], left_out: Mapping[str, str]) -> Choice:
+    """The best candidate of those whose content counts; of candidates that tie, the simplest.
+
+    Where no candidate's content counts, the best agreement above 0 decides; where none is, it is distill, which scales
+    its update to nothing rather than do harm. A candidate with a rest is chosen where it is better than all others by a
+    margin.
     """
     judged = {name: agreement[name] for name in ORDER if name in agreement}
-    chosen = _best(judged, FIGURE) or _best(judged, WHOLE) or "distill"
-    most = max((figures[FIGURE][0] for figures in judged.values()), default=0.0)
+    chosen = best(judged) or _best(judged, WHOLE, lambda figures: figures[WHOLE][1] > 0) or "distill"
+    most = max((figures[FIGURE][0] for figures in judged.values() if counts(figures)), default=0.0)
     for name in agreement.keys() - judged.keys():
         judged[name] = agreement[name]
-        if name.endswith(REST) and agreement[name][FIGURE][1] > 0 and agreement[name][FIGURE][0] >= most + MARGIN:
+        if name.endswith(REST) and counts(agreement[name]) and agreement[name][FIGURE][0] >= most + MARGIN:
             chosen = name
     return Choice(judged, dict(left_out), chosen)
 
 
-def _best(judged: Mapping[str, Figures], figure: str) -> str | None:
-    values = {name: figures[figure][0] for name, figures in judged.items() if figures[figure][1] > 0}
-    best = max(values.values(), default=0.0)
-    return next((name for name, value in values.items() if value >= best - TIE), None)
+def best(judged: Mapping[str, Figures]) -> str | None:
+    """The candidate that carries most of what depends on the text; None where none carries any."""
+    return _best({name: judged[name] for name in ORDER if name in judged}, FIGURE, counts)
+
+
+def _best(judged: Mapping[str, Figures], figure: str, valid: Callable[[Figures], bool]) -> str | None:
+    values = {name: figures[figure][0] for name, figures in judged.items() if valid(figures)}
+    most = max(values.values(), default=0.0)
+    return next((name for name, value in values.items() if value >= most - TIE), None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..adapters.adapter import Update
 from ..adapters.factors import Factors
-from .choice import FIGURE, WHOLE, Figures
+from .choice import WHOLE, Figures, best
 from .layer_fit import Fit, new_states
 from .output_map import ChunkedHead, OutputMap
 from .scores import best_gain, gains_by_others, held_out_agreement, rows_by_gain, text_divergences
@@ -51,11 +51,11 @@ def best_start(judged: Mapping[str, Figures], others: Mapping[str, Updates], rol
 
     A DoRA adapter has no rest: the new modules would need magnitudes.
     """
-    best = max(judged, key=lambda name: judged[name][FIGURE][0], default=None)
-    if best is None or not judged[best][FIGURE][1] > 0 or judged[best][WHOLE][0] >= ENOUGH:
+    start = best(judged)
+    if start is None or judged[start][WHOLE][0] >= ENOUGH:
         return None
-    plain = all(update.magnitude is None for update in others[best].values())
-    return best if plain and _free(others[best], roles) else None
+    plain = all(update.magnitude is None for update in others[start].values())
+    return start if plain and _free(others[start], roles) else None
 
 
 def fit_rest(

@@ -96,7 +96,14 @@ def held_out_agreement(
     once = statistics(*(c.sum(0) for c in columns))
     drawn = resamples(len(sums.scalars), _BOOTSTRAP, seed)
     often = statistics(*(torch.einsum("bt,t...->b...", drawn, c) for c in columns))
-    names = {"kl_share": "carried_kl_share", "content_kl_share": "content_kl_share_gain", "cosine": "carried_cosine"}
+    names = {
+        "kl_share": "carried_kl_share",
+        "content_kl_share": "content_kl_share_gain",
+        "imitated_share": "carried_imitated_share",
+        "content_imitated_share": "content_imitated_share_gain",
+        "cosine": "carried_cosine",
+        "content_cosine": "content_cosine",
+    }
     figures = {}
     for name, column in names.items():
         values = often[column].nan_to_num(0.0)

@@ -44,7 +44,9 @@ class Distilled:
         explained: layer -> share of the target explained behind it on held-out positions, before the gain.
         agreement: kl_share (1 - KL(target ‖ new + adapter) / KL(target ‖ new), target: the new model changed as the old
             one was), content_kl_share (the same less the better of two controls: the changes shuffled over positions,
-            and their mean), cosine; each (value, low, high) with a 95 % bootstrap interval over texts. Each text is
+            and their mean), imitated_share (of the log-likelihood the old adapter adds to what the adapted old model
+            predicts, the share the new one adds to the same), content_imitated_share, cosine, content_cosine (without
+            mean and temperature); each (value, low, high) with a 95 % bootstrap interval over texts. Each text is
             judged with the gain that the other held-out texts choose. 0 where `old_kl` is nothing.
         old_kl: mean KL(with ‖ without) of the old adapter on held-out positions, in nats.
         output_r2: of U on held-out tokens.

@@ -41,6 +41,7 @@ _SCALARS = (
     "gain_old",
     *(f"target_{name}" for name in CANDIDATES),
     *(f"gain_{name}" for name in CANDIDATES),
+    *(f"imitated_{name}" for name in CANDIDATES),
     "changed",
     "hit_alone",
     *(f"hit_{name}" for name in CANDIDATES),
@@ -162,8 +163,10 @@ def _scalars(o_0: Tensor, o_1: Tensor, n_0: Tensor, d_o: Tensor, candidates: dic
     `target_*` is the divergence KL(target ‖ new model changed by the candidate), with the target the new model changed
     as the old one was, softmax(n_0 + d_o); `gain_*` the log-likelihood the candidate adds to a next token drawn from
     the adapted old model, less what it adds to one drawn from the bare old model, Σ_t (p_o1 - p_o0)(t) d(t);
-    `gain_old` the same of the old change, the sum of both divergences between p_o1 and p_o0; `hit_*` whether the
-    candidate's best token is the adapted old model's, where the adapter changed that.
+    `gain_old` the same of the old change, the sum of both divergences between p_o1 and p_o0; `imitated_*` the
+    log-likelihood that the new model changed by the candidate adds to a next token drawn from the adapted old model,
+    KL(p_o1 ‖ new) - KL(p_o1 ‖ new changed), of which the old change adds `kl_old`; `hit_*` whether the candidate's best
+    token is the adapted old model's, where the adapter changed that.
     """
     moved_mass = o_1.exp() - o_0.exp()
     target = functional.log_softmax(n_0 + d_o, dim=-1)
@@ -184,6 +187,7 @@ def _scalars(o_0: Tensor, o_1: Tensor, n_0: Tensor, d_o: Tensor, candidates: dic
         log_sum = moved.logsumexp(-1)
         columns[f"target_{name}"] = gap + log_sum - (share * change).sum(-1)
         columns[f"gain_{name}"] = (moved_mass * change).sum(-1)
+        columns[f"imitated_{name}"] = (o_1.exp() * change).sum(-1) - log_sum
         columns[f"hit_{name}"] = changed & (moved.argmax(-1) == best)
         if name == "carried":
             columns["kl_new"] = ((moved - log_sum[:, None]).exp() * change).sum(-1)
@@ -196,10 +200,11 @@ def statistics(gram: Tensor, plain: Tensor, scalars: Tensor) -> dict[str, Tensor
     0 / 0 gives NaN, and so do shares of a divergence that is none, but for rounding.
     """
     column: dict[str, Any] = {name: scalars[..., k] for k, name in enumerate(_SCALARS)}
-    for name in ("target_alone", "gain_old"):
+    old_kl = column["kl_old"] / column["positions"]
+    for name in ("target_alone", "gain_old", "kl_old"):
         column[name] = column[name].where(column[name] >= NEGLIGIBLE_KL * column["positions"], torch.nan)
     found: dict[str, Tensor] = {
-        "old_kl": column["kl_old"] / column["positions"],
+        "old_kl": old_kl,
         "new_kl": column["kl_new"] / column["positions"],
         "top1_changed": column["changed"] / column["positions"],
         "top1_alone": column["hit_alone"] / column["changed"],
@@ -225,8 +230,10 @@ def statistics(gram: Tensor, plain: Tensor, scalars: Tensor) -> dict[str, Tensor
     for name in CANDIDATES:
         found[f"{name}_gain_share"] = column[f"gain_{name}"] / column["gain_old"]
         found[f"{name}_kl_share"] = 1 - column[f"target_{name}"] / column["target_alone"]
+        found[f"{name}_imitated_share"] = column[f"imitated_{name}"] / column["kl_old"]
         found[f"{name}_top1"] = column[f"hit_{name}"] / column["changed"]
-    found["content_kl_share_gain"] = _beyond(found, "%s_kl_share")
+    for figure in ("kl_share", "imitated_share"):
+        found[f"content_{figure}_gain"] = _beyond(found, f"%s_{figure}")
     return found
 
 
