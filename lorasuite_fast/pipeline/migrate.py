@@ -26,7 +26,6 @@ from ..reporting.html_report import write_report
 from ..results import Migration
 from ..training.finetuning import split_samples
 from ..training.loop import TRAINING
-from ..training.refinement import CARRIED_RATE, RATE
 from ..training.retention import kept_samples
 from .finetune import finetune as run_finetune
 from .finetune import finetuning_folder
@@ -107,7 +106,7 @@ def migrate(
     """Carries a PEFT LoRA adapter from OLD to NEW: `TransferPlan.build` for the roles it targets, then `apply`.
 
     With `refine` the result is then the start of a training without labels (`refine`). A start that was copied or
-    carried by least squares keeps its rank and modules and is trained at half the usual rate. With `finetune` it is
+    carried by least squares keeps its rank and modules. With `finetune` it is
     trained on labelled data last (`finetune`).
 
     Args:
@@ -206,12 +205,7 @@ def _refined(
     if not carried:
         roles, rank = family_named(result.plan.new.family).roles, int(source.config["r"])
         config = replace(config, roles=config.roles or roles, rank=config.rank or rank)
-    rate = CARRIED_RATE if method in ("copy", "lstsq") else RATE
-    config = replace(
-        config,
-        learning_rate=config.learning_rate or rate,
-        seed=result.plan.options["seed"] if config.seed is None else config.seed,
-    )
+    config = replace(config, seed=result.plan.options["seed"] if config.seed is None else config.seed)
     refined = run_refine(
         asked.old,
         asked.adapter,

@@ -36,7 +36,6 @@ from ..text.samples import Samples
 from ..text.self_text import self_written
 from ..training.loop import TRAINING
 from ..training.refinement import (
-    RATE,
     Course,
     Refinement,
     different,
@@ -109,6 +108,7 @@ def refine(
         # What an interrupted run has trained stays, whatever this one was asked besides.
         with nullcontext() if resumed else unless_unusable(works[1], run.folder), writing(works[1].folder):
             course = _train(run, works[1].folder, targets, budget, options)
+        options |= {"learning_rate": course.learning_rate}
         told = _card(run, course, source, budget, options)
         run.ranks.wait()
         if run.ranks.first:
@@ -255,7 +255,7 @@ def _options(run: _Run) -> dict[str, Any]:
     """Everything the training depends on besides, but for the number of steps."""
     config = run.config
     options: dict[str, Any] = {
-        "learning_rate": config.learning_rate or RATE,
+        "learning_rate": config.learning_rate,
         "rank": config.rank,
         "alpha": config.alpha,
         "roles": None if config.roles is None else sorted(config.roles),
@@ -340,7 +340,7 @@ def _card(run: _Run, course: Course, source: str, budget: int, options: dict[str
             "started from": "a new adapter" if adapter is None else shown(adapter),
             "steps": f"{course.steps} of {budget}, of which {course.chosen} are in what was written",
             "tokens trained on": f"{course.tokens:,}",
-            "learning rate": f"{options['learning_rate']:g}",
+            "learning rate": f"{course.learning_rate:g}{_tried(course)}",
             **(
                 {"retained": f"{named_text(config.retain)}, weight {config.retain_weight:g}"}
                 if config.retain is not None
@@ -349,6 +349,11 @@ def _card(run: _Run, course: Course, source: str, budget: int, options: dict[str
         },
     )
     return card_files(run.new.name, taken, run.start, wrapped=run.new.family.wrapper is not None)
+
+
+def _tried(course: Course) -> str:
+    tried = ", ".join(f"{value:.3f} at {rate:g}" for rate, value in sorted(course.rates.items()))
+    return f", found by trials (agreement {tried})" if tried else ""
 
 
 def _result(
@@ -383,6 +388,7 @@ def _result(
             "device": run.machine.device.type,
             "dtype": str(run.machine.dtype).removeprefix("torch."),
             "gradient_checkpointing": course.checkpointing,
+            "rates_tried": {f"{rate:g}": value for rate, value in sorted(course.rates.items())},
         },
         phases=run.clock.phases,
         seconds=time.perf_counter() - run.began,

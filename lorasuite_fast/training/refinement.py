@@ -33,24 +33,17 @@ from ..models.checkpoint import Checkpoint
 from ..text.calibration import load_examples, whole_characters
 from ..text.samples import Sample
 from .batches import step_batches
-from .loop import Progress, Schedule, Training
-from .target_loss import RefinementBatches, TargetLoss
+from .loop import Progress, Schedule
+from .rate_trial import LEAST_STEPS, UNTRIED, UNTRIED_STARTED, Trainer, search_rate
+from .target_loss import RefinementBatches
 from .teacher import Targets, TeacherFacts
 
 SELF_TEXT_BYTES = 600_000
 """Bytes of text the old model writes where no text is given."""
 MAX_TOKENS = 256
-RATE = 1e-2
-"""Learning rate from an adapter that does nothing, or from a distilled one."""
-CARRIED_RATE = 5e-3
-"""From one that was copied or carried by least squares.
-
-Between relatives 2e-3, 5e-3 and 1e-2 reached 86, 93 and 95 % of a training on all labels from least squares on a pruned
-model; copies, which already do most of it, were best kept at 2e-3.
-"""
 BATCH_BYTES = 2_000
 CONTROLS = ("none", "shuffled", "shuffled-labels")
-LEAST_STEPS, MOST_STEPS = 150, 600
+FEWEST_STEPS, MOST_STEPS = 150, 600
 """Bounds of an automatic step budget, which otherwise reads the text once."""
 _HELD_OUT_SHARE = 10
 _HELD_OUT_BYTES = 24_000
@@ -125,8 +118,8 @@ class Refinement(Rendered):
 
 
 def step_budget(size: int, batch_bytes: int = BATCH_BYTES) -> int:
-    """Steps for a text of `size` bytes: as many as read it once, within LEAST_STEPS and MOST_STEPS."""
-    return max(LEAST_STEPS, min(MOST_STEPS, round(size / batch_bytes)))
+    """Steps for a text of `size` bytes: as many as read it once, within FEWEST_STEPS and MOST_STEPS."""
+    return max(FEWEST_STEPS, min(MOST_STEPS, round(size / batch_bytes)))
 
 
 def _new_peft(
@@ -235,6 +228,9 @@ class Course:
     tokens: int
     parameters: int
     checkpointing: bool
+    learning_rate: float
+    rates: dict[float, float]
+    """Agreement of every learning rate that was tried."""
 
 
 def _split(targets: Targets, seed: int) -> tuple[list[int], list[int]]:
@@ -314,30 +310,30 @@ def train_on_targets(
     checkpointing = _checkpointing(*models, machine.dtype, batches.widest, machine.memory, checkpointing)
     held_out = _held_out_batches(targets, held, options)
     labels = options["seed"] if options["control"] == CONTROLS[2] else None
-    with clock.phase("train", steps) as report:
+    read = RefinementBatches(targets, batches.texts, labels, batches.retained)
+    with clock.phase("load", 1):
         model = _loaded(new, start, retained, options, machine)
         beginning = folder / "start"
         if Ranks.join().first:
             model.save_pretrained(beginning)
-        training = Training(
-            model,
-            folder / "trainer",
-            Schedule(
-                steps, options["learning_rate"], options["eval_every"], options["seed"], patience=options["patience"]
-            ),
-            device=machine.device,
-            autocast=machine.half and machine.dtype == torch.bfloat16,
-            checkpointing=checkpointing,
-        )
-        weights = options["kl_weight"], options["next_token_weight"], options.get("retain_weight", 0.0)
-        loss = TargetLoss(training, targets.tokens, weights, held_out)
+
+    weights = options["kl_weight"], options["next_token_weight"], options.get("retain_weight", 0.0)
+    trainer = Trainer(model, machine, checkpointing, targets.tokens, weights, held_out)
+    rate: float | None = options["learning_rate"]
+    tried: dict[float, float] = {}
+    if rate is None and steps < LEAST_STEPS:
+        rate = UNTRIED if start is None else UNTRIED_STARTED
+    elif rate is None:
+        rate, tried = search_rate(trainer, folder / "trainer", read, options["seed"], clock)
+    with clock.phase("train", steps) as report:
+        schedule = Schedule(steps, rate, options["eval_every"], options["seed"], patience=options["patience"])
+        training, loss = trainer.begin(folder / "trainer", schedule)
         first = loss.agreement()
         if not math.isfinite(first):
             raise LoraSuiteError(
                 f"{new.name} with {start or 'a new adapter'} gives NaN or infinity on the text in {model.dtype}; "
                 f"{finite_hint(model.dtype)}"
             )
-        read = RefinementBatches(targets, batches.texts, labels, batches.retained)
         progress = training.run(read, loss, loss.agreement, report)
     evaluations = _evaluations(first, progress)
     best = max(evaluations, key=lambda e: e.agreement)
@@ -352,6 +348,8 @@ def train_on_targets(
         sum(batches.lengths[i] for batch in batches.texts[: progress.step] for i in batch),
         sum(p.numel() for p in training.trained),
         checkpointing,
+        rate,
+        tried,
     )
 
 

@@ -93,16 +93,23 @@ class TargetLoss:
 
     Args:
         tokens: the shared ones, ids of the new model. weights: of the divergence from the targets, of the next tokens
-            and of the text to retain. held_out: batches.
+            and of the text to retain. held_out: batches. bare_kl: their divergence without an adapter, where known.
     """
 
     def __init__(
-        self, training: Training, tokens: Tensor, weights: tuple[float, float, float], held_out: Sequence[Batch]
+        self,
+        training: Training,
+        tokens: Tensor,
+        weights: tuple[float, float, float],
+        held_out: Sequence[Batch],
+        bare_kl: float | None = None,
     ) -> None:
         self._training, self._tokens = training, tokens.to(training.device)
         self._weights, self._held_out = weights, held_out
-        with training.model.disable_adapter():
-            self._base_kl = self._total_kl()
+        if bare_kl is None:
+            with training.model.disable_adapter():
+                bare_kl = self._total_kl()
+        self.bare_kl = bare_kl
 
     def _predictions(self, batch: Batch) -> Predictions:
         return predictions(self._training.model, batch["input_ids"], batch["attention_mask"])
@@ -150,4 +157,4 @@ class TargetLoss:
 
     def agreement(self) -> float:
         """On the held-out texts, as the model stands."""
-        return 1 - self._total_kl() / self._base_kl if self._base_kl > 0 else 0.0
+        return 1 - self._total_kl() / self.bare_kl if self.bare_kl > 0 else 0.0
